@@ -1,0 +1,23 @@
+"""kd_plugin: knowledge distillation for translation models, as a fairseq ``--user-dir``.
+
+Importing it registers the task ``kd_translation`` and the criterion
+``kd_label_smoothed_cross_entropy``, and lets torch open fairseq's checkpoints safely.
+"""
+
+try:
+    import fairseq  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "kd_plugin is a plugin for fairseq, and `import fairseq` failed here ({}). Install it "
+        "beside the plugin: pip install 'kd_plugin[fairseq]' chooses fairseq 0.12.2 for Python "
+        "3.8 to 3.10 and ve-fairseq 0.12.3 (the same package, newer) for 3.11 and "
+        "3.12.".format(error)
+    ) from error
+
+from .checkpoint import allow_fairseq_globals
+
+allow_fairseq_globals()
+
+from . import criterion, task  # noqa: E402, F401
+
+__version__ = "0.1.0"

@@ -1,0 +1,266 @@
+"""The task ``kd_translation``: fairseq's ``translation`` with a teacher.
+
+The task asks the teacher about every batch and puts the answer into a shallow copy of it as
+``sample["teacher"]``, where the criterion finds it.
+"""
+
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+import torch
+from fairseq import utils
+from fairseq.dataclass import ChoiceEnum
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+from .signal import not_finite_teacher
+from .teacher import DTYPES, Student, Teacher, TeacherError, parse_overrides, parse_weights
+
+logger = logging.getLogger(__name__)
+
+CRITERION = "kd_label_smoothed_cross_entropy"
+# Sentences on which a teacher must beat a uniform guess before it may teach
+_PROBE_SENTENCES = 64
+
+
+@dataclass
+class KDTranslationConfig(TranslationConfig):
+    teacher_checkpoint_path: Optional[str] = field(
+        default=None,
+        metadata={"help": "checkpoint of the teacher; several with ':' between them are an ensemble"},
+    )
+    teacher_data: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "folder with the teacher's dict.*.txt, one for all teachers or one each with "
+            "':' between them (default: looked for in the checkpoint, beside it, and in the data "
+            "folder that it names)"
+        },
+    )
+    teacher_weights: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "weights of the teachers in the average of their probabilities, as in 2,1,1 "
+            "(default: uniform)"
+        },
+    )
+    teacher_overrides: str = field(
+        default="{}",
+        metadata={"help": "a dictionary of arguments that override those the teacher was trained with"},
+    )
+    teacher_dtype: ChoiceEnum(["same", "fp32", "fp16", "bf16"]) = field(  # type: ignore
+        default="same",
+        metadata={
+            "help": "precision of the teacher's forward pass; 'same' is the run's, and under --amp "
+            "fp32 weights under autocast"
+        },
+    )
+    teacher_device: ChoiceEnum(["same", "cpu"]) = field(  # type: ignore
+        default="same",
+        metadata={"help": "where the teacher runs: with the student, or on the CPU (in fp32)"},
+    )
+    teacher_trust_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "open the teacher's checkpoint with the full pickle machinery, which runs "
+            "whatever code the file asks for; only for files you trust"
+        },
+    )
+
+
+@register_task("kd_translation", dataclass=KDTranslationConfig)
+class KDTranslationTask(TranslationTask):
+    """Translate from one language to another, taught by a bigger model."""
+
+    cfg: KDTranslationConfig
+    asks_a_teacher = True
+
+    def __init__(self, cfg: KDTranslationConfig, src_dict: Any, tgt_dict: Any) -> None:
+        super().__init__(cfg, src_dict, tgt_dict)
+        self._teacher: Optional[Teacher] = None
+        self._training = False
+        self._looked_for_teacher = False
+        # longest source and target sentence, in tokens, in the batches of any dataset so far
+        self._longest = (0, 0)
+
+    # what a checkpoint remembers of the task: the vocabulary, so that a student can teach
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {
+            "source_symbols": list(self.src_dict.symbols),
+            "target_symbols": list(self.tgt_dict.symbols),
+        }
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Nothing: the dictionaries are those of the data folder."""
+
+    def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        name = getattr(cfg, "_name", None) or getattr(cfg, "criterion", None)
+        if name != CRITERION:
+            raise ValueError(
+                "--task kd_translation needs --criterion {}, which listens to the teacher; got "
+                "{}. For training without a teacher use --task translation.".format(CRITERION, name)
+            )
+        return super().build_criterion(cfg, *args, **kwargs)
+
+    def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)
+        source, target = _longest_kept(dataset, max_positions)
+        self._longest = max(self._longest[0], source), max(self._longest[1], target)
+        return super().get_batch_iterator(dataset, *args, **kwargs)
+
+    # training and validation
+
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        super().begin_epoch(epoch, model)
+        self._training = True
+        if self._teacher is None:
+            self._teacher = self._open_teacher(model)
+            self._probe(self._teacher)
+        self._check_lengths(self._teacher)
+
+    def train_step(
+        self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs
+    ):
+        sample = self._ask(
+            sample,
+            amp=isinstance(optimizer, AMPOptimizer),
+            num_updates=update_num,
+            is_dummy=ignore_grad,
+        )
+        return super().train_step(
+            sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad, **kwargs
+        )
+
+    def valid_step(self, sample, model, criterion, **kwargs):
+        if not self._training and not self._looked_for_teacher:
+            self._look_for_teacher(model)
+        return super().valid_step(self._ask(sample), model, criterion, **kwargs)
+
+    def _ask(self, sample: Dict[str, Any], amp: bool = False, **about: Any) -> Dict[str, Any]:
+        """A shallow copy of the batch with the teacher's signal in it.
+
+        A copy, because on a CPU the trainer passes its own batch and keeps it as the dummy batch.
+        """
+        if self._teacher is None:
+            return sample
+        amp = amp and _choice(self.cfg.teacher_dtype) == "same"
+        return {**sample, "teacher": self._teacher(sample["net_input"], amp=amp, **about)}
+
+    # the teacher
+
+    def _paths(self) -> List[str]:
+        return utils.split_paths(self.cfg.teacher_checkpoint_path or "") or []
+
+    def _open_teacher(self, model: Any) -> Teacher:
+        paths = [path for path in self._paths() if path]
+        if not paths:
+            raise TeacherError(
+                "--task kd_translation needs a teacher: give --teacher-checkpoint-path (for "
+                "training without one use --task translation)"
+            )
+        teacher = Teacher.open(
+            paths,
+            Student(self.src_dict, self.tgt_dict, self.cfg.source_lang, self.cfg.target_lang),
+            data=utils.split_paths(self.cfg.teacher_data) if self.cfg.teacher_data else (),
+            weights=parse_weights(self.cfg.teacher_weights),
+            overrides=parse_overrides(self.cfg.teacher_overrides),
+            trust=self.cfg.teacher_trust_checkpoint,
+        )
+        parameter = next(model.parameters())
+        precision = _choice(self.cfg.teacher_dtype)
+        if _choice(self.cfg.teacher_device) == "cpu":
+            if precision not in ("same", "fp32"):
+                raise TeacherError(
+                    "--teacher-device cpu runs the teacher in fp32; --teacher-dtype {} cannot be "
+                    "had there".format(precision)
+                )
+            return teacher.place(torch.device("cpu"), torch.float32)
+        dtype = parameter.dtype if precision == "same" else DTYPES[precision]
+        return teacher.place(parameter.device, dtype)
+
+    def _look_for_teacher(self, model: Any) -> None:
+        """Outside training the teacher is welcome but not needed."""
+        self._looked_for_teacher = True
+        paths = self._paths()
+        if paths and all(os.path.isfile(path) for path in paths):
+            self._teacher = self._open_teacher(model)
+        else:
+            logger.warning(
+                "no teacher at {}: validating the student alone, without kd_loss, teacher_nll_loss "
+                "and agreement".format(self.cfg.teacher_checkpoint_path)
+            )
+
+    def _check_lengths(self, teacher: Teacher) -> None:
+        limits = teacher.max_positions()
+        if any(length > limit for length, limit in zip(self._longest, limits)):
+            raise TeacherError(
+                "the data holds sentences of up to {} source and {} target tokens, the teacher "
+                "reads at most {} and {}. Leave the longer ones out with --max-source-positions {} "
+                "--max-target-positions {} (for validation data also "
+                "--skip-invalid-size-inputs-valid-test), or cut sources with "
+                "--truncate-source.".format(*self._longest, *limits, *limits)
+            )
+
+    def _probe(self, teacher: Teacher) -> None:
+        """The last net: a teacher worse than a uniform guess on this data is the wrong one."""
+        dataset = self.dataset(self.cfg.train_subset)
+        limits = teacher.max_positions()
+        fits = np.flatnonzero(
+            (dataset.src_sizes <= limits[0]) & (dataset.tgt_sizes <= min(limits[1], 512))
+        )
+        if len(fits) == 0:
+            return
+        chosen = fits[np.linspace(0, len(fits) - 1, min(_PROBE_SENTENCES, len(fits))).astype(int)]
+        nll, count = 0.0, 0
+        for start in range(0, len(chosen), 8):
+            batch = dataset.collater([dataset[int(i)] for i in chosen[start : start + 8]])
+            target = batch["target"].flatten()
+            rows = target.ne(self.tgt_dict.pad()).nonzero().squeeze(-1)
+            signal = teacher(batch["net_input"])
+            logits = signal.logits(rows).cpu()
+            bad = signal.not_finite(rows)
+            if bad:
+                raise not_finite_teacher(" and ".join(bad), batch["id"].tolist())
+            nll += torch.nn.functional.cross_entropy(logits, target[rows], reduction="sum").item()
+            count += rows.numel()
+        guess = math.log(len(self.tgt_dict))
+        logger.info(
+            "teacher on {} training sentences: nll_loss {:.3f} (a uniform guess has {:.3f})".format(
+                len(chosen), nll / count / math.log(2), guess / math.log(2)
+            )
+        )
+        if not nll / count <= guess:
+            raise TeacherError(
+                "the teacher knows nothing of this data: on {} training sentences its nll_loss is "
+                "{:.2f} bits per token, a uniform guess over the {} symbols has {:.2f}. Likely "
+                "causes: its vocabulary has another order than the dictionaries found for it "
+                "(--teacher-data), it translates in another direction, or its subword model is "
+                "another one.".format(
+                    len(chosen), nll / count / math.log(2), len(self.tgt_dict), guess / math.log(2)
+                )
+            )
+
+
+def _choice(value: Any) -> str:
+    """A ChoiceEnum's value: fairseq keeps it as a string or as an enum, depending on the way in."""
+    return str(getattr(value, "value", value))
+
+
+def _longest_kept(dataset: Any, max_positions: Any) -> Tuple[int, int]:
+    """Longest source and target among the sentences that fairseq's length filter keeps."""
+    source, target = dataset.src_sizes, dataset.tgt_sizes
+    if target is None:  # text to be translated: nothing is taught on it
+        return 0, 0
+    kept = np.ones(len(source), dtype=bool)
+    if max_positions is not None:
+        limits = max_positions if isinstance(max_positions, (tuple, list)) else [max_positions] * 2
+        kept = (source <= (limits[0] or math.inf)) & (target <= (limits[1] or math.inf))
+    if not kept.any():
+        return 0, 0
+    return int(source[kept].max()), int(target[kept].max())

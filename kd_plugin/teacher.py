@@ -1,0 +1,431 @@
+"""Load, check, freeze, place and run a teacher: one fairseq encoder-decoder or an ensemble."""
+
+import ast
+import contextlib
+import logging
+import math
+import os
+from argparse import Namespace
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from fairseq import models, utils
+from fairseq.data import Dictionary
+from fairseq.models import FairseqEncoderDecoderModel
+from fairseq.models.transformer import TransformerModelBase
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf, open_dict
+from torch import Tensor
+
+from . import checkpoint, vocabulary
+from .checkpoint import CheckpointError
+from .signal import Member, TeacherSignal
+from .vocabulary import MISSING, VocabularyError
+
+logger = logging.getLogger(__name__)
+
+_TASKS = ("translation", "kd_translation")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TeacherError(ValueError):
+    """A teacher that cannot teach this student; the message says why and what to do."""
+
+
+class Student(NamedTuple):
+    """What a teacher must fit."""
+
+    source: Dictionary
+    target: Dictionary
+    source_lang: str
+    target_lang: str
+
+
+class Teacher:
+    """A frozen teacher. It is in no module tree, so fairseq neither optimises, wraps nor saves it.
+
+    Build it with ``Teacher.open``.
+    """
+
+    def __init__(self, members: Sequence["_Member"], weights: Sequence[float]) -> None:
+        self.members = list(members)
+        total = math.fsum(weights)
+        self.log_weights = [math.log(weight / total) for weight in weights]
+
+    @classmethod
+    def open(
+        cls,
+        paths: Sequence[str],
+        student: Student,
+        data: Sequence[str] = (),
+        weights: Optional[Sequence[float]] = None,
+        overrides: Optional[Dict[str, Any]] = None,
+        trust: bool = False,
+    ) -> "Teacher":
+        """Read, check and build every member.
+
+        Args:
+            paths: one checkpoint, or those of an ensemble.
+            student: the student's dictionaries and languages.
+            data: folders with the teachers' ``dict.*.txt``: none, one for all, or one each.
+            weights: positive weights of the ensemble's probability average; None is uniform.
+            overrides: model arguments to override, as fairseq's ``--model-overrides``.
+            trust: open the checkpoints with the full pickle machinery.
+
+        Raises:
+            TeacherError: any of these does not fit; CheckpointError or VocabularyError likewise.
+        """
+        if weights is None:
+            weights = [1.0] * len(paths)
+        if len(weights) != len(paths) or not all(math.isfinite(w) and w > 0 for w in weights):
+            raise TeacherError(
+                "--teacher-weights needs one positive number for each of the {} teachers in "
+                "--teacher-checkpoint-path, got {}".format(len(paths), list(weights))
+            )
+        if len(data) not in (0, 1, len(paths)):
+            raise TeacherError(
+                "--teacher-data needs one folder for all teachers or one for each of the {}, got "
+                "{}".format(len(paths), len(data))
+            )
+        folders = list(data) * len(paths) if len(data) == 1 else list(data) or [None] * len(paths)
+        return cls(
+            [
+                _Member(path, student, folder, overrides or {}, trust)
+                for path, folder in zip(paths, folders)
+            ],
+            weights,
+        )
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
+        for member in self.members:
+            member.model.to(device=device, dtype=dtype)
+        return self
+
+    def max_positions(self) -> Tuple[int, int]:
+        """Longest source and target, in tokens, that every member can read."""
+        limits = [member.model.max_positions() for member in self.members]
+        source, target = zip(*limits)
+        return int(min(source)), int(min(target))
+
+    @torch.no_grad()
+    def __call__(self, net_input: Dict[str, Tensor], amp: bool = False, **about: Any) -> TeacherSignal:
+        """Run the teacher on a batch given in the student's indices.
+
+        Args:
+            net_input: ``src_tokens`` (B, S), ``src_lengths`` (B,), ``prev_output_tokens`` (B, T).
+            amp: run under CUDA autocast.
+            about: ``num_updates`` and ``is_dummy`` of the signal.
+        """
+        return TeacherSignal(
+            [member.run(net_input, amp) for member in self.members], self.log_weights, **about
+        )
+
+
+class _Member:
+    """One checkpoint of a teacher, with the maps between its vocabulary and the student's."""
+
+    def __init__(
+        self,
+        path: str,
+        student: Student,
+        data: Optional[str],
+        overrides: Dict[str, Any],
+        trust: bool,
+    ) -> None:
+        self.name = path
+        state = checkpoint.read_checkpoint(path, trust)
+        self._check_task(state, student, overrides)
+        source, target, verified = _dictionaries(path, state, student, data, overrides)
+        self._check_sizes(state, source, target, verified)
+        try:
+            source_map = vocabulary.index_map(student.source.symbols, source.symbols, "source")
+            target_map = vocabulary.index_map(student.target.symbols, target.symbols, "target")
+        except VocabularyError as error:
+            raise VocabularyError("teacher {}: {}".format(path, error)) from None
+        # what the teacher reads; a padding symbol that it lacks never occurs in data
+        self.read_source = _readable(source_map, source)
+        self.read_target = _readable(target_map, target)
+        self.target_map = target_map
+        self.missing = None if target_map is None else target_map.eq(MISSING)
+        if self.missing is not None and not self.missing.any():
+            self.missing = None
+        self.model = _build(path, state, source, target, overrides)
+        self._projection: Optional[Tuple[Tensor, Optional[Tensor]]] = None
+        logger.info(
+            "teacher {}: {} ({:,} parameters); source vocabulary {}, target vocabulary {}".format(
+                path,
+                type(self.model).__name__,
+                sum(p.numel() for p in self.model.parameters()),
+                _fit(source_map, student.source, source),
+                _fit(target_map, student.target, target),
+            )
+        )
+
+    def _check_task(self, state: Dict, student: Student, overrides: Dict[str, Any]) -> None:
+        task = checkpoint.section(state, "task")
+        name = checkpoint.get(task, "_name") or checkpoint.get(task, "task")
+        arch = checkpoint.section(state, "model")
+        arch = checkpoint.get(arch, "_name") or checkpoint.get(arch, "arch")
+        if name == "language_modeling" or str(arch).endswith("_lm") or "_lm_" in str(arch):
+            raise TeacherError(
+                "teacher {} is a decoder-only language model ({}); a translation student needs an "
+                "encoder-decoder teacher".format(self.name, arch)
+            )
+        if name is not None and name not in _TASKS:
+            raise TeacherError(
+                "teacher {} was trained for the task {!r}; word-level distillation reads teachers "
+                "of the task 'translation'. Sequence-level distillation takes any task.".format(
+                    self.name, name
+                )
+            )
+        langs = tuple(
+            overrides.get(key, checkpoint.get(task, key)) for key in ("source_lang", "target_lang")
+        )
+        ours = (student.source_lang, student.target_lang)
+        if all(langs) and langs != ours:
+            raise TeacherError(
+                "teacher {} translates {}-{}, the student {}-{}. If these are only other names for "
+                "the same languages, say so: --teacher-overrides \"{{'source_lang': '{}', "
+                "'target_lang': '{}'}}\"".format(self.name, *langs, *ours, *ours)
+            )
+
+    def _check_sizes(
+        self, state: Dict, source: Dictionary, target: Dictionary, verified: bool
+    ) -> None:
+        """The dictionaries found must have as many symbols as the checkpoint has embeddings."""
+        for side, key, symbols in (
+            ("source", "encoder.embed_tokens.weight", source),
+            ("target", "decoder.embed_tokens.weight", target),
+        ):
+            weight = state["model"].get(key)
+            if weight is not None and weight.size(0) != len(symbols):
+                raise TeacherError(
+                    "teacher {} has {} {} embeddings, but {} {} symbols. Point --teacher-data at "
+                    "the folder with the dict.*.txt it was trained with.".format(
+                        self.name,
+                        weight.size(0),
+                        side,
+                        "the dictionary found for it has"
+                        if verified
+                        else "no dictionary of its own was found and the student's has",
+                        len(symbols),
+                    )
+                )
+
+    def run(self, net_input: Dict[str, Tensor], amp: bool) -> Member:
+        model, device = self.model, next(self.model.parameters()).device
+        amp = amp and device.type == "cuda"
+        source = _look_up(self.read_source, net_input["src_tokens"], device)
+        lengths = net_input["src_lengths"].to(device)
+        previous = _look_up(self.read_target, net_input["prev_output_tokens"], device)
+        with _autocast(amp):
+            if type(model).forward is TransformerModelBase.forward:
+                features = model(source, lengths, previous, features_only=True)[0]
+                return Member(self.name, self._lazy_logits(features.flatten(0, 1), amp))
+            logits = model(source, lengths, previous)[0].flatten(0, 1)
+        return Member(self.name, lambda rows: self._in_student_order(logits[rows.to(device)]))
+
+    def _lazy_logits(self, features: Tensor, amp: bool) -> Any:
+        """Project a transformer's features when, and for the rows that, somebody asks."""
+        layer = self.model.decoder.output_projection
+        if self.target_map is None:
+
+            def project(x: Tensor) -> Tensor:
+                return layer(x)
+
+        else:
+            # the projection's rows in the student's order: nothing to reorder in each batch
+            weight, bias = self._reordered_projection(layer)
+
+            def project(x: Tensor) -> Tensor:
+                return self._without_missing(F.linear(x, weight, bias))
+
+        def logits(rows: Tensor) -> Tensor:
+            with torch.no_grad(), _autocast(amp):
+                return project(features[rows.to(features.device)])
+
+        return logits
+
+    def _reordered_projection(self, layer: Any) -> Tuple[Tensor, Optional[Tensor]]:
+        weight = layer.weight
+        cached = self._projection
+        if cached is None or (cached[0].device, cached[0].dtype) != (weight.device, weight.dtype):
+            index = self.target_map.clamp(min=0).to(weight.device)
+            bias = getattr(layer, "bias", None)
+            cached = (weight.detach()[index], None if bias is None else bias.detach()[index])
+            self._projection = cached
+        return cached
+
+    def _in_student_order(self, logits: Tensor) -> Tensor:
+        if self.target_map is None:
+            return logits
+        index = self.target_map.clamp(min=0).to(logits.device)
+        return self._without_missing(logits.index_select(-1, index))
+
+    def _without_missing(self, logits: Tensor) -> Tensor:
+        if self.missing is None:
+            return logits
+        return logits.masked_fill(self.missing.to(logits.device), -math.inf)
+
+
+def _autocast(enabled: bool) -> Any:
+    """CUDA autocast on or off for a while, whatever the student's forward pass runs under."""
+    if enabled == torch.is_autocast_enabled():
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", enabled=enabled)
+
+
+def _readable(index: Optional[Tensor], dictionary: Dictionary) -> Optional[Tensor]:
+    return None if index is None else index.masked_fill(index.eq(MISSING), dictionary.unk())
+
+
+def _look_up(index: Optional[Tensor], tokens: Tensor, device: torch.device) -> Tensor:
+    tokens = tokens.to(device)
+    return tokens if index is None else index.to(device)[tokens]
+
+
+def _fit(index: Optional[Tensor], student: Dictionary, teacher: Dictionary) -> str:
+    if index is None:
+        return "the same ({} symbols)".format(len(student))
+    return "mapped (student {} symbols, teacher {})".format(len(student), len(teacher))
+
+
+def _dictionaries(
+    path: str,
+    state: Dict,
+    student: Student,
+    data: Optional[str],
+    overrides: Dict[str, Any],
+) -> Tuple[Dictionary, Dictionary, bool]:
+    """A teacher's source and target dictionaries, and whether they are known to be its own."""
+    task = checkpoint.section(state, "task")
+    langs = [
+        overrides.get(key, checkpoint.get(task, key)) or ours
+        for key, ours in (
+            ("source_lang", student.source_lang),
+            ("target_lang", student.target_lang),
+        )
+    ]
+
+    def beside(folder: str) -> Optional[List[Dictionary]]:
+        files = [os.path.join(folder, "dict.{}.txt".format(lang)) for lang in langs]
+        return [Dictionary.load(f) for f in files] if all(map(os.path.isfile, files)) else None
+
+    if data is not None:
+        found = beside(data)
+        if found is None:
+            raise TeacherError(
+                "--teacher-data {}: expected dict.{}.txt and dict.{}.txt there".format(data, *langs)
+            )
+        return found[0], found[1], True
+    saved = checkpoint.symbols_in(state)
+    if saved is not None:
+        return _from_symbols(saved[0]), _from_symbols(saved[1]), True
+    named = utils.split_paths(checkpoint.get(task, "data") or "")
+    for folder in [os.path.dirname(os.path.abspath(path))] + named[:1]:
+        found = beside(folder)
+        if found is not None:
+            return found[0], found[1], True
+    logger.warning(
+        "teacher {}: no dict.{}.txt and dict.{}.txt found beside it or in the data folder that it "
+        "names, so its vocabulary is TAKEN TO BE THE STUDENT'S and nothing could be verified; "
+        "--teacher-data DIR names the folder that holds them".format(path, *langs)
+    )
+    return student.source, student.target, False
+
+
+def _from_symbols(symbols: Sequence[str]) -> Dictionary:
+    dictionary = Dictionary()
+    if symbols[: dictionary.nspecial] != dictionary.symbols:
+        raise CheckpointError(
+            "the symbol list saved in this student's checkpoint does not begin with fairseq's "
+            "special symbols; give its dictionaries with --teacher-data"
+        )
+    for symbol in symbols[dictionary.nspecial :]:
+        dictionary.add_symbol(symbol, overwrite=True)
+    return dictionary
+
+
+def _build(
+    path: str, state: Dict, source: Dictionary, target: Dictionary, overrides: Dict[str, Any]
+) -> FairseqEncoderDecoderModel:
+    """Build the checkpoint's model and load its weights, with a task of its own.
+
+    Through the student's task, validation BLEU would become the teacher's.
+    """
+    # pretrained embeddings were read before training; the checkpoint's weights replace them
+    overrides = {"encoder_embed_path": None, "decoder_embed_path": None, **overrides}
+    config = checkpoint.section(state, "model")
+    if isinstance(config, Namespace):
+        config = Namespace(**{**vars(config), **overrides})
+    else:
+        config = OmegaConf.create(config)
+        with open_dict(config):
+            for key, value in overrides.items():
+                if key in config:
+                    config[key] = value
+    task = TranslationTask(
+        TranslationConfig(
+            max_source_positions=checkpoint.get(config, "max_source_positions") or 1024,
+            max_target_positions=checkpoint.get(config, "max_target_positions") or 1024,
+        ),
+        source,
+        target,
+    )
+    try:
+        model = models.build_model(config, task)
+        model.load_state_dict(state["model"], strict=True, model_cfg=config)
+    except Exception as error:
+        raise TeacherError(
+            "teacher {}: its model cannot be rebuilt with this fairseq ({}: {}). Options that "
+            "changed since it was trained can be set with --teacher-overrides.".format(
+                path, type(error).__name__, str(error)[:500]
+            )
+        ) from error
+    if not isinstance(model, FairseqEncoderDecoderModel):
+        raise TeacherError(
+            "teacher {} is a {}; expected an encoder-decoder translation model".format(
+                path, type(model).__name__
+            )
+        )
+    if getattr(model.decoder, "adaptive_softmax", None) is not None:
+        raise TeacherError(
+            "teacher {} has an adaptive softmax, which gives no distribution over the whole "
+            "vocabulary to distil; train it without --adaptive-softmax-cutoff".format(path)
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def parse_overrides(text: str) -> Dict[str, Any]:
+    """``--teacher-overrides``: a dictionary written as Python literals.
+
+    Raises:
+        TeacherError: it is something else.
+    """
+    try:
+        overrides = ast.literal_eval(text or "{}")
+    except (ValueError, SyntaxError):
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise TeacherError(
+            "--teacher-overrides needs a dictionary such as \"{{'dropout': 0.1}}\", got {!r}".format(
+                text
+            )
+        )
+    return overrides
+
+
+def parse_weights(text: Optional[str]) -> Optional[List[float]]:
+    """``--teacher-weights``: numbers with commas between them, or None.
+
+    Raises:
+        TeacherError: something in it is no number.
+    """
+    try:
+        return [float(weight) for weight in text.split(",")] if text else None
+    except ValueError:
+        raise TeacherError("--teacher-weights needs numbers as in 2,1,1; got {!r}".format(text)) from None
+

@@ -1,0 +1,308 @@
+"""Value and gradient of the objective against independent float64 references."""
+
+import math
+
+import pytest
+import torch
+from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_plugin import objective
+from kd_plugin.objective import NotFiniteTeacherError, distillation_objective
+from kd_plugin.signal import Member, TeacherSignal
+
+
+def signal_of(*logits, weights=None):
+    weights = weights or [1.0] * len(logits)
+    total = sum(weights)
+    return TeacherSignal(
+        [Member("t{}".format(i), lambda rows, z=z: z[rows]) for i, z in enumerate(logits)],
+        [math.log(w / total) for w in weights],
+    )
+
+
+def random_case(n=7, v=11, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(n, v, generator=generator, dtype=torch.float64).mul(2).to(dtype)
+    teacher = torch.randn(n, v, generator=generator, dtype=torch.float64).mul(2).to(dtype)
+    target = torch.randint(0, v, (n,), generator=generator)
+    return student.requires_grad_(), teacher, target
+
+
+def reference_loss(student, teacher, target, rows, ce_weight, kd_weight, temperature, eps):
+    """The definition, written out term by term in float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    v = student.size(-1)
+    for i in rows.tolist():
+        q = torch.softmax(student[i].double(), -1)
+        smoothed = torch.full((v,), eps / (v - 1), dtype=torch.float64)
+        smoothed[target[i]] = 1 - eps
+        total = total - ce_weight * (smoothed * q.log()).sum()
+        p_t = torch.softmax(teacher[i].double() / temperature, -1)
+        q_t = torch.softmax(student[i].double() / temperature, -1)
+        kl = sum(p * (p / q).log() for p, q in zip(p_t, q_t) if p > 0)
+        total = total + kd_weight * temperature**2 * kl
+    return total
+
+
+def test_by_hand():
+    # V = 2, one token, the reference is symbol 0, T = 2, no smoothing
+    student = torch.tensor([[0.0, 2 * math.log(3.0)]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[2 * math.log(1.0), 0.0]], dtype=torch.float64)
+    terms = distillation_objective(
+        student, torch.tensor([0]), torch.tensor([0]), signal_of(teacher), 0.25, 0.75, 2.0
+    )
+    # at T = 1: q = (1/10, 9/10); at T = 2: q = (1/4, 3/4), p = (1/2, 1/2)
+    kl = 0.5 * math.log(2.0) + 0.5 * math.log(2.0 / 3.0)
+    assert terms.nll.item() == pytest.approx(math.log(10.0), abs=1e-12)
+    assert terms.kd.item() == pytest.approx(kl, abs=1e-12)
+    assert terms.loss.item() == pytest.approx(0.25 * math.log(10.0) + 0.75 * 4 * kl, abs=1e-12)
+    terms.loss.backward()
+    # ce: q - [reference]; kd: T * (q_T - p)
+    expected = [0.25 * (0.1 - 1) + 0.75 * 2 * (0.25 - 0.5), 0.25 * 0.9 + 0.75 * 2 * 0.25]
+    assert student.grad[0].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7, 5.0])
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_value_and_gradient_in_float64(temperature, eps):
+    student, teacher, target = random_case()
+    rows = torch.tensor([0, 2, 3, 6])
+    args = (0.3, 0.7, temperature, eps)
+    expected = reference_loss(student, teacher, target, rows, *args)
+    (expected_gradient,) = torch.autograd.grad(expected, student)
+    terms = distillation_objective(student, target, rows, signal_of(teacher), *args)
+    (gradient,) = torch.autograd.grad(terms.loss, student)
+    torch.testing.assert_close(terms.loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
+    assert (gradient[[1, 4, 5]] == 0).all()
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_without_kd_it_is_fairseqs_label_smoothed_cross_entropy(eps):
+    student, teacher, target = random_case(n=9, v=23, dtype=torch.float32)
+    target[4] = target[7] = 1  # padding
+    stock, stock_nll = label_smoothed_nll_loss(
+        torch.log_softmax(student, -1), target, eps, ignore_index=1
+    )
+    (expected,) = torch.autograd.grad(stock, student)
+    rows = target.ne(1).nonzero().squeeze(-1)
+    terms = distillation_objective(
+        student, target, rows, signal_of(teacher), 1.0, 0.0, label_smoothing=eps
+    )
+    (gradient,) = torch.autograd.grad(terms.loss, student)
+    torch.testing.assert_close(terms.loss, stock)
+    torch.testing.assert_close(terms.nll.sum(), stock_nll)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_student_equal_to_teacher_learns_nothing_from_it():
+    student, _, target = random_case(dtype=torch.float32)
+    rows = torch.arange(7)
+    for temperature in (1.0, 3.0):
+        terms = distillation_objective(
+            student, target, rows, signal_of(student.detach()), 0.0, 1.0, temperature
+        )
+        (gradient,) = torch.autograd.grad(terms.loss, student)
+        assert (terms.kd == 0).all()
+        assert (gradient == 0).all()
+
+
+def test_the_gradient_keeps_its_size_at_high_temperature():
+    """T^2 KL tends to the squared difference of centred logits over 2V (Hinton et al., sec. 2.1)."""
+    student, teacher, target = random_case()
+    rows = torch.arange(7)
+    centred = lambda z: z - z.mean(-1, keepdim=True)  # noqa: E731
+    limit = (centred(student) - centred(teacher)).pow(2).sum() / (2 * student.size(-1))
+    (expected,) = torch.autograd.grad(limit, student)
+    terms = distillation_objective(student, target, rows, signal_of(teacher), 0.0, 1.0, 1e4)
+    (gradient,) = torch.autograd.grad(terms.loss, student)
+    torch.testing.assert_close(terms.loss, limit, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_a_cold_teacher_is_its_argmax():
+    student, teacher, target = random_case()
+    rows = torch.arange(7)
+    cold = 1e-4
+    terms = distillation_objective(student, target, rows, signal_of(teacher), 0.0, 1.0, cold)
+    log_q = torch.log_softmax(student / cold, -1)
+    torch.testing.assert_close(
+        terms.kd, -log_q.gather(-1, teacher.argmax(-1, keepdim=True)).squeeze(-1).detach()
+    )
+
+
+def test_an_ensemble_is_the_log_of_its_average():
+    student, first, target = random_case()
+    second = random_case(seed=5)[1]
+    rows = torch.arange(7)
+    average = (0.75 * torch.softmax(first, -1) + 0.25 * torch.softmax(second, -1)).log()
+    for temperature in (1.0, 2.0):
+        args = (0.5, 0.5, temperature)
+        both = signal_of(first, second, weights=[3, 1])
+        terms = distillation_objective(student, target, rows, both, *args)
+        expected = distillation_objective(student, target, rows, signal_of(average), *args)
+        torch.testing.assert_close(terms.loss, expected.loss, rtol=1e-12, atol=1e-12)
+
+
+def test_symbols_without_teacher_mass_add_nothing():
+    student, teacher, target = random_case()
+    teacher[:, 4] = -math.inf
+    rows = torch.arange(7)
+    terms = distillation_objective(student, target, rows, signal_of(teacher), 0.5, 0.5, 2.0)
+    expected = reference_loss(student, teacher, target, rows, 0.5, 0.5, 2.0, 0.0)
+    torch.testing.assert_close(terms.loss, expected, rtol=1e-12, atol=1e-12)
+    terms.loss.backward()
+    assert torch.isfinite(student.grad).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 20),
+    v=st.integers(2, 40),
+    chunk=st.integers(1, 200),
+    seed=st.integers(0, 10**6),
+    temperature=st.sampled_from([1.0, 0.5, 2.0]),
+    data=st.data(),
+)
+def test_chunked_equals_unchunked(n, v, chunk, seed, temperature, data):
+    student, teacher, target = random_case(n, v, seed)
+    keep = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    rows = torch.tensor(keep).nonzero().squeeze(-1)
+    args = (target, rows, signal_of(teacher), 0.4, 0.6, temperature, 0.1)
+    saved = objective._CHUNK_ELEMENTS
+    results = []
+    for size in (10**9, chunk):
+        objective._CHUNK_ELEMENTS = {"cpu": size}
+        try:
+            terms = distillation_objective(student, *args, with_metrics=True)
+        finally:
+            objective._CHUNK_ELEMENTS = saved
+        (gradient,) = torch.autograd.grad(terms.loss, student)
+        results.append((*terms, gradient))
+    for whole, parts in zip(*results):
+        torch.testing.assert_close(whole, parts, rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_is_the_sum_of_its_rows_in_any_order():
+    student, teacher, target = random_case(n=12)
+
+    def loss_and_gradient(rows):
+        terms = distillation_objective(
+            student, target, rows, signal_of(teacher), 0.5, 0.5, 2.0, 0.1
+        )
+        return terms.loss, torch.autograd.grad(terms.loss, student)[0]
+
+    loss, gradient = loss_and_gradient(torch.arange(12))
+    parts = [loss_and_gradient(torch.tensor([i])) for i in reversed(range(12))]
+    torch.testing.assert_close(sum(part[0] for part in parts), loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sum(part[1] for part in parts), gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_logits_are_computed_on_in_float32(dtype):
+    student, teacher, target = random_case(n=16, v=50, dtype=torch.float32)
+    low = student.detach().to(dtype).requires_grad_()
+    rows = torch.arange(16)
+    wide = low.detach().float().requires_grad_()
+    for z in (low, wide):
+        distillation_objective(z, target, rows, signal_of(teacher), 0.5, 0.5, 2.0).loss.backward()
+    assert low.grad.dtype == dtype
+    torch.testing.assert_close(low.grad, wide.grad.to(dtype), rtol=0, atol=0)
+
+
+def test_a_half_precision_gradient_survives_until_the_loss_scale_is_applied():
+    """Probabilities of 1e-9 vanish in half precision, but not times fairseq's loss scale."""
+    v, scale = 2**15, 2.0**15
+    student = torch.zeros(2, v).half().requires_grad_()
+    teacher = torch.zeros(2, v)
+    teacher[:, 0] = 30.0
+    rows = torch.arange(2)
+    # weight 1e-4 stands for the tiny gradients of a nearly converged student
+    args = (torch.tensor([5, 5]), rows, signal_of(teacher), 0.0, 1e-4)
+    (distillation_objective(student, *args).loss * scale).backward()
+    wide = torch.zeros(2, v, dtype=torch.float64, requires_grad=True)
+    (distillation_objective(wide, *args).loss * scale).backward()
+    assert (student.grad[:, 1:] > 0).all()
+    torch.testing.assert_close(student.grad.double(), wide.grad, rtol=2e-3, atol=0)
+    # the same numbers without the scale are below half's smallest
+    assert (wide.grad / scale).half()[0, 1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_incoming_gradient_multiplies(dtype):
+    student, teacher, target = random_case(dtype=torch.float32)
+    rows = torch.arange(7)
+    gradients = []
+    for factor in (1.0, 4.0, 0.0):
+        z = student.detach().to(dtype).requires_grad_()
+        terms = distillation_objective(z, target, rows, signal_of(teacher), 0.5, 0.5)
+        (terms.loss * factor).backward()
+        gradients.append(z.grad)
+    torch.testing.assert_close(gradients[1], gradients[0] * 4)
+    assert (gradients[2] == 0).all()
+
+
+def test_metrics_against_a_direct_computation():
+    student, teacher, target = random_case(n=20)
+    rows = torch.arange(3, 20)
+    terms = distillation_objective(
+        student, target, rows, signal_of(teacher), 0.5, 0.5, 2.0, with_metrics=True
+    )
+    log_p = torch.log_softmax(teacher, -1)
+    nll = -log_p.gather(-1, target[:, None]).squeeze(-1)
+    torch.testing.assert_close(terms.teacher_nll, nll[rows])
+    assert terms.agree.tolist() == (student.argmax(-1) == teacher.argmax(-1))[rows].tolist()
+    assert terms.correct.tolist() == (student.argmax(-1) == target)[rows].tolist()
+
+
+def test_without_a_teacher_there_is_only_cross_entropy():
+    student, _, target = random_case()
+    terms = distillation_objective(
+        student, target, torch.arange(7), None, 1.0, 0.5, with_metrics=True
+    )
+    expected = torch.nn.functional.cross_entropy(student, target, reduction="sum")
+    torch.testing.assert_close(terms.loss, expected)
+    assert terms.kd is None and terms.teacher_nll is None and terms.agree is None
+
+
+def test_no_rows_at_all():
+    student, teacher, target = random_case()
+    rows = torch.empty(0, dtype=torch.long)
+    terms = distillation_objective(student, target, rows, signal_of(teacher), 0.5, 0.5)
+    terms.loss.backward()
+    assert terms.loss == 0 and (student.grad == 0).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_teacher_that_is_not_finite_is_named_with_its_rows(value):
+    student, teacher, target = random_case()
+    broken = teacher.clone()
+    broken[5, 3] = value
+    with pytest.raises(NotFiniteTeacherError) as error:
+        distillation_objective(
+            student, target, torch.arange(7), signal_of(teacher, broken), 0.5, 0.5
+        )
+    assert error.value.teachers == "t1"
+    assert error.value.rows.tolist() == [5]
+
+
+def test_a_student_that_is_not_finite_is_left_to_the_loss_scaler():
+    student, teacher, target = random_case(dtype=torch.float32)
+    with torch.no_grad():
+        student[2, 2] = math.inf
+    terms = distillation_objective(
+        student, target, torch.arange(7), signal_of(teacher), 0.5, 0.5
+    )
+    assert not torch.isfinite(terms.loss)
+
+
+def test_it_is_not_differentiated_twice():
+    student, teacher, target = random_case()
+    loss = distillation_objective(
+        student, target, torch.arange(7), signal_of(teacher), 0.5, 0.5
+    ).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        loss.backward()
