@@ -19,14 +19,19 @@ import torch
 
 # What fairseq's checkpoints hold besides tensors, as (module, name). Some names exist at one end
 # of the supported versions only.
-_METERS = ("AverageMeter", "TimeMeter", "StopwatchMeter", "MetersDict", "SumMeter", "ConcatTensorMeter")
-_NODES = ("AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode", "EnumNode", "BytesNode")
+_METERS = (
+    "AverageMeter", "TimeMeter", "StopwatchMeter", "MetersDict", "SumMeter", "ConcatTensorMeter",
+)
+_NODES = (
+    "AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode", "EnumNode", "BytesNode",
+)
+_BUILTINS = ("dict", "list", "tuple", "set", "int", "float", "str", "bool")
 FAIRSEQ_GLOBALS: Tuple[Tuple[str, str], ...] = (
     ("argparse", "Namespace"),
     ("_codecs", "encode"),
     ("collections", "OrderedDict"),
     ("collections", "defaultdict"),
-    *(("builtins", name) for name in ("dict", "list", "tuple", "set", "int", "float", "str", "bool")),
+    *(("builtins", name) for name in _BUILTINS),
     *(("numpy", name) for name in ("ndarray", "dtype")),
     *(
         (module + ".multiarray", name)
@@ -52,14 +57,10 @@ _TORCH_GLOBALS = (
     ("torch._utils", "_rebuild_parameter"),
     ("torch", "Size"),
     ("torch", "device"),
-    *(
-        ("torch", name)
-        for name in ("float16", "bfloat16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
-    ),
-    *(
-        ("torch", kind + "Storage")
-        for kind in ("Half", "BFloat16", "Float", "Double", "Byte", "Char", "Short", "Int", "Long", "Bool")
-    ),
+    *(("torch", name) for name in ("float16", "bfloat16", "float32", "float64", "bool", "uint8")),
+    *(("torch", name) for name in ("int8", "int16", "int32", "int64")),
+    *(("torch", kind + "Storage") for kind in ("Half", "BFloat16", "Float", "Double", "Bool")),
+    *(("torch", kind + "Storage") for kind in ("Byte", "Char", "Short", "Int", "Long")),
 )
 
 # Since 2.6 torch.load has weights_only by default, with an allow-list that can name aliases.
@@ -187,7 +188,8 @@ def _load(path: str, trust: bool) -> Any:
     if _TORCH_CHECKS_GLOBALS:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     # torch's stub wants a module here; anything with Unpickler and load does
-    return torch.load(path, map_location="cpu", pickle_module=pickle if trust else _RestrictedPickle)
+    module = pickle if trust else _RestrictedPickle
+    return torch.load(path, map_location="cpu", pickle_module=module)
 
 
 def section(state: Dict[str, Any], name: str) -> Any:
@@ -237,7 +239,7 @@ def average(states: Sequence[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
 
 
 def symbols_in(state: Dict[str, Any]) -> Optional[Tuple[List[str], List[str]]]:
-    """The (source, target) symbols that a student of this plugin saved in its checkpoint, if any."""
+    """The (source, target) symbols that a student of this plugin saved in its checkpoint."""
     saved = state.get("task_state") or {}
     source, target = saved.get("source_symbols"), saved.get("target_symbols")
     return (list(source), list(target)) if source and target else None

@@ -1,51 +1,124 @@
 """The criterion ``kd_label_smoothed_cross_entropy``: what a student learns from text and teacher.
 
 For every real target token, with p and q the teacher's and the student's distributions at
-temperature T::
+temperature T and D a divergence::
 
-    loss = ce_weight * ce  +  kd_weight * T^2 * KL(p || q)
+    loss = ce_weight * ce  +  kd_weight * selected * c(T) * D(p, q)
 
-where ce is fairseq's label-smoothed cross-entropy and ce_weight is 1 - kd_weight unless given.
+ce is fairseq's label-smoothed cross-entropy; ce_weight is 1 - kd_weight * selected unless given.
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
-import torch
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterionConfig,
 )
+from fairseq.dataclass import ChoiceEnum
 
-from .objective import NotFiniteTeacherError, Terms, distillation_objective
+from . import divergences, schedules, selection, topk
+from .configuration import choice_value
+from .objective import NotFiniteTeacherError, Settings, Terms, distillation_objective
 from .signal import not_finite_teacher
 
 try:
     from fairseq.logging import metrics
-except ImportError:  # pragma: no cover
+except ImportError:  # fairseq 0.12.2 has it at the top
     from fairseq import metrics
+
+_KD_WEIGHT = 0.5
 
 
 @dataclass
 class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     kd_weight: float = field(
-        default=0.5,
+        default=_KD_WEIGHT,
         metadata={"help": "weight of the distillation term, from 0 (plain training) to 1"},
     )
     ce_weight: Optional[float] = field(
         default=None,
         metadata={
-            "help": "constant weight of the label-smoothed cross-entropy, >= 0 "
-            "(default: 1 - kd_weight)"
+            "help": "constant weight of the label-smoothed cross-entropy, >= 0 (default: what a "
+            "token's distillation term leaves of 1)"
         },
     )
     kd_temperature: float = field(
         default=1.0,
         metadata={
-            "help": "temperature of both the teacher's and the student's distribution in the "
-            "distillation term, > 0 (Hinton et al. 2015); its gradient keeps its size"
+            "help": "temperature of both distributions in the distillation term, > 0; its "
+            "gradient's size does not depend on it (Hinton et al. 2015)"
+        },
+    )
+    kd_divergence: ChoiceEnum(divergences.NAMES) = field(  # type: ignore
+        default="forward-kl",
+        metadata={
+            "help": "divergence between teacher p and student q: forward-kl KL(p||q) (Kim & Rush "
+            "2016), reverse-kl KL(q||p) (Gu et al. 2024), js (Agarwal et al. 2024), tvd (Wen et "
+            "al. 2023), skew-kl, skew-reverse-kl (Ko et al. 2024), logit-mse (Ba & Caruana 2014)"
+        },
+    )
+    kd_js_beta: Optional[float] = field(
+        default=None,
+        metadata={"help": "teacher's share of the mixture in js, between 0 and 1 (default: 0.5)"},
+    )
+    kd_skew: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "first distribution's share of the mixture in skew-kl and skew-reverse-kl, at "
+            "least 0, below 1 (default: 0.1)"
+        },
+    )
+    kd_top_k: int = field(
+        default=0,
+        metadata={"help": "distil only the teacher's K likeliest symbols (0: all of them)"},
+    )
+    kd_tail: Optional[ChoiceEnum(topk.TAILS)] = field(  # type: ignore
+        default=None,
+        metadata={
+            "help": "what becomes of the rest under --kd-top-k: bucket keeps its mass as "
+            "one more outcome, renormalise leaves it out (default: bucket)"
+        },
+    )
+    kd_selection: ChoiceEnum(selection.NAMES) = field(  # type: ignore
+        default="all",
+        metadata={
+            "help": "which tokens are distilled: all; the share with the highest student "
+            "cross-entropy of the micro-batch (batch) or against the last tokens of all ranks "
+            "(global) (Wang et al. 2021); those where the teacher is most certain "
+            "(teacher-entropy), right (teacher-correct) or better than the student "
+            "(teacher-better)"
+        },
+    )
+    kd_selection_rate: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "share of the tokens that batch, global and teacher-entropy select, above 0, "
+            "at most 1 (default: {})".format(selection.DEFAULT_RATE)
+        },
+    )
+    kd_queue_size: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "how many of the last tokens global and teacher-entropy compare with "
+            "(default: {})".format(selection.DEFAULT_QUEUE_SIZE)
+        },
+    )
+    kd_weight_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "how the weight moves: constant, linear:FROM:TO:STEPS or cosine:FROM:TO:STEPS "
+            "over updates (instead of --kd-weight), or adaptive, token by token: kd_weight * "
+            "sigmoid(student's nll - teacher's nll)"
+        },
+    )
+    kd_temperature_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "how the temperature moves over updates: constant, linear:FROM:TO:STEPS or "
+            "cosine:FROM:TO:STEPS (instead of --kd-temperature)"
         },
     )
 
@@ -54,43 +127,133 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     "kd_label_smoothed_cross_entropy", dataclass=KDLabelSmoothedCrossEntropyCriterionConfig
 )
 class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
-    def __init__(
-        self,
-        task,
-        sentence_avg,
-        label_smoothing,
-        ignore_prefix_size=0,
-        report_accuracy=False,
-        kd_weight=0.5,
-        ce_weight=None,
-        kd_temperature=1.0,
-    ):
+    def __init__(self, cfg: KDLabelSmoothedCrossEntropyCriterionConfig, task: Any) -> None:
         super().__init__(task)
-        self._check(task, kd_weight, ce_weight, kd_temperature)
-        self.sentence_avg = sentence_avg
-        self.label_smoothing = label_smoothing
-        self.ignore_prefix_size = ignore_prefix_size
-        self.report_accuracy = report_accuracy
-        self.kd_weight = kd_weight
-        self.ce_weight = 1.0 - kd_weight if ce_weight is None else ce_weight
-        self.temperature = kd_temperature
+        self.sentence_avg = cfg.sentence_avg
+        self.label_smoothing = cfg.label_smoothing
+        self.ignore_prefix_size = cfg.ignore_prefix_size
+        self.report_accuracy = cfg.report_accuracy
+        self._configure(cfg, task)
+        # the update whose weight and temperature validation shares; None is after the last
+        self._update: Optional[int] = None
 
-    @staticmethod
-    def _check(task, kd_weight, ce_weight, temperature) -> None:
-        faults = []
-        if not hasattr(task, "asks_a_teacher"):
-            faults.append(
-                "the criterion kd_label_smoothed_cross_entropy needs --task kd_translation, which "
-                "runs the teacher; got {}".format(type(task).__name__)
+    def _configure(self, cfg: KDLabelSmoothedCrossEntropyCriterionConfig, task: Any) -> None:
+        """Turn the flags into what training uses, or refuse them, every fault at once."""
+        faults: List[str] = []
+
+        def check(fine: bool, message: str, *values: Any) -> bool:
+            if not fine:
+                faults.append(message.format(*values))
+            return fine
+
+        check(
+            hasattr(task, "asks_a_teacher"),
+            "the criterion kd_label_smoothed_cross_entropy needs --task kd_translation, which runs "
+            "the teacher; got {}",
+            type(task).__name__,
+        )
+        ce, name = cfg.ce_weight, choice_value(cfg.kd_divergence)
+        check(ce is None or 0 <= ce < math.inf, "--ce-weight must be a number >= 0, got {}", ce)
+
+        self.adaptive = cfg.kd_weight_schedule == "adaptive"
+        self.weight = self._scheduled(
+            "weight",
+            "constant" if self.adaptive else cfg.kd_weight_schedule,
+            cfg.kd_weight,
+            _KD_WEIGHT,
+            lambda x: 0 <= x <= 1,
+            "from 0 to 1",
+            faults,
+        )
+        self.temperature = self._scheduled(
+            "temperature",
+            cfg.kd_temperature_schedule,
+            cfg.kd_temperature,
+            1.0,
+            lambda x: 0 < x < math.inf,
+            "above 0",
+            faults,
+        )
+
+        parameter = divergences.parameter_of(name)
+        for flag, keyword, value, fine, expected in (
+            ("--kd-js-beta", "beta", cfg.kd_js_beta, lambda x: 0 < x < 1, "between 0 and 1"),
+            ("--kd-skew", "skew", cfg.kd_skew, lambda x: 0 <= x < 1, "at least 0, below 1"),
+        ):
+            if value is not None and check(
+                parameter == keyword, "{} means nothing with --kd-divergence {}", flag, name
+            ):
+                check(fine(value), "{} must be {}, got {}", flag, expected, value)
+        given = {"beta": cfg.kd_js_beta, "skew": cfg.kd_skew}.get(parameter or "")
+        self.divergence = divergences.divergence(name, given)
+
+        tail = None if cfg.kd_tail is None else choice_value(cfg.kd_tail)
+        self.top_k, self.tail = cfg.kd_top_k, tail or "bucket"
+        vocabulary = len(task.target_dictionary)
+        check(
+            0 <= cfg.kd_top_k <= vocabulary,
+            "--kd-top-k must be from 0 to the {} symbols of the vocabulary, got {}",
+            vocabulary,
+            cfg.kd_top_k,
+        )
+        check(tail is None or cfg.kd_top_k > 0, "--kd-tail {} is for --kd-top-k only", tail)
+        if name == "logit-mse":
+            check(
+                self.temperature == schedules.constant(1.0),
+                "--kd-divergence logit-mse has no temperature: leave out --kd-temperature and "
+                "--kd-temperature-schedule",
             )
-        if not 0 <= kd_weight <= 1:
-            faults.append("--kd-weight must be from 0 to 1, got {}".format(kd_weight))
-        if ce_weight is not None and not 0 <= ce_weight < math.inf:
-            faults.append("--ce-weight must be a number >= 0, got {}".format(ce_weight))
-        if not 0 < temperature < math.inf:
-            faults.append("--kd-temperature must be a number > 0, got {}".format(temperature))
+            check(
+                not cfg.kd_top_k or self.tail == "renormalise",
+                "--kd-divergence logit-mse with --kd-top-k needs --kd-tail renormalise (a bucket "
+                "of symbols has no logit)",
+            )
+
+        chosen = choice_value(cfg.kd_selection)
+        rate, size = cfg.kd_selection_rate, cfg.kd_queue_size
+        if rate is not None and check(
+            chosen in selection.WITH_RATE,
+            "--kd-selection-rate means nothing with --kd-selection {}",
+            chosen,
+        ):
+            check(0 < rate <= 1, "--kd-selection-rate must be above 0, at most 1, got {}", rate)
+        if size is not None and check(
+            chosen in selection.WITH_QUEUE,
+            "--kd-queue-size means nothing with --kd-selection {}",
+            chosen,
+        ):
+            check(size >= 1, "--kd-queue-size must be at least 1, got {}", size)
         if faults:
             raise ValueError("; ".join(faults))
+        self.ce_weight = ce
+        self.selection = selection.Selection(
+            chosen,
+            selection.DEFAULT_RATE if rate is None else rate,
+            selection.DEFAULT_QUEUE_SIZE if size is None else size,
+        )
+
+    @staticmethod
+    def _scheduled(name, text, value, default, valid, expected, faults) -> schedules.Schedule:
+        """The schedule of the weight or the temperature."""
+        flag = "--kd-" + name
+        if text != "constant":
+            if value != default:
+                faults.append(
+                    "{0} {1} and {0}-schedule {2} exclude each other".format(flag, value, text)
+                )
+            try:
+                return schedules.parse(text, flag + "-schedule", valid, expected)
+            except ValueError as error:
+                faults.append(str(error))
+        elif not valid(value):
+            faults.append("{} must be a number {}, got {}".format(flag, expected, value))
+        return schedules.constant(value)
+
+    def train(self, mode: bool = True) -> "KDLabelSmoothedCrossEntropyCriterion":
+        """The trainer calls this before each update, also before repeating one that overflowed."""
+        if self.selection.queue is not None:
+            self.selection.queue.discard_waiting()
+        return super().train(mode)
 
     def forward(self, model, sample, reduce=True):
         """Compute the loss of a batch; a sum over its tokens, as everywhere in fairseq.
@@ -101,63 +264,78 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         """
         if not reduce:
             raise NotImplementedError("this criterion gives sums only (reduce=True)")
-        if getattr(model, "decoder", None) is not None:
-            self._refuse_adaptive_softmax(model)
+        _refuse_adaptive_softmax(model)
         net_output = model(**sample["net_input"])
-        terms, n = self._terms(net_output[0], model.get_targets(sample, net_output), sample)
+        target = model.get_targets(sample, net_output)  # B x T
+        signal = sample.get("teacher")
+        if self.training and signal is not None:
+            self._update = signal.num_updates
+        terms = self._terms(net_output[0], target, sample["id"], signal)
 
+        queue = self.selection.queue
+        if queue is not None and self.training and not signal.is_dummy:
+            queue.wait(self.selection.score(terms.tokens))
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": terms.loss.data,
-            "nll_loss": terms.nll.sum(),
             "ntokens": sample["ntokens"],
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
+            **self._sums(terms),
         }
-        if self.report_accuracy:
-            logging_output["n_correct"] = terms.correct.sum()
-            logging_output["total"] = n
-        if terms.kd is not None:
-            logging_output["kd_loss"] = terms.kd.sum()
-            logging_output["kd_tokens"] = n
-        if terms.teacher_nll is not None:
-            logging_output["teacher_nll_loss"] = terms.teacher_nll.sum()
-            logging_output["n_agree"] = terms.agree.sum()
-            logging_output["n_compared"] = n
         return terms.loss, sample_size, logging_output
 
-    def _terms(self, logits, target, sample) -> "tuple[Terms, int]":
-        # logits: B x T x V, target: B x T
+    def _terms(self, logits, target, ids, signal) -> Terms:
         real = target.ne(self.padding_idx)
         if self.ignore_prefix_size > 0:
             real[:, : self.ignore_prefix_size] = False
-        rows = real.flatten().nonzero().squeeze(-1)
-        signal = sample.get("teacher")
+        settings = Settings(
+            kd_weight=self.weight(self._update),
+            ce_weight=self.ce_weight,
+            temperature=self.temperature(self._update),
+            label_smoothing=self.label_smoothing,
+            divergence=self.divergence,
+            top_k=self.top_k,
+            tail=self.tail,
+            # validation distils every token, so that its kd_loss compares between selections
+            selection=self.selection if self.training else selection.Selection("all"),
+            adaptive=self.adaptive,
+            with_metrics=self.report_accuracy or not self.training,
+        )
         try:
-            terms = distillation_objective(
+            return distillation_objective(
                 logits.flatten(0, 1),
                 target.flatten(),
-                rows,
+                real.flatten().nonzero().squeeze(-1),
                 signal,
-                # without a teacher (validation only) the loss is the student's cross-entropy
-                ce_weight=1.0 if signal is None else self.ce_weight,
-                kd_weight=self.kd_weight,
-                temperature=self.temperature,
-                label_smoothing=self.label_smoothing,
-                with_metrics=self.report_accuracy or not self.training,
+                settings,
             )
         except NotFiniteTeacherError as error:
-            ids = sample["id"][(error.rows // target.size(1)).unique().to(sample["id"].device)]
-            raise not_finite_teacher(error.teachers, ids.tolist()) from None
-        return terms, rows.numel()
+            bad = (error.rows // target.size(1)).unique().to(ids.device)
+            raise not_finite_teacher(error.teachers, ids[bad].tolist()) from None
 
-    @staticmethod
-    def _refuse_adaptive_softmax(model) -> None:
-        if getattr(model.decoder, "adaptive_softmax", None) is not None:
-            raise ValueError(
-                "the student has an adaptive softmax, which gives no distribution over the whole "
-                "vocabulary to distil into; train it without --adaptive-softmax-cutoff"
+    def _sums(self, terms: Terms) -> Dict[str, Any]:
+        """What is logged: sums over tokens and their counts, the same keys on every rank."""
+        tokens, n = terms.tokens, terms.tokens.student_nll.numel()
+        sums: Dict[str, Any] = {"nll_loss": tokens.student_nll.sum()}
+        if self.report_accuracy and terms.correct is not None:
+            sums.update(n_correct=terms.correct.sum(), total=n)
+        if terms.kd is None or terms.kd_weight is None:
+            return sums
+        selected = n if terms.selected is None else terms.selected.sum()
+        unit = math.log(2) if self.divergence.in_nats else 1.0
+        sums.update(kd_loss=terms.kd.sum() / unit, kd_tokens=selected)
+        if self.training and self.selection.name != "all":
+            sums.update(kd_candidates=n)
+        if self.adaptive or self.weight.steps:
+            sums.update(kd_weight=terms.kd_weight.sum())
+        if self.temperature.steps:
+            sums.update(kd_temperature=self.temperature(self._update) * n, kd_temperature_tokens=n)
+        if terms.agree is not None and tokens.teacher_nll is not None:
+            sums.update(
+                teacher_nll_loss=tokens.teacher_nll.sum(), n_agree=terms.agree.sum(), n_compared=n
             )
+        return sums
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:
@@ -166,20 +344,22 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         def total(key: str) -> Any:
             return utils.item(sum(log.get(key, 0) for log in logging_outputs))
 
-        ntokens, sample_size = total("ntokens"), total("sample_size")
-        metrics.log_scalar("loss", _bits(total("loss"), sample_size), sample_size, round=3)
-        metrics.log_scalar("nll_loss", _bits(total("nll_loss"), ntokens), ntokens, round=3)
-        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        def log_mean(name: str, sum_of: str, count_of: str, unit: float = 1.0) -> None:
+            if any(sum_of in log for log in logging_outputs):
+                count = total(count_of)
+                if count > 0:
+                    metrics.log_scalar(name, total(sum_of) / count / unit, count, round=3)
 
-        distilled = total("kd_tokens")
-        if distilled > 0:
-            metrics.log_scalar("kd_loss", _bits(total("kd_loss"), distilled), distilled, round=3)
-        compared = total("n_compared")
-        if compared > 0:
-            metrics.log_scalar(
-                "teacher_nll_loss", _bits(total("teacher_nll_loss"), compared), compared, round=3
-            )
-            metrics.log_scalar("agreement", total("n_agree") / compared, compared, round=4)
+        bit = math.log(2)
+        log_mean("loss", "loss", "sample_size", bit)
+        log_mean("nll_loss", "nll_loss", "ntokens", bit)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        log_mean("kd_loss", "kd_loss", "kd_tokens")
+        log_mean("kd_selected", "kd_tokens", "kd_candidates")
+        log_mean("kd_weight", "kd_weight", "kd_tokens")
+        log_mean("kd_temperature", "kd_temperature", "kd_temperature_tokens")
+        log_mean("teacher_nll_loss", "teacher_nll_loss", "n_compared", bit)
+        log_mean("agreement", "n_agree", "n_compared")
         judged = total("total")
         if judged > 0:
             metrics.log_scalar("total", judged)
@@ -196,5 +376,9 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         return True
 
 
-def _bits(nats: float, count: float) -> float:
-    return nats / count / math.log(2) if count else 0.0
+def _refuse_adaptive_softmax(model: Any) -> None:
+    if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
+        raise ValueError(
+            "the student has an adaptive softmax, which gives no distribution over the whole "
+            "vocabulary to distil into; train it without --adaptive-softmax-cutoff"
+        )

@@ -1,27 +1,208 @@
 """Divergences between a teacher's and a student's distribution, as pure functions.
 
-Every function takes log-probabilities (natural log) of both at the same temperature,
-``teacher`` and ``student`` of shape (rows, V), and returns
+Every function takes the two as ``Distribution``s over the same outcomes, already at the
+distillation temperature, and returns
 
-- the divergence of each row in nats, shape (rows,), and
-- its gradient with respect to the student's logits divided by the temperature, (rows, V).
+- the divergence of each row, shape (rows,), in nats unless said otherwise, and
+- its gradient with respect to the student's logits, (rows, V).
 
-Each is 0, with gradient 0, when the two are equal.
+Value and gradient are 0 when the two are equal. p is the teacher, q the student. A symbol to which
+the teacher gives probability 0 (logit -inf) adds 0 to the sums over p; divergences that would be
+infinite there (``reverse_kl``, ``logit_mse``) run over the teacher's support, q renormalised on it.
 """
 
-from typing import Tuple
+import functools
+import math
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+ValueAndGradient = Tuple[Tensor, Tensor]
 
-def forward_kl(teacher: Tensor, student: Tensor) -> Tuple[Tensor, Tensor]:
-    """KL(p || q), the loss of word-level distillation (Hinton et al. 2015; Kim & Rush 2016, eq. 3).
 
-    The gradient is q - p. A symbol to which the teacher gives probability 0 adds nothing.
+class Distribution(NamedTuple):
+    """Rows of logits with what a softmax finds out about them, computed once and shared."""
+
+    logits: Tensor  # (rows, V)
+    probabilities: Tensor  # (rows, V)
+    log_normaliser: Tensor  # (rows, 1): log of the sum of exp(logits)
+
+    def log_probabilities(self) -> Tensor:
+        return self.logits - self.log_normaliser
+
+    def rows(self, index: Tensor) -> "Distribution":
+        return Distribution(*(part[index] for part in self))
+
+
+def distribution(logits: Tensor) -> Distribution:
+    """The softmax of each row of logits (rows, V); NaN where a row has NaN, +inf or no mass."""
+    probabilities = torch.softmax(logits, dim=-1)
+    # at the largest logit p = exp(0) / sum: the normaliser for two cheap passes, no second exp
+    log_normaliser = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
+    return Distribution(logits, probabilities, log_normaliser)
+
+
+def forward_kl(teacher: Distribution, student: Distribution) -> ValueAndGradient:
+    """KL(p || q) (Hinton et al. 2015; word-level distillation of Kim & Rush 2016, eq. 3).
+
+    Gradient: q - p.
     """
-    p = teacher.exp()
-    # 0 * log 0 = 0: a finite stand-in for -inf keeps the product from being NaN
-    difference = teacher.clamp(min=torch.finfo(teacher.dtype).min).sub_(student)
-    value = difference.mul_(p).sum(dim=-1)
-    return value, torch.exp(student, out=difference).sub_(p)
+    p, q = teacher.probabilities, student.probabilities
+    value = (_finite(teacher.logits - student.logits).mul_(p)).sum(-1)
+    value -= (teacher.log_normaliser - student.log_normaliser).squeeze(-1)
+    return value, q - p
+
+
+def reverse_kl(teacher: Distribution, student: Distribution) -> ValueAndGradient:
+    """KL(q || p), mode-seeking (Gu et al. 2024, MiniLLM, eq. 1, per token).
+
+    Gradient: q * (log(q/p) - KL).
+    """
+    teacher, student = _on_support(teacher, student)
+    ratio = _finite(student.logits - teacher.logits)
+    mean = ratio.mul(student.probabilities).sum(-1, keepdim=True)
+    value = mean - student.log_normaliser + teacher.log_normaliser
+    return value.squeeze(-1), ratio.sub_(mean).mul_(student.probabilities)
+
+
+def js(teacher: Distribution, student: Distribution, beta: float = 0.5) -> ValueAndGradient:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, 0 < beta < 1.
+
+    The generalised Jensen-Shannon divergence of Agarwal et al. 2024 (GKD), eq. 1. Gradient through
+    d/dq = (1 - beta) log(q/m).
+    """
+    p, q = teacher.probabilities, student.probabilities
+    log_m = _log(torch.lerp(q, p, beta))
+    to_p = _finite(teacher.log_probabilities()).sub_(log_m).mul_(p).sum(-1)
+    slope = _finite(student.log_probabilities()).sub_(log_m)
+    mean = slope.mul(q).sum(-1, keepdim=True)
+    value = beta * to_p + (1 - beta) * mean.squeeze(-1)
+    return value, slope.sub_(mean).mul_(q).mul_(1 - beta)
+
+
+def tvd(teacher: Distribution, student: Distribution) -> ValueAndGradient:
+    """Total variation distance, half the sum of |p - q|, from 0 to 1 (Wen et al. 2023, f-DISTILL).
+
+    Gradient through d/dq = sign(q - p) / 2.
+    """
+    difference = student.probabilities - teacher.probabilities
+    value = difference.abs().sum(-1).mul_(0.5)
+    return value, _through_softmax(difference.sign_().mul_(0.5), student.probabilities)
+
+
+def skew_kl(teacher: Distribution, student: Distribution, skew: float = 0.1) -> ValueAndGradient:
+    """KL(p || m) with m = skew p + (1 - skew) q, 0 <= skew < 1 (Ko et al. 2024, DistiLLM, eq. 4).
+
+    Gradient through d/dq = -(1 - skew) p/m. skew = 0 is KL(p || q).
+    """
+    if skew == 0:
+        return forward_kl(teacher, student)
+    p, q = teacher.probabilities, student.probabilities
+    m = torch.lerp(q, p, skew)
+    value = _finite(teacher.log_probabilities()).sub_(_log(m)).mul_(p).sum(-1)
+    # q * p/m rather than p/m, which has no limit where both are 0
+    weighted = (p * q).div_(m.clamp_(min=_tiny(m))).mul_(skew - 1)
+    return value, weighted - q * weighted.sum(-1, keepdim=True)
+
+
+def skew_reverse_kl(
+    teacher: Distribution, student: Distribution, skew: float = 0.1
+) -> ValueAndGradient:
+    """KL(q || m) with m = skew q + (1 - skew) p, 0 <= skew < 1 (Ko et al. 2024, DistiLLM, eq. 5).
+
+    Gradient through d/dq = log(q/m) + 1 - skew q/m. skew = 0 is KL(q || p).
+    """
+    if skew == 0:
+        return reverse_kl(teacher, student)
+    p, q = teacher.probabilities, student.probabilities
+    m = torch.lerp(p, q, skew)
+    slope = _finite(student.log_probabilities()).sub_(_log(m))
+    value = slope.mul(q).sum(-1)
+    slope.sub_(q.div(m.clamp_(min=_tiny(m))).mul_(skew))
+    return value, _through_softmax(slope, q)
+
+
+def logit_mse(teacher: Distribution, student: Distribution) -> ValueAndGradient:
+    """Sum of squared differences of centred logits over 2V (Ba & Caruana 2014, eq. 1).
+
+    In squared logits, not nats: the limit of T^2 KL(p || q) for large T (Hinton et al. 2015,
+    section 2.1). Gradient: the centred difference over V.
+    """
+    alive = teacher.logits.gt(-math.inf)
+    n = alive.sum(-1, keepdim=True)
+    difference = (student.logits - teacher.logits).masked_fill_(~alive, 0.0)
+    difference.sub_(difference.sum(-1, keepdim=True).div(n)).mul_(alive)
+    value = difference.pow(2).sum(-1).div_(2 * n.squeeze(-1))
+    return value, difference.div_(n)
+
+
+class Divergence(NamedTuple):
+    """A divergence as training uses it."""
+
+    function: Callable[[Distribution, Distribution], ValueAndGradient]
+    temperature_power: int  # c(T) = T ** power keeps the gradient's size independent of T
+    in_nats: bool
+
+
+_DIVERGENCES: Dict[str, Tuple[Callable[..., ValueAndGradient], int, bool, Optional[str]]] = {
+    "forward-kl": (forward_kl, 2, True, None),
+    "reverse-kl": (reverse_kl, 2, True, None),
+    "js": (js, 2, True, "beta"),
+    "tvd": (tvd, 1, False, None),
+    "skew-kl": (skew_kl, 2, True, "skew"),
+    "skew-reverse-kl": (skew_reverse_kl, 2, True, "skew"),
+    "logit-mse": (logit_mse, 0, False, None),
+}
+NAMES = tuple(_DIVERGENCES)
+
+
+def parameter_of(name: str) -> Optional[str]:
+    """The one parameter that the named divergence takes ("beta" or "skew"), if any."""
+    return _DIVERGENCES[name][3]
+
+
+def divergence(name: str, parameter: Optional[float] = None) -> Divergence:
+    """The named divergence; ``parameter`` replaces the default of its one parameter."""
+    function, power, in_nats, keyword = _DIVERGENCES[name]
+    if parameter is not None:
+        if keyword is None:
+            raise ValueError("{} takes no parameter".format(name))
+        function = functools.partial(function, **{keyword: parameter})
+    return Divergence(function, power, in_nats)
+
+
+def _through_softmax(slope: Tensor, q: Tensor) -> Tensor:
+    """From d/dq to d/dlogits: q * (slope - sum of q * slope)."""
+    return slope.sub_(slope.mul(q).sum(-1, keepdim=True)).mul_(q)
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
+
+
+def _log(m: Tensor) -> Tensor:
+    """log m, finite where m = 0: what it stands beside is 0 there."""
+    return m.clamp(min=_tiny(m)).log_()
+
+
+def _finite(x: Tensor) -> Tensor:
+    """x with -inf and +inf made huge, in place: 0 * huge is 0 where 0 * inf would be NaN."""
+    limit = torch.finfo(x.dtype).max
+    return x.clamp_(-limit, limit)
+
+
+def _on_support(
+    teacher: Distribution, student: Distribution
+) -> Tuple[Distribution, Distribution]:
+    """Both on the symbols to which the teacher gives probability; q renormalised there."""
+    if teacher.logits.amin() > -math.inf:
+        return teacher, student
+    dead = teacher.logits.eq(-math.inf)
+    # a finite stand-in on both sides, so that their difference there is 0
+    floor = torch.finfo(student.logits.dtype).min
+    kept = distribution(student.logits.masked_fill(dead, -math.inf))
+    return (
+        teacher._replace(logits=teacher.logits.masked_fill(dead, floor)),
+        kept._replace(logits=kept.logits.masked_fill(dead, floor)),
+    )

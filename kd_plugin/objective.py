@@ -10,12 +10,14 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .divergences import forward_kl
+from .divergences import Distribution, Divergence, distribution, divergence
+from .selection import Selection, TokenStatistics
 from .signal import TeacherSignal
+from .topk import cut
 
 # Rows per chunk times V. On a CPU a chunk's few buffers should stay in its caches; a GPU needs
 # enough work per kernel.
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
+_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 
 
 class NotFiniteTeacherError(RuntimeError):
@@ -27,19 +29,37 @@ class NotFiniteTeacherError(RuntimeError):
         self.rows = rows
 
 
-class Terms(NamedTuple):
-    """What the objective found, one value per real target row, in nats where it is a loss.
+_FORWARD_KL = divergence("forward-kl")
 
-    ``loss`` is the differentiable sum that training minimises; the others carry no gradient.
-    The teacher's are None without a teacher, the ones that cost passes over the vocabulary
-    (``correct``, ``teacher_nll``, ``agree``) also unless asked for.
+
+class Settings(NamedTuple):
+    """What is minimised; the criterion's flags at one update."""
+
+    kd_weight: float = 0.5
+    ce_weight: Optional[float] = None  # None: what a token's distillation term leaves of 1
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
+    divergence: Divergence = _FORWARD_KL
+    top_k: int = 0  # 0: the whole vocabulary
+    tail: str = "bucket"
+    selection: Selection = Selection("all")
+    adaptive: bool = False  # kd_weight * sigmoid(student's nll - teacher's nll), token by token
+    with_metrics: bool = False  # fill the fields of Terms that cost passes over the vocabulary
+
+
+class Terms(NamedTuple):
+    """What the objective found, one value per real target row, natural logarithms.
+
+    ``loss`` is the differentiable sum that training minimises; the others carry no gradient. The
+    teacher's are None without a teacher, and what nobody asked for is None.
     """
 
     loss: Tensor  # scalar
-    nll: Tensor  # (n,) student's negative log-probability of the reference at T = 1
-    kd: Optional[Tensor]  # (n,) divergence, without c(T) and weight
+    tokens: TokenStatistics  # what the selection decided on
+    selected: Optional[Tensor]  # (n,) bool; None is all
+    kd: Optional[Tensor]  # (n,) divergence, without c(T) and weight; 0 where not selected
+    kd_weight: Optional[Tensor]  # (n,) weight of the divergence; 0 where not selected
     correct: Optional[Tensor]  # (n,) student's argmax is the reference
-    teacher_nll: Optional[Tensor]  # (n,) at T = 1
     agree: Optional[Tensor]  # (n,) the two argmaxes are the same
 
 
@@ -48,34 +68,27 @@ def distillation_objective(
     target: Tensor,
     rows: Tensor,
     signal: Optional[TeacherSignal],
-    ce_weight: float,
-    kd_weight: float,
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
-    with_metrics: bool = False,
+    settings: Settings,
 ) -> Terms:
-    """Sum over rows of ``ce_weight * ce + kd_weight * T^2 * KL(p || q)``.
+    """Sum over rows of ``ce_weight * ce + kd_weight * selected * c(T) * D(p, q)``.
 
     ce is label-smoothed cross-entropy at T = 1 exactly as fairseq's
     ``label_smoothed_cross_entropy`` defines it (epsilon spread over the V - 1 other symbols);
-    p and q are the teacher's and the student's softmax at temperature T (Hinton et al. 2015,
-    section 2; T^2 keeps the gradient's size independent of T).
+    p and q are the teacher's and the student's softmax at temperature T; c(T) keeps the gradient's
+    size independent of T (Hinton et al. 2015, section 2).
 
     Args:
         logits: student logits, (N, V), any floating dtype; computed on in float32 (or float64).
         target: reference symbols, (N,).
         rows: int64 indices of the real target rows among the N; others get gradient 0.
-        signal: the teacher's say, or None for cross-entropy alone.
-        with_metrics: also fill ``correct``, ``teacher_nll`` and ``agree``.
+        signal: the teacher's say, or None for cross-entropy alone (with weight 1).
 
     Raises:
         NotFiniteTeacherError: a teacher row is NaN, +inf or has no mass.
     """
-    work = _Work(
-        target, rows, signal, ce_weight, kd_weight, temperature, label_smoothing, with_metrics
-    )
+    work = _Work(target, rows, signal, settings)
     loss = _Objective.apply(logits, work)
-    return Terms(loss, work.nll, work.kd, work.correct, work.teacher_nll, work.agree)
+    return work.terms(loss)
 
 
 class _Objective(torch.autograd.Function):
@@ -94,7 +107,7 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> Tuple[Tensor, None]:
+    def backward(ctx: Any, scale: Tensor) -> Tuple[Tensor, None]:  # type: ignore[override]
         if ctx.late:
             (logits,) = ctx.saved_tensors
             gradient = torch.empty_like(logits)
@@ -111,100 +124,225 @@ class _Objective(torch.autograd.Function):
 class _Work:
     """One evaluation of the objective: its inputs, its chunk loop, and its per-row results."""
 
+    # One value per row each; what nobody asks for is None, see _allocate
+    nll: Tensor
+    ce: Tensor
+    ce_weight: Any
+    kd: Any
+    kd_weight: Any
+    bad_teacher: Any
+    selected: Any
+    correct: Optional[Tensor]
+    agree: Optional[Tensor]
+    teacher_nll: Any
+    teacher_entropy: Optional[Tensor]
+    teacher_correct: Optional[Tensor]
+
     def __init__(
-        self,
-        target: Tensor,
-        rows: Tensor,
-        signal: Optional[TeacherSignal],
-        ce_weight: float,
-        kd_weight: float,
-        temperature: float,
-        label_smoothing: float,
-        with_metrics: bool,
+        self, target: Tensor, rows: Tensor, signal: Optional[TeacherSignal], settings: Settings
     ) -> None:
-        self.rows, self.target, self.signal = rows, target[rows], signal
-        self.ce_weight, self.kd_weight, self.temperature = ce_weight, kd_weight, temperature
-        self.label_smoothing, self.with_metrics = label_smoothing, with_metrics
+        self.rows, self.target = rows, target[rows]
+        self.signal, self.settings = signal, settings
 
     def run(
         self, logits: Tensor, gradient: Optional[Tensor], scale: Optional[Tensor] = None
     ) -> Tensor:
-        """Fill the per-row results, and ``gradient`` (times ``scale``) if given; return the loss."""
-        n, vocabulary = self.rows.numel(), logits.size(-1)
-        dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
-        new = lambda kind=dtype: torch.empty(n, dtype=kind, device=logits.device)  # noqa: E731
-        teacher, metrics = self.signal is not None, self.with_metrics
-        self.nll, self.ce = new(), new()
-        self.kd = new() if teacher else None
-        self.correct = new(torch.bool) if metrics else None
-        self.teacher_nll = new() if metrics and teacher else None
-        self.agree = new(torch.bool) if metrics and teacher else None
-        self._bad_teacher = new(torch.bool) if teacher else None
+        """Fill the per-row results and ``gradient`` (times ``scale``) if given; return the loss."""
+        settings = self.settings
+        self._allocate(logits)
+        if gradient is not None and self.rows.numel() < logits.size(0):
+            rest = torch.ones(logits.size(0), dtype=torch.bool, device=logits.device)
+            rest[self.rows] = False
+            gradient[rest] = 0
+        if self.signal is not None and settings.selection.looks_at_batch:
+            for here, z in self._chunks(logits):
+                self._student_nll(here, z, torch.logsumexp(z, dim=-1, keepdim=True))
+            self.selected = settings.selection(TokenStatistics(self.nll))
 
-        if gradient is not None:
-            gradient[_others(self.rows, logits.size(0))] = 0
-        size = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 25) // vocabulary)
-        contiguous = n == logits.size(0)
-        for start in range(0, n, size):
-            here = slice(start, min(start + size, n))
-            rows = here if contiguous else self.rows[here]
-            chunk_gradient = self._chunk(here, logits[rows].to(dtype), gradient is not None)
-            if gradient is not None:
+        for here, z in self._chunks(logits):
+            chunk_gradient = self._chunk(here, z, gradient is not None)
+            if gradient is not None and chunk_gradient is not None:
                 if scale is not None:
                     chunk_gradient.mul_(scale)
-                gradient[rows] = chunk_gradient.to(gradient.dtype)
+                gradient[self._place(here, logits)] = chunk_gradient.to(gradient.dtype)
 
-        loss = self.ce_weight * self.ce.sum()
-        if self.kd is not None:
-            if self._bad_teacher.any():
-                bad = self.rows[self._bad_teacher]
-                raise NotFiniteTeacherError(" and ".join(self.signal.not_finite(bad)), bad)
-            loss = loss + self.kd_weight * self.temperature**2 * self.kd.sum()
-        return loss
+        if self.signal is None:
+            return self.ce.sum()
+        if self.bad_teacher.any():
+            bad = self.rows[self.bad_teacher]
+            raise NotFiniteTeacherError(" and ".join(self.signal.not_finite(bad)), bad)
+        c = settings.temperature**settings.divergence.temperature_power
+        return (self.ce_weight * self.ce).sum() + c * (self.kd_weight * self.kd).sum()
+
+    def terms(self, loss: Tensor) -> Terms:
+        tokens = TokenStatistics(
+            self.nll, self.teacher_nll, self.teacher_entropy, self.teacher_correct
+        )
+        return Terms(
+            loss, tokens, self.selected, self.kd, self.kd_weight, self.correct, self.agree
+        )
+
+    def _allocate(self, logits: Tensor) -> None:
+        """A value per row for all that is asked for; None for the rest."""
+        wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+        n, device, selection = self.rows.numel(), logits.device, self.settings.selection
+
+        def new(wanted: bool, kind: torch.dtype = wide, fill: float = 0) -> Any:
+            return torch.full((n,), fill, dtype=kind, device=device) if wanted else None
+
+        taught, metrics = self.signal is not None, self.settings.with_metrics
+        self.dtype = wide
+        self.nll, self.ce = new(True), new(True)
+        self.correct = new(metrics, torch.bool)
+        self.selected = None
+        self.kd, self.kd_weight = new(taught), new(taught)
+        self.bad_teacher = new(taught, torch.bool)
+        self.agree = new(taught and metrics, torch.bool)
+        self.teacher_nll = new(
+            taught and (metrics or self.settings.adaptive or selection.name == "teacher-better")
+        )
+        self.teacher_entropy = new(taught and selection.name == "teacher-entropy")
+        self.teacher_correct = new(taught and selection.name == "teacher-correct", torch.bool)
+        constant = self.settings.ce_weight
+        self.ce_weight = new(taught, fill=1.0 if constant is None else constant)
+
+    def _chunks(self, logits: Tensor) -> Any:
+        n = self.rows.numel()
+        size = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 25) // logits.size(-1))
+        for start in range(0, n, size):
+            here = slice(start, min(start + size, n))
+            yield here, logits[self._place(here, logits)].to(self.dtype)
+
+    def _place(self, here: slice, logits: Tensor) -> Any:
+        """Where a chunk stands in the logits: a view where no row is left out."""
+        return here if self.rows.numel() == logits.size(0) else self.rows[here]
+
+    def _student_nll(self, here: slice, z: Tensor, log_normaliser: Tensor) -> Tensor:
+        at_target = z.gather(-1, self.target[here].unsqueeze(-1))
+        self.nll[here] = (log_normaliser - at_target).squeeze(-1)
+        return self.nll[here]
 
     def _chunk(self, here: slice, z: Tensor, with_gradient: bool) -> Optional[Tensor]:
         """Results of one chunk of rows; returns its gradient with respect to the logits ``z``."""
-        target = self.target[here].unsqueeze(-1)
-        log_q = torch.log_softmax(z, dim=-1)
-        nll = -log_q.gather(-1, target).squeeze(-1)
-        eps = self.label_smoothing
-        other_eps = eps / (z.size(-1) - 1)
+        student = distribution(z)
+        nll = self._student_nll(here, z, student.log_normaliser)
+        v, eps = z.size(-1), self.settings.label_smoothing
+        other_eps = eps / (v - 1)
         on_target = 1.0 - eps - other_eps
-        ce = on_target * nll
+        self.ce[here] = on_target * nll
         if eps > 0:
-            ce -= other_eps * log_q.sum(dim=-1)
-        self.nll[here], self.ce[here] = nll, ce
+            self.ce[here] += other_eps * (v * student.log_normaliser.squeeze(-1) - z.sum(dim=-1))
 
-        kd_gradient = None
+        if self.settings.with_metrics:
+            best = z.argmax(dim=-1)
+            self.correct[here] = best == self.target[here]
+        else:
+            best = None
+        distilled = None
         if self.signal is not None:
-            t = self.temperature
-            z_t = self.signal.logits(self.rows[here]).to(z.device)
-            log_p = torch.log_softmax(z_t if t == 1 else z_t / t, dim=-1)
-            log_q_t = log_q if t == 1 else torch.log_softmax(z / t, dim=-1)
-            self.kd[here], kd_gradient = forward_kl(log_p, log_q_t)
-            # log_softmax spreads NaN, +inf and an empty row over all of its row
-            self._bad_teacher[here] = log_p[:, 0].isnan()
-            if self.with_metrics:
-                nll_t = torch.logsumexp(z_t, dim=-1) - z_t.gather(-1, target).squeeze(-1)
-                self.teacher_nll[here] = nll_t
-                self.agree[here] = z_t.argmax(dim=-1) == z.argmax(dim=-1)
-        if self.with_metrics:
-            self.correct[here] = z.argmax(dim=-1) == self.target[here]
+            distilled = self._distil(here, student, best, with_gradient)
         if not with_gradient:
             return None
 
         # d ce / d z = q - other_eps - on_target * [the reference]
-        gradient = log_q.exp_().sub_(other_eps).mul_(self.ce_weight)
-        gradient.scatter_add_(
-            -1, target, torch.full_like(target, -self.ce_weight * on_target, dtype=z.dtype)
-        )
-        if kd_gradient is not None:
-            gradient.add_(kd_gradient, alpha=self.kd_weight * self.temperature)
+        gradient = student.probabilities - other_eps
+        target = self.target[here].unsqueeze(-1)
+        gradient.scatter_add_(-1, target, torch.full_like(target, -on_target, dtype=z.dtype))
+        if self.ce_weight is not None:
+            gradient.mul_(self.ce_weight[here].unsqueeze(-1))
+        if distilled is not None:
+            index, kd_gradient = distilled
+            if index is None:
+                gradient.add_(kd_gradient)
+            else:
+                gradient.index_add_(0, index, kd_gradient)
         return gradient
 
+    def _distil(
+        self, here: slice, student: Distribution, best: Optional[Tensor], with_gradient: bool
+    ) -> Optional[Tuple[Optional[Tensor], Tensor]]:
+        """The distillation term of a chunk.
 
-def _others(rows: Tensor, total: int) -> Tensor:
-    """Indices below ``total`` that are not in ``rows``."""
-    rest = torch.ones(total, dtype=torch.bool, device=rows.device)
-    rest[rows] = False
-    return rest.nonzero().squeeze(-1)
+        Returns:
+            which of its rows are distilled (None is all) and their weighted gradient; None when no
+            row is, or without a gradient.
+        """
+        assert self.signal is not None
+        settings = self.settings
+        t, selection = settings.temperature, settings.selection
+        rows, target = self.rows[here], self.target[here]
+        # The teacher is asked about every row only where something depends on it
+        ask_all = settings.with_metrics or selection.asks_teacher
+        index = None if ask_all else self._decide(here)
+        if index is not None:
+            if not index.numel():
+                return None
+            rows, target = rows[index], target[index]
+        z_t = self.signal.logits(rows).to(student.logits)
+        plain = distribution(z_t) if t == 1 or self.teacher_entropy is not None else None
+        if plain is not None:
+            normaliser = plain.log_normaliser
+        else:
+            normaliser = torch.logsumexp(z_t, -1, keepdim=True)
+        everywhere = here if index is None else index + here.start
+        self.bad_teacher[everywhere] = ~normaliser.isfinite().squeeze(-1)
+        if self.teacher_nll is not None:
+            at_target = z_t.gather(-1, target.unsqueeze(-1))
+            self.teacher_nll[everywhere] = (normaliser - at_target).squeeze(-1)
+        if self.agree is not None or self.teacher_correct is not None:
+            teacher_best = z_t.argmax(dim=-1)
+            if self.agree is not None:
+                self.agree[everywhere] = teacher_best == best
+            if self.teacher_correct is not None:
+                self.teacher_correct[everywhere] = teacher_best == target
+        if self.teacher_entropy is not None and plain is not None:
+            log_p = plain.log_probabilities().clamp_(min=torch.finfo(z_t.dtype).min)
+            self.teacher_entropy[here] = -log_p.mul_(plain.probabilities).sum(-1)
+
+        if ask_all:
+            index = self._decide(here)
+            if index is not None:
+                if not index.numel():
+                    return None
+                z_t, plain = z_t[index], None if plain is None else plain.rows(index)
+        if index is not None:
+            student = student.rows(index)
+            everywhere = index + here.start
+        if t == 1 and plain is not None:
+            teacher = plain
+        else:
+            teacher, student = distribution(z_t / t), distribution(student.logits / t)
+        spread = None
+        if settings.top_k:
+            teacher, student, spread = cut(teacher, student, settings.top_k, settings.tail)
+        value, gradient = settings.divergence.function(teacher, student)
+
+        weight = torch.full_like(value, settings.kd_weight)
+        if settings.adaptive:
+            weight *= torch.sigmoid(self.nll[everywhere] - self.teacher_nll[everywhere])
+        self.kd[everywhere], self.kd_weight[everywhere] = value, weight
+        if settings.ce_weight is None:
+            self.ce_weight[everywhere] = 1 - weight
+        if not with_gradient:
+            return None
+        if spread is not None:
+            gradient = spread(gradient)
+        # c(T), and 1 / T because the divergence's gradient is for the tempered logits
+        factor = weight * t ** (settings.divergence.temperature_power - 1)
+        return index, gradient.mul_(factor.unsqueeze(-1))
+
+    def _decide(self, here: slice) -> Optional[Tensor]:
+        """Indices of the chunk's rows that are distilled; None is all of them."""
+        selection = self.settings.selection
+        if selection.looks_at_batch and self.selected is not None:
+            return self.selected[here].nonzero().squeeze(-1)
+        others = (self.teacher_nll, self.teacher_entropy, self.teacher_correct)
+        chosen = selection(
+            TokenStatistics(self.nll[here], *(None if x is None else x[here] for x in others))
+        )
+        if chosen is None:
+            return None
+        if self.selected is None:
+            self.selected = torch.zeros_like(self.rows, dtype=torch.bool)
+        self.selected[here] = chosen
+        return chosen.nonzero().squeeze(-1)

@@ -56,7 +56,7 @@ class TeacherSignal:
         return torch.logsumexp(torch.stack(parts), dim=0)
 
     def not_finite(self, rows: Tensor) -> List[str]:
-        """Names of the members whose logits hold NaN or +inf (or nothing but -inf) in these rows."""
+        """Names of the members whose logits hold NaN, +inf or only -inf in one of these rows."""
         return [
             member.name
             for member in self.members

@@ -12,12 +12,16 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum
+from fairseq.distributed import utils as distributed_utils
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from .configuration import choice_value
+from .selection import ScoreQueue
 from .signal import not_finite_teacher
 from .teacher import DTYPES, Student, Teacher, TeacherError, parse_overrides, parse_weights
 
@@ -32,7 +36,7 @@ _PROBE_SENTENCES = 64
 class KDTranslationConfig(TranslationConfig):
     teacher_checkpoint_path: Optional[str] = field(
         default=None,
-        metadata={"help": "checkpoint of the teacher; several with ':' between them are an ensemble"},
+        metadata={"help": "the teacher's checkpoint; several with ':' between are an ensemble"},
     )
     teacher_data: Optional[str] = field(
         default=None,
@@ -51,7 +55,7 @@ class KDTranslationConfig(TranslationConfig):
     )
     teacher_overrides: str = field(
         default="{}",
-        metadata={"help": "a dictionary of arguments that override those the teacher was trained with"},
+        metadata={"help": "dictionary of arguments that override those of the teacher's training"},
     )
     teacher_dtype: ChoiceEnum(["same", "fp32", "fp16", "bf16"]) = field(  # type: ignore
         default="same",
@@ -84,6 +88,8 @@ class KDTranslationTask(TranslationTask):
         super().__init__(cfg, src_dict, tgt_dict)
         self._teacher: Optional[Teacher] = None
         self._training = False
+        # scores of the last tokens, where the selection compares with them
+        self._queue: Optional[ScoreQueue] = None
         self._looked_for_teacher = False
         # longest source and target sentence, in tokens, in the batches of any dataset so far
         self._longest = (0, 0)
@@ -106,13 +112,24 @@ class KDTranslationTask(TranslationTask):
                 "--task kd_translation needs --criterion {}, which listens to the teacher; got "
                 "{}. For training without a teacher use --task translation.".format(CRITERION, name)
             )
-        return super().build_criterion(cfg, *args, **kwargs)
+        criterion = super().build_criterion(cfg, *args, **kwargs)
+        self._queue = criterion.selection.queue
+        return criterion
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)
         source, target = _longest_kept(dataset, max_positions)
         self._longest = max(self._longest[0], source), max(self._longest[1], target)
-        return super().get_batch_iterator(dataset, *args, **kwargs)
+        # Newer fairseq draws the order of equally long sentences from seed + epoch and keeps the
+        # batches that come of it: a run resumed later than in epoch 1 would get other batches.
+        epoch, cached = kwargs.get("epoch", 1), self.dataset_to_epoch_iter.get(dataset)
+        iterator = super().get_batch_iterator(dataset, *args, **{**kwargs, "epoch": 1})
+        if iterator is not cached:
+            iterator.epoch = max(epoch, 1)
+            dataset.set_epoch(epoch)
+        if self._queue is not None and dataset is self.datasets.get(self.cfg.train_subset):
+            _remember(iterator, self._queue)
+        return iterator
 
     # training and validation
 
@@ -137,6 +154,18 @@ class KDTranslationTask(TranslationTask):
             sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad, **kwargs
         )
 
+    def optimizer_step(self, optimizer, model, update_num):
+        scale = optimizer.scaler.get_scale() if isinstance(optimizer, AMPOptimizer) else None
+        super().optimizer_step(optimizer, model, update_num)
+        # amp's scaler skips an overflowed step by itself and then lowers its scale; the other
+        # loss scalers never come here with one
+        if self._queue is not None and (scale is None or optimizer.scaler.get_scale() >= scale):
+            distributed = dist.is_available() and dist.is_initialized()
+            self._queue.enter_waiting(
+                distributed_utils.get_data_parallel_group() if distributed else None,
+                next(model.parameters()).device,
+            )
+
     def valid_step(self, sample, model, criterion, **kwargs):
         if not self._training and not self._looked_for_teacher:
             self._look_for_teacher(model)
@@ -149,7 +178,7 @@ class KDTranslationTask(TranslationTask):
         """
         if self._teacher is None:
             return sample
-        amp = amp and _choice(self.cfg.teacher_dtype) == "same"
+        amp = amp and choice_value(self.cfg.teacher_dtype) == "same"
         return {**sample, "teacher": self._teacher(sample["net_input"], amp=amp, **about)}
 
     # the teacher
@@ -173,8 +202,8 @@ class KDTranslationTask(TranslationTask):
             trust=self.cfg.teacher_trust_checkpoint,
         )
         parameter = next(model.parameters())
-        precision = _choice(self.cfg.teacher_dtype)
-        if _choice(self.cfg.teacher_device) == "cpu":
+        precision = choice_value(self.cfg.teacher_dtype)
+        if choice_value(self.cfg.teacher_device) == "cpu":
             if precision not in ("same", "fp32"):
                 raise TeacherError(
                     "--teacher-device cpu runs the teacher in fp32; --teacher-dtype {} cannot be "
@@ -247,9 +276,27 @@ class KDTranslationTask(TranslationTask):
             )
 
 
-def _choice(value: Any) -> str:
-    """A ChoiceEnum's value: fairseq keeps it as a string or as an enum, depending on the way in."""
-    return str(getattr(value, "value", value))
+def _remember(iterator: Any, queue: ScoreQueue) -> None:
+    """Let the queue travel in the train iterator's state, the only one that fairseq resumes."""
+    if hasattr(iterator, "kd_queue"):
+        return
+    iterator.kd_queue = queue
+    save, load = iterator.state_dict, iterator.load_state_dict
+
+    def state_dict() -> Dict[str, Any]:
+        return {**save(), "kd_queue": queue.state_dict()}
+
+    def load_state_dict(state: Dict[str, Any]) -> None:
+        load(state)
+        if "kd_queue" in state:
+            queue.load_state_dict(state["kd_queue"])
+        else:
+            logger.warning(
+                "the checkpoint holds no scores of earlier tokens for --kd-selection: it begins "
+                "anew and distils every token until the first update is done"
+            )
+
+    iterator.state_dict, iterator.load_state_dict = state_dict, load_state_dict
 
 
 def _longest_kept(dataset: Any, max_positions: Any) -> Tuple[int, int]:

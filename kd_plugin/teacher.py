@@ -88,7 +88,9 @@ class Teacher:
                 "--teacher-data needs one folder for all teachers or one for each of the {}, got "
                 "{}".format(len(paths), len(data))
             )
-        folders = list(data) * len(paths) if len(data) == 1 else list(data) or [None] * len(paths)
+        folders: List[Optional[str]] = [None] * len(paths)
+        if data:
+            folders = [*data] * len(paths) if len(data) == 1 else [*data]
         return cls(
             [
                 _Member(path, student, folder, overrides or {}, trust)
@@ -109,7 +111,9 @@ class Teacher:
         return int(min(source)), int(min(target))
 
     @torch.no_grad()
-    def __call__(self, net_input: Dict[str, Tensor], amp: bool = False, **about: Any) -> TeacherSignal:
+    def __call__(
+        self, net_input: Dict[str, Tensor], amp: bool = False, **about: Any
+    ) -> TeacherSignal:
         """Run the teacher on a batch given in the student's indices.
 
         Args:
@@ -236,7 +240,7 @@ class _Member:
 
         else:
             # the projection's rows in the student's order: nothing to reorder in each batch
-            weight, bias = self._reordered_projection(layer)
+            weight, bias = self._reordered_projection(layer, self.target_map)
 
             def project(x: Tensor) -> Tensor:
                 return self._without_missing(F.linear(x, weight, bias))
@@ -247,11 +251,13 @@ class _Member:
 
         return logits
 
-    def _reordered_projection(self, layer: Any) -> Tuple[Tensor, Optional[Tensor]]:
+    def _reordered_projection(
+        self, layer: Any, target_map: Tensor
+    ) -> Tuple[Tensor, Optional[Tensor]]:
         weight = layer.weight
         cached = self._projection
         if cached is None or (cached[0].device, cached[0].dtype) != (weight.device, weight.dtype):
-            index = self.target_map.clamp(min=0).to(weight.device)
+            index = target_map.clamp(min=0).to(weight.device)
             bias = getattr(layer, "bias", None)
             cached = (weight.detach()[index], None if bias is None else bias.detach()[index])
             self._projection = cached
@@ -411,9 +417,7 @@ def parse_overrides(text: str) -> Dict[str, Any]:
         overrides = None
     if not isinstance(overrides, dict):
         raise TeacherError(
-            "--teacher-overrides needs a dictionary such as \"{{'dropout': 0.1}}\", got {!r}".format(
-                text
-            )
+            "--teacher-overrides needs a dictionary, {{'dropout': 0.1}} say; got {!r}".format(text)
         )
     return overrides
 
@@ -427,5 +431,7 @@ def parse_weights(text: Optional[str]) -> Optional[List[float]]:
     try:
         return [float(weight) for weight in text.split(",")] if text else None
     except ValueError:
-        raise TeacherError("--teacher-weights needs numbers as in 2,1,1; got {!r}".format(text)) from None
+        raise TeacherError(
+            "--teacher-weights needs numbers as in 2,1,1; got {!r}".format(text)
+        ) from None
 

@@ -55,7 +55,11 @@ def index_map(
             "(fairseq-preprocess --srcdict/--tgtdict) and its subword model, or point "
             "--teacher-data at the teacher's own dictionaries if these are not they. "
             "Sequence-level distillation needs no shared vocabulary.".format(
-                side=side, theirs=len(teacher), n=len(lacking), ours=len(student), some=_some(lacking)
+                side=side,
+                theirs=len(teacher),
+                n=len(lacking),
+                ours=len(student),
+                some=_some(lacking),
             )
         )
     return torch.tensor([position.get(symbol, MISSING) for symbol in student], dtype=torch.long)

@@ -75,7 +75,7 @@ def test_opens_what_fairseq_writes(save):
 
 
 def test_opens_omegaconf_configurations_of_earlier_versions(save):
-    config = OmegaConf.create({"model": {"_name": "transformer", "dropout": 0.1}, "task": {"x": [1]}})
+    config = OmegaConf.create({"model": {"_name": "lstm", "dropout": 0.1}, "task": {"x": [1]}})
     state = read_checkpoint(save(fairseq_like(cfg=config)))
     assert get(section(state, "model"), "dropout") == 0.1
     assert get(section(state, "task"), "absent", "default") == "default"
@@ -177,13 +177,13 @@ def test_no_such_file(tmp_path):
 
 def test_average_is_the_mean_in_the_first_ones_dtype():
     states = [
-        {"model": OrderedDict(w=torch.tensor([float(i), 2.0 * i]).half(), version=torch.tensor([3]))}
+        {"model": OrderedDict(w=torch.tensor([1.0 * i, 2.0 * i]).half(), n=torch.tensor([3]))}
         for i in (1, 2, 6)
     ]
     mean = average(states)
     assert mean["w"].dtype == torch.float16
     assert mean["w"].tolist() == [3.0, 6.0]
-    assert mean["version"].tolist() == [3]
+    assert mean["n"].tolist() == [3]
 
 
 def test_average_refuses_different_models():

@@ -8,9 +8,18 @@ from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_l
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_plugin import objective
-from kd_plugin.objective import NotFiniteTeacherError, distillation_objective
+from kd_plugin import divergences, objective
+from kd_plugin.divergences import divergence
+from kd_plugin.objective import NotFiniteTeacherError, Settings
+from kd_plugin.selection import Selection
 from kd_plugin.signal import Member, TeacherSignal
+
+
+def distillation_objective(
+    student, target, rows, signal, ce_weight=None, kd_weight=0.5, temperature=1.0, eps=0.0, **more
+):
+    settings = Settings(kd_weight, ce_weight, temperature, eps, **more)
+    return objective.distillation_objective(student, target, rows, signal, settings)
 
 
 def signal_of(*logits, weights=None):
@@ -55,7 +64,7 @@ def test_by_hand():
     )
     # at T = 1: q = (1/10, 9/10); at T = 2: q = (1/4, 3/4), p = (1/2, 1/2)
     kl = 0.5 * math.log(2.0) + 0.5 * math.log(2.0 / 3.0)
-    assert terms.nll.item() == pytest.approx(math.log(10.0), abs=1e-12)
+    assert terms.tokens.student_nll.item() == pytest.approx(math.log(10.0), abs=1e-12)
     assert terms.kd.item() == pytest.approx(kl, abs=1e-12)
     assert terms.loss.item() == pytest.approx(0.25 * math.log(10.0) + 0.75 * 4 * kl, abs=1e-12)
     terms.loss.backward()
@@ -89,11 +98,11 @@ def test_without_kd_it_is_fairseqs_label_smoothed_cross_entropy(eps):
     (expected,) = torch.autograd.grad(stock, student)
     rows = target.ne(1).nonzero().squeeze(-1)
     terms = distillation_objective(
-        student, target, rows, signal_of(teacher), 1.0, 0.0, label_smoothing=eps
+        student, target, rows, signal_of(teacher), 1.0, 0.0, eps=eps
     )
     (gradient,) = torch.autograd.grad(terms.loss, student)
     torch.testing.assert_close(terms.loss, stock)
-    torch.testing.assert_close(terms.nll.sum(), stock_nll)
+    torch.testing.assert_close(terms.tokens.student_nll.sum(), stock_nll)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -109,8 +118,132 @@ def test_student_equal_to_teacher_learns_nothing_from_it():
         assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("selected", ["batch", "teacher-correct", "teacher-better"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("metrics", [False, True])
+def test_tokens_that_are_not_selected_learn_from_the_text_alone(selected, temperature, metrics):
+    student, teacher, target = random_case(n=30)
+    # what is not selected must not even matter: an infinite divergence there
+    rows = torch.arange(2, 30)
+    terms = distillation_objective(
+        student,
+        target,
+        rows,
+        signal_of(teacher),
+        None,
+        0.7,
+        temperature,
+        0.1,
+        selection=Selection(selected, 0.3),
+        with_metrics=metrics,
+    )
+    (gradient,) = torch.autograd.grad(terms.loss, student)
+    chosen = rows[terms.selected]
+    others = rows[~terms.selected]
+    assert 0 < len(chosen) < len(rows)
+    parts = [
+        reference_loss(student, teacher, target, chosen, 1 - 0.7, 0.7, temperature, 0.1),
+        reference_loss(student, teacher, target, others, 1.0, 0.0, temperature, 0.1),
+    ]
+    (expected,) = torch.autograd.grad(sum(parts), student)
+    torch.testing.assert_close(terms.loss, sum(parts), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+    assert (terms.kd[~terms.selected] == 0).all()
+
+
+def test_which_tokens_are_selected():
+    student, teacher, target = random_case(n=40)
+    rows = torch.arange(40)
+
+    def selected(name, rate=0.25):
+        return distillation_objective(
+            student, target, rows, signal_of(teacher), selection=Selection(name, rate)
+        ).selected
+
+    student_nll = torch.nn.functional.cross_entropy(student, target, reduction="none")
+    teacher_nll = torch.nn.functional.cross_entropy(teacher, target, reduction="none")
+    hardest = student_nll.argsort(descending=True)[:10]
+    assert set(selected("batch").nonzero().squeeze(-1).tolist()) == set(hardest.tolist())
+    assert selected("teacher-correct").tolist() == (teacher.argmax(-1) == target).tolist()
+    assert selected("teacher-better").tolist() == (teacher_nll < student_nll).tolist()
+
+
+@pytest.mark.parametrize("name", ["global", "teacher-entropy"])
+def test_selection_against_the_queue(name):
+    student, teacher, target = random_case(n=40)
+    rows = torch.arange(40)
+    selection = Selection(name, 0.25, queue_size=100)
+    args = (student, target, rows, signal_of(teacher), 0.5, 0.5, 2.0)
+    first = distillation_objective(*args, selection=selection)
+    assert first.selected is None  # nothing to compare with yet
+    selection.queue.wait(selection.score(first.tokens))
+    selection.queue.enter_waiting()
+    second = distillation_objective(*args, selection=selection)
+    p = torch.softmax(teacher, -1)
+    score = {
+        "global": torch.nn.functional.cross_entropy(student, target, reduction="none").detach(),
+        "teacher-entropy": (p * p.log()).sum(-1),
+    }[name]
+    # the queue holds these very tokens: the share 1/4 with the highest score
+    assert set(second.selected.nonzero().squeeze(-1).tolist()) == set(
+        score.argsort(descending=True)[:10].tolist()
+    )
+
+
+def test_padding_does_not_change_what_is_selected():
+    student, teacher, target = random_case(n=60)
+    rows = torch.arange(0, 60, 2)  # half of the rows are padding
+    for name in ("batch", "teacher-correct", "teacher-better"):
+        padded = distillation_objective(
+            student, target, rows, signal_of(teacher), selection=Selection(name, 0.5)
+        )
+        alone = distillation_objective(
+            student[rows],
+            target[rows],
+            torch.arange(30),
+            signal_of(teacher[rows]),
+            selection=Selection(name, 0.5),
+        )
+        assert padded.selected.tolist() == alone.selected.tolist()
+        if name == "batch":
+            assert padded.selected.sum() == 15
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("ce_weight", [None, 0.5])
+def test_the_adaptive_weight_is_a_constant_to_the_gradient(temperature, ce_weight):
+    student, teacher, target = random_case(n=9)
+    rows = torch.arange(9)
+    terms = distillation_objective(
+        student, target, rows, signal_of(teacher), ce_weight, 0.8, temperature, adaptive=True
+    )
+    (gradient,) = torch.autograd.grad(terms.loss, student)
+    with torch.no_grad():
+        gap = torch.nn.functional.cross_entropy(
+            student, target, reduction="none"
+        ) - torch.nn.functional.cross_entropy(teacher, target, reduction="none")
+        weight = 0.8 / (1 + torch.exp(-gap))
+    torch.testing.assert_close(terms.kd_weight, weight)
+    expected = sum(
+        reference_loss(
+            student,
+            teacher,
+            target,
+            torch.tensor([i]),
+            1 - weight[i] if ce_weight is None else ce_weight,
+            weight[i],
+            temperature,
+            0.0,
+        )
+        for i in range(9)
+    )
+    torch.testing.assert_close(terms.loss, expected, rtol=1e-12, atol=1e-12)
+    (expected_gradient,) = torch.autograd.grad(expected, student)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
+
+
 def test_the_gradient_keeps_its_size_at_high_temperature():
-    """T^2 KL tends to the squared difference of centred logits over 2V (Hinton et al., sec. 2.1)."""
+    """T^2 KL tends to the squared difference of centred logits / 2V (Hinton et al., sec. 2.1)."""
     student, teacher, target = random_case()
     rows = torch.arange(7)
     centred = lambda z: z - z.mean(-1, keepdim=True)  # noqa: E731
@@ -164,23 +297,29 @@ def test_symbols_without_teacher_mass_add_nothing():
     chunk=st.integers(1, 200),
     seed=st.integers(0, 10**6),
     temperature=st.sampled_from([1.0, 0.5, 2.0]),
+    name=st.sampled_from(sorted(set(divergences.NAMES) - {"logit-mse"})),
+    tail=st.sampled_from([None, "bucket", "renormalise"]),
+    selected=st.sampled_from(["all", "batch", "teacher-correct", "teacher-better"]),
     data=st.data(),
 )
-def test_chunked_equals_unchunked(n, v, chunk, seed, temperature, data):
+def test_chunked_equals_unchunked(n, v, chunk, seed, temperature, name, tail, selected, data):
     student, teacher, target = random_case(n, v, seed)
     keep = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
     rows = torch.tensor(keep).nonzero().squeeze(-1)
     args = (target, rows, signal_of(teacher), 0.4, 0.6, temperature, 0.1)
+    more = dict(divergence=divergence(name), selection=Selection(selected, 0.4), with_metrics=True)
+    if tail is not None:
+        more.update(top_k=max(1, v // 3), tail=tail)
     saved = objective._CHUNK_ELEMENTS
     results = []
     for size in (10**9, chunk):
         objective._CHUNK_ELEMENTS = {"cpu": size}
         try:
-            terms = distillation_objective(student, *args, with_metrics=True)
+            terms = distillation_objective(student, *args, **more)
         finally:
             objective._CHUNK_ELEMENTS = saved
         (gradient,) = torch.autograd.grad(terms.loss, student)
-        results.append((*terms, gradient))
+        results.append([terms.loss, terms.kd, terms.agree, terms.correct, gradient])
     for whole, parts in zip(*results):
         torch.testing.assert_close(whole, parts, rtol=1e-12, atol=1e-12)
 
@@ -252,7 +391,7 @@ def test_metrics_against_a_direct_computation():
     )
     log_p = torch.log_softmax(teacher, -1)
     nll = -log_p.gather(-1, target[:, None]).squeeze(-1)
-    torch.testing.assert_close(terms.teacher_nll, nll[rows])
+    torch.testing.assert_close(terms.tokens.teacher_nll, nll[rows])
     assert terms.agree.tolist() == (student.argmax(-1) == teacher.argmax(-1))[rows].tolist()
     assert terms.correct.tolist() == (student.argmax(-1) == target)[rows].tolist()
 
@@ -264,7 +403,8 @@ def test_without_a_teacher_there_is_only_cross_entropy():
     )
     expected = torch.nn.functional.cross_entropy(student, target, reduction="sum")
     torch.testing.assert_close(terms.loss, expected)
-    assert terms.kd is None and terms.teacher_nll is None and terms.agree is None
+    assert terms.kd is None and terms.tokens.teacher_nll is None and terms.agree is None
+    assert terms.selected is None and terms.kd_weight is None
 
 
 def test_no_rows_at_all():

@@ -1,0 +1,156 @@
+# Sourced by the recipes, after setup.sh: the stages that every experiment is made of.
+#
+# A stage skips itself when its result is there. Results are written under a temporary name and renamed when they
+# are complete, so an interrupted run continues where it was; a training resumes from its last checkpoint.
+# To do a stage again, delete its result.
+#
+#   WORK        folder of all results                      SRC, TGT    languages
+#   VOCAB       SentencePiece symbols                      BEAM        beam of the evaluation (5)
+#   LAUNCH      put before fairseq-train, e.g. "srun"      TRAIN_FLAGS added to every training
+#   REFERENCES  to score against (text/test.$TGT)          BLEU_TOKENIZE  sacreBLEU's --tokenize (13a)
+#   REMOVE_BPE  fairseq's --remove-bpe (sentencepiece)     SUBWORDS    what the names of subword text end in (.spm)
+#   USER_DIR    the plugin (kd_plugin of this checkout)
+#
+# $WORK afterwards:  text/  raw sentences, and the same as subwords      spm.model   SentencePiece
+#                    data-bin/  binarised       models/NAME/  checkpoints and train.log
+#                    eval/NAME.txt  translations of test; eval/NAME.json  their scores; table.md
+
+USER_DIR=${USER_DIR:-$REPO/kd_plugin}
+WORK=$(mkdir -p "$WORK" && cd "$WORK" && pwd)
+BEAM=${BEAM:-5}
+SPLITS="train valid test"
+# Waiting threads sleep instead of spinning: with a busy neighbour on one core, small models train 8 times faster.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+
+# ve-fairseq 0.12.3 loses the end of the data, up to 7 sentences, when batches are rounded to a multiple of 8 as
+# by default: then test has no translation of its longest sentences.
+ALL_DATA="--required-batch-size-multiple 1 --skip-invalid-size-inputs-valid-test"
+
+tools() { python "$REPO/recipes/tools.py" "$@"; }
+
+done_already() { # RESULT
+    [ -e "$1" ] || return 1
+    say "have ${1#"$WORK"/}"
+}
+
+# --fp16 and the GPU if there is one.
+device_flags() {
+    if [ -z "${DEVICE_FLAGS:-}" ]; then
+        DEVICE_FLAGS=--cpu
+        if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then DEVICE_FLAGS=--fp16; fi
+    fi
+}
+
+# The user's own text into $WORK/text. PREFIX is a split's file name without language: train, val, ...
+use_text() { # SPLIT PREFIX
+    local lang
+    for lang in "$SRC" "$TGT"; do
+        [ -f "$2.$lang" ] || die "expected $2.$lang: one sentence per line, as many lines on both sides."
+    done
+    if done_already "$WORK/text/$1.$TGT"; then return; fi
+    [ "$(wc -l <"$2.$SRC")" -eq "$(wc -l <"$2.$TGT")" ] ||
+        die "expected as many lines in $2.$SRC as in $2.$TGT; got $(wc -l <"$2.$SRC") and $(wc -l <"$2.$TGT")."
+    mkdir -p "$WORK/text"
+    for lang in "$SRC" "$TGT"; do
+        cp "$2.$lang" "$WORK/text/new" && mv "$WORK/text/new" "$WORK/text/$1.$lang"
+    done
+}
+
+# spm.model, trained on both sides of train (or copied from SPM_MODEL), and every split encoded with it.
+prepare_spm() {
+    if ! done_already "$WORK/spm.model"; then
+        if [ -n "${SPM_MODEL:-}" ]; then
+            cp "$SPM_MODEL" "$WORK/spm.new" && mv "$WORK/spm.new" "$WORK/spm.model"
+        else
+            say "SentencePiece: $VOCAB symbols"
+            tools spm "$WORK/spm.model" "$VOCAB" "$WORK/text/train.$SRC" "$WORK/text/train.$TGT"
+        fi
+    fi
+    local split lang
+    for split in $SPLITS; do
+        for lang in "$SRC" "$TGT"; do
+            [ -e "$WORK/text/$split.spm.$lang" ] ||
+                tools encode "$WORK/spm.model" "$WORK/text/$split.$lang" "$WORK/text/$split.spm.$lang"
+        done
+    done
+}
+
+# data-bin/ from text/SPLIT.spm.*, or text/SPLIT.* if SUBWORDS is empty. FLAGS go to fairseq-preprocess.
+binarise() { # FLAGS...
+    if done_already "$WORK/data-bin"; then return; fi
+    local text=$WORK/text end=${SUBWORDS-.spm}
+    say "binarising"
+    rm -rf "$WORK/data-bin.new"
+    quietly "$WORK/binarise.log" "" fairseq-preprocess --source-lang "$SRC" --target-lang "$TGT" \
+        --trainpref "$text/train$end" --validpref "$text/valid$end" --testpref "$text/test$end" \
+        --destdir "$WORK/data-bin.new" --workers 2 "$@"
+    mv "$WORK/data-bin.new" "$WORK/data-bin"
+}
+
+# models/NAME/checkpoint_best.pt: the lowest nll_loss on valid. Never chosen by `loss`, which means something else
+# for every objective. The command is the first line of models/NAME/train.log. KEEP: fairseq's flags on epochs' files.
+train() { # NAME FLAGS...
+    local name=$1 folder=$WORK/models/$1
+    shift
+    if done_already "$folder/done"; then return; fi
+    device_flags
+    mkdir -p "$folder"
+    tools resumable "$folder"
+    # shellcheck disable=SC2086  # LAUNCH and the flags are lists of words
+    set -- ${LAUNCH:-} fairseq-train "$WORK/data-bin" --user-dir "$USER_DIR" --save-dir "$folder" \
+        --source-lang "$SRC" --target-lang "$TGT" --best-checkpoint-metric nll_loss ${KEEP:---no-epoch-checkpoints} \
+        $ALL_DATA --log-format json --log-interval 50 $DEVICE_FLAGS "$@" ${TRAIN_FLAGS:-}
+    say "training $name (log: $folder/train.log)"
+    {
+        printf '%q ' "$@" && echo
+        "$@" 2>&1
+    } | tee -a "$folder/train.log" | tools progress "$name" || die "training $name failed. The log's end:
+$(tail -n 15 "$folder/train.log")
+  Run the recipe again to go on from the last checkpoint."
+    touch "$folder/done"
+}
+
+# The flags that turn a student's training into a distillation. KD_FLAGS adds to them.
+distil_flags() { # TEACHER
+    echo "--task kd_translation --teacher-checkpoint-path $1
+        --criterion kd_label_smoothed_cross_entropy --label-smoothing ${LABEL_SMOOTHING:-0.1}
+        --kd-weight ${KD_WEIGHT:-0.5} --kd-temperature ${KD_TEMPERATURE:-1} ${KD_FLAGS:-}"
+}
+
+plain_flags() {
+    echo "--task translation --criterion label_smoothed_cross_entropy --label-smoothing ${LABEL_SMOOTHING:-0.1}"
+}
+
+# models/NAME/averaged.pt: the average of the last COUNT epochs' checkpoints.
+average() { # NAME COUNT
+    local folder=$WORK/models/$1 paths
+    if done_already "$folder/averaged.pt"; then return; fi
+    paths=$(cd "$folder" && ls | sed -n 's/^checkpoint\([0-9][0-9]*\)\.pt$/\1/p' | sort -n | tail -n "$2" |
+        sed "s|.*|$folder/checkpoint&.pt|" | paste -sd: -)
+    [ -n "$paths" ] || die "expected at least one whole epoch's checkpoint in $folder; train for longer."
+    quietly "$folder/average.log" "" env PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" \
+        python -m kd_plugin.commands.export --path "$paths" --average --output "$folder/averaged.new.pt"
+    mv "$folder/averaged.new.pt" "$folder/averaged.pt"
+}
+
+# Translates test; scores against the raw references; notes size and speed.
+evaluate() { # NAME CHECKPOINT
+    local name=$1 checkpoint=$2 out=$WORK/eval/$1
+    if done_already "$out.json"; then return; fi
+    device_flags
+    mkdir -p "$WORK/eval"
+    say "translating test with $name (beam $BEAM)"
+    # shellcheck disable=SC2086
+    quietly "$out.log" "" fairseq-generate "$WORK/data-bin" --user-dir "$USER_DIR" --path "$checkpoint" \
+        --source-lang "$SRC" --target-lang "$TGT" --gen-subset test --beam "$BEAM" --max-tokens 4096 \
+        --remove-bpe "${REMOVE_BPE:-sentencepiece}" $ALL_DATA $DEVICE_FLAGS
+    tools score "$USER_DIR" "$checkpoint" "$out.log" "${REFERENCES:-$WORK/text/test.$TGT}" "$out" \
+        "${BLEU_TOKENIZE:-13a}"
+}
+
+# One table of all that was evaluated.
+print_table() { # NAME...
+    tools table "$WORK" "$@" >"$WORK/table.new" && mv "$WORK/table.new" "$WORK/table.md"
+    echo
+    cat "$WORK/table.md"
+}

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# All checks of this checkout: ruff, mypy, pytest.
+#
+# Prepare:  nothing but Python; see setup.sh for the environment that is used or made.
+# Run:      bash recipes/test.sh
+# Adapt:    arguments go to pytest: bash recipes/test.sh -k vocabulary -x
+#           Both ends of the supported versions, each in its own environment, as CI does: .ci/run
+set -euo pipefail
+EXTRAS=recipes,test # the tests also run the recipes
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+cd "$REPO"
+# A busy neighbour on one core makes spinning threads several times slower (see stages.sh).
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+say "ruff" && python -m ruff check .
+say "mypy" && python -m mypy
+say "pytest" && python -m pytest tests -q "$@"

@@ -1,0 +1,58 @@
+"""Packaging of kd_plugin.
+
+fairseq is deliberately no hard dependency: two distributions provide it, and depending on one
+would overwrite the other that a user already has. `pip install .[fairseq]` brings the one that
+fits this Python.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="kd_plugin",
+    version="0.1.0",
+    description="Knowledge distillation of translation models as a fairseq --user-dir plugin",
+    license="MIT",
+    author="kd_plugin authors",
+    # 3.8: the oldest Python with a prebuilt fairseq 0.12.2; 3.13: no prebuilt fairseq at all.
+    python_requires=">=3.8,<3.13",
+    packages=find_packages(include=["kd_plugin", "kd_plugin.*"]),
+    install_requires=[
+        # 1.12: the oldest torch tested; 2.14 and later: newer than any fairseq was ever run with,
+        # and without an upper bound pip brings several GB of the newest CUDA builds.
+        "torch>=1.12,<2.14",
+        "numpy",
+        # 2.0: its metric classes, with the signatures that the tables show.
+        "sacrebleu>=2.0",
+        "sentencepiece",
+        "tqdm",
+    ],
+    extras_require={
+        "fairseq": [
+            # fairseq's main branch as a wheel. Imports as `fairseq`.
+            "ve-fairseq==0.12.3; python_version >= '3.11'",
+            # The last official release; it cannot be imported on Python 3.11 and later.
+            "fairseq==0.12.2; python_version < '3.11'",
+        ],
+        # What recipes/corpus.py phrases its sentences with. 2.12: format_compact_decimal for all
+        # locales; 0.5.12: number words of all its languages on Python 3.8 and later.
+        "recipes": ["Babel>=2.12", "num2words>=0.5.12"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            # Fixed minor version, so that a new rule never breaks an old commit.
+            "ruff>=0.8,<0.9",
+            # 1.14: the last mypy that runs on Python 3.8.
+            "mypy>=1.11,<1.15",
+            "tensorboardX",
+        ],
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3.8",
+        "Programming Language :: Python :: 3.9",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

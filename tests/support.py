@@ -1,0 +1,284 @@
+"""Run fairseq's commands as processes of their own and read what they leave behind.
+
+Importing fairseq takes seconds, so most runs are forked from a server that has done so once
+(``fairseq``); nothing else is shared with it, and it never imports the plugin. ``script`` starts
+the installed command itself.
+"""
+
+import atexit
+import json
+import multiprocessing
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PLUGIN = CHECKOUT / "kd_plugin"
+SCRIPTS = Path(sys.executable).parent
+
+SOURCE, TARGET = "aa", "bb"
+
+_MODULES = {
+    "fairseq-train": "fairseq_cli.train",
+    "fairseq-generate": "fairseq_cli.generate",
+    "fairseq-interactive": "fairseq_cli.interactive",
+    "fairseq-validate": "fairseq_cli.validate",
+    "fairseq-preprocess": "fairseq_cli.preprocess",
+}
+_forked = multiprocessing.get_context("forkserver")
+_forked.set_forkserver_preload(["pytest", *_MODULES.values()])
+
+
+class Run(NamedTuple):
+    """How a command ended: its exit code, and everything it wrote."""
+
+    code: int
+    text: str
+
+    def records(self, tag: str) -> List[Dict[str, Any]]:
+        """JSON log records of ``train_inner``, ``train`` or a validation subset, numbers parsed."""
+        lines = re.findall(r"\| INFO \| {} \| (\{{.*\}})$".format(tag), self.text, re.MULTILINE)
+        return [{k: _number(v) for k, v in json.loads(line).items()} for line in lines]
+
+    def series(self, tag: str, key: str) -> List[float]:
+        return [record[key] for record in self.records(tag)]
+
+    def ok(self) -> "Run":
+        if self.code != 0:
+            raise AssertionError("exit code {}:\n{}".format(self.code, self.text[-5000:]))
+        return self
+
+    @property
+    def error(self) -> str:
+        """The last exception's message (the line that a user reads first)."""
+        assert self.code != 0, "expected an error, but the command succeeded:\n" + self.text[-3000:]
+        lines = re.findall(r"^[\w.]*(?:Error|Exit)\b.*$", self.text, re.MULTILINE)
+        return lines[-1] if lines else self.text[-2000:]
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+class Started:
+    """A command under way."""
+
+    def __init__(self, process: Any, log: str) -> None:
+        self.process, self.log = process, log
+
+    @property
+    def text(self) -> str:
+        return Path(self.log).read_text(errors="replace")
+
+    def finish(self, timeout: float = 180) -> Run:
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.stop()
+            raise AssertionError("still running after {} s:\n{}".format(timeout, self.text[-5000:]))
+        text = self.text
+        os.unlink(self.log)
+        return Run(self.process.exitcode, text)
+
+    def stop(self) -> None:
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def start(tool: str, *arguments: Any, cwd: Any = None, stdin: Any = os.devnull) -> Started:
+    handle, log = tempfile.mkstemp(prefix="fairseq-", suffix=".log")
+    os.close(handle)
+    folder = str(cwd or tempfile.gettempdir())
+    process = _forked.Process(
+        target=_main, args=(tool, [str(a) for a in arguments], folder, log, str(stdin))
+    )
+    process.start()
+    return Started(process, log)
+
+
+def together(*started: Started) -> List[Run]:
+    """Wait for commands that wait for each other; when one fails, the others are stopped."""
+    try:
+        return [one.finish().ok() for one in started]
+    finally:
+        for one in started:
+            one.stop()
+
+
+def fairseq(tool: str, *arguments: Any, timeout: float = 180, **how: Any) -> Run:
+    """Run a fairseq command in a process forked from one that has imported fairseq."""
+    return start(tool, *arguments, **how).finish(timeout)
+
+
+def script(
+    tool: str,
+    *arguments: Any,
+    cwd: Any = None,
+    env: Optional[Dict[str, str]] = None,
+    stdin: str = "",
+    timeout: float = 180,
+) -> Run:
+    """Run the installed command, as a user does."""
+    done = subprocess.run(
+        [str(SCRIPTS / tool), *map(str, arguments)],
+        cwd=str(cwd or tempfile.gettempdir()),
+        env={**os.environ, **(env or {})},
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        timeout=timeout,
+    )
+    return Run(done.returncode, done.stdout)
+
+
+def _main(tool: str, arguments: List[str], cwd: str, log: str, stdin: str) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)
+    sys.stdin = open(0, closefd=False)
+    os.chdir(cwd)
+    # the tests' own folders must not help a run to find the plugin
+    sys.path[:] = [p for p in sys.path if p and not _is_inside(p, CHECKOUT)]
+    sys.argv = [tool, *arguments]
+    try:
+        __import__(_MODULES[tool], fromlist=["cli_main"]).cli_main()
+    except Exception:
+        sys.stdout.flush()
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves that out
+
+
+def _is_inside(path: str, folder: Path) -> bool:
+    path = os.path.realpath(path)
+    return path == str(folder) or path.startswith(str(folder) + os.sep)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# options that the runs of the tests share
+
+USER_DIR = ("--user-dir", PLUGIN)
+LANGUAGES = ("--source-lang", SOURCE, "--target-lang", TARGET)
+
+
+def transformer(dim: int, arch: str = "transformer") -> List[Any]:
+    sides = [
+        option
+        for side in ("--encoder", "--decoder")
+        for option in (
+            *(side + "-embed-dim", dim, side + "-ffn-embed-dim", 2 * dim),
+            *(side + "-layers", 1, side + "-attention-heads", 2),
+        )
+    ]
+    return ["--arch", arch, *sides, "--share-decoder-input-output-embed", "--dropout", 0]
+
+
+ARCHITECTURES: Dict[str, List[Any]] = {
+    "transformer": transformer(16),
+    "transformer_align": [
+        *transformer(16, "transformer_align"),
+        *("--alignment-layer", 0, "--alignment-heads", 1),
+    ],
+    "lstm": [
+        *("--arch", "lstm", "--dropout", 0),
+        *("--encoder-embed-dim", 16, "--encoder-hidden-size", 16, "--encoder-layers", 1),
+        *("--decoder-embed-dim", 16, "--decoder-hidden-size", 16, "--decoder-layers", 1),
+        *("--decoder-out-embed-dim", 16),
+    ],
+    "fconv": [
+        *("--arch", "fconv", "--dropout", 0, "--encoder-embed-dim", 16, "--decoder-embed-dim", 16),
+        *("--encoder-layers", "[(16, 3)]", "--decoder-layers", "[(16, 3)]"),
+        *("--decoder-out-embed-dim", 16),
+    ],
+    "lightconv": [
+        *transformer(16, "lightconv"),
+        *("--encoder-kernel-size-list", "[3]", "--decoder-kernel-size-list", "[3]"),
+        *("--encoder-conv-type", "lightweight", "--decoder-conv-type", "lightweight"),
+    ],
+}
+STUDENT = ARCHITECTURES["transformer"]
+
+TRAINING = (
+    *("--cpu", "--optimizer", "adam", "--lr", 0.005, "--max-sentences", 16, "--seed", 3),
+    *("--required-batch-size-multiple", 1, "--num-workers", 0),
+    *("--log-format", "json", "--log-interval", 1, "--no-epoch-checkpoints"),
+    *("--valid-subset", "valid", "--ignore-unused-valid-subsets"),
+    *LANGUAGES,
+)
+KD = (
+    *("--task", "kd_translation", "--criterion", "kd_label_smoothed_cross_entropy"),
+    *("--label-smoothing", 0.1),
+)
+STOCK = (
+    *("--task", "translation", "--criterion", "label_smoothed_cross_entropy"),
+    *("--label-smoothing", 0.1),
+)
+
+
+def kd_arguments(data: Any, teacher: Any, save_dir: Any, *more: Any, arch: Any = STUDENT) -> List:
+    """Arguments of a distillation; later ones override earlier ones."""
+    given = () if teacher is None else ("--teacher-checkpoint-path", teacher)
+    return [data, *USER_DIR, *KD, *TRAINING, *arch, "--save-dir", save_dir, *given, *more]
+
+
+def distil(
+    data: Any, teacher: Any, save_dir: Any, *more: Any, arch: Any = STUDENT, **how: Any
+) -> Run:
+    arguments = kd_arguments(data, teacher, save_dir, *more, arch=arch)
+    return fairseq("fairseq-train", *arguments, **how)
+
+
+# what runs leave behind
+
+
+def load(path: Any) -> Dict[str, Any]:
+    """Open a checkpoint that a test made."""
+    import torch
+
+    more = {} if torch.__version__.startswith("1.") else {"weights_only": False}
+    return torch.load(str(path), map_location="cpu", **more)
+
+
+# fairseq 0.12.2 keeps second copies of some weights for a fast path in eval mode; only the
+# originals are trained and restored
+_UNUSED = re.compile(r"(_float_tensor|\.version|(in_proj|out_proj|fc1|fc2)_(weight|bias))$")
+
+
+def used_weights(path: Any) -> Dict[str, Any]:
+    return {k: v for k, v in load(path)["model"].items() if not _UNUSED.search(k)}
+
+
+def assert_same_weights(one: Any, other: Any, **tolerance: float) -> None:
+    """Two checkpoints hold the same used weights: bitwise, or within ``rtol`` and ``atol``."""
+    import torch
+
+    ours, theirs = used_weights(one), used_weights(other)
+    assert list(ours) == list(theirs)
+    for name in ours:
+        if tolerance:
+            torch.testing.assert_close(ours[name], theirs[name], msg=name, **tolerance)
+        else:
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+def hypotheses(text: str) -> List[str]:
+    """The translations in ``fairseq-generate``'s output, in the order of the data set."""
+    found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", text, re.MULTILINE)
+    return [sentence for _, sentence in sorted(found, key=lambda pair: int(pair[0]))]
