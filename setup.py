@@ -46,6 +46,9 @@ setup(
             "tensorboardX",
         ],
     },
+    entry_points={
+        "console_scripts": ["fairseq-kd-export=kd_plugin.commands.export:main"],
+    },
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3.8",

@@ -1,4 +1,4 @@
-"""Read fairseq checkpoints without running what is inside them, and average them.
+"""Read fairseq checkpoints without running what is inside them; average and write them.
 
 A checkpoint is a pickle, and a teacher is often somebody else's file. Only the globals that
 fairseq's own checkpoints hold may be looked up while one is opened: torch >= 2.6 enforces that
@@ -92,7 +92,7 @@ def allow_fairseq_globals() -> None:
     allowed.extend(
         value for name, value in sorted(vars(dtypes or object).items()) if name.endswith("DType")
     )
-    torch.serialization.add_safe_globals(allowed)
+    torch.serialization.add_safe_globals(allowed)  # type: ignore[attr-defined]
 
 
 class _RestrictedPickle:
@@ -236,6 +236,13 @@ def average(states: Sequence[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
         else:
             mean[name] = first
     return mean
+
+
+def write_for_inference(state: Dict[str, Any], path: str) -> None:
+    """Write a checkpoint without optimizer state: under a temporary name first, then renamed."""
+    temporary = path + ".writing"
+    torch.save({**state, "last_optimizer_state": None}, temporary)
+    os.replace(temporary, path)
 
 
 def symbols_in(state: Dict[str, Any]) -> Optional[Tuple[List[str], List[str]]]:

@@ -132,7 +132,7 @@ class _Work:
     kd_weight: Any
     bad_teacher: Any
     selected: Any
-    correct: Optional[Tensor]
+    correct: Any
     agree: Optional[Tensor]
     teacher_nll: Any
     teacher_entropy: Optional[Tensor]
