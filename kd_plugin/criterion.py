@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
+import torch
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
@@ -311,7 +312,8 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
                 settings,
             )
         except NotFiniteTeacherError as error:
-            bad = (error.rows // target.size(1)).unique().to(ids.device)
+            sentences = torch.div(error.rows, target.size(1), rounding_mode="floor")
+            bad = sentences.unique().to(ids.device)
             raise not_finite_teacher(error.teachers, ids[bad].tolist()) from None
 
     def _sums(self, terms: Terms) -> Dict[str, Any]:

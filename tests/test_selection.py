@@ -97,3 +97,37 @@ def test_a_token_is_judged_by_itself(name):
 
 def test_all_is_everything():
     assert Selection("all")(TokenStatistics(torch.ones(3))) is None
+
+
+def run_rank(rank, address, results):
+    torch.distributed.init_process_group(
+        "gloo", init_method=address, world_size=2, rank=rank
+    )
+    queue = ScoreQueue(5)
+    group = torch.distributed.group.WORLD
+    # the ranks have different numbers of tokens; rank 1 had only a dummy batch in the second update
+    queue.wait(torch.tensor([[1.0, 2.0], [10.0]][rank]))
+    if rank == 0:
+        queue.wait(torch.tensor([3.0]))
+    queue.enter_waiting(group, torch.device("cpu"))
+    first = queue.scores.tolist()
+    if rank == 0:
+        queue.wait(torch.tensor([4.0, 5.0]))
+    queue.enter_waiting(group, torch.device("cpu"))
+    results.put((rank, first, queue.scores.tolist()))
+
+
+def test_two_ranks_hold_the_same_queue_in_order_of_ranks(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    address = "file://{}".format(tmp_path / "rendezvous")
+    ranks = [context.Process(target=run_rank, args=(r, address, results)) for r in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
+    for _ in ranks:
+        _, first, second = results.get()
+        assert first == [1, 2, 3, 10]
+        assert second == [2, 3, 10, 4, 5]

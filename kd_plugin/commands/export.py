@@ -24,7 +24,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        states = [read_checkpoint(path, options.trust_checkpoint) for path in options.path.split(":")]
+        paths = options.path.split(":")
+        states = [read_checkpoint(path, options.trust_checkpoint) for path in paths]
         write_for_inference({**states[-1], "model": average(states)}, options.output)
     except (CheckpointError, OSError) as error:
         print("fairseq-kd-export: {}".format(error), file=sys.stderr)

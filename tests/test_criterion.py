@@ -1,0 +1,155 @@
+"""The criterion on its own: flags, sums and what the selection's queue is fed with."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+
+from kd_plugin.criterion import (
+    KDLabelSmoothedCrossEntropyCriterion,
+    KDLabelSmoothedCrossEntropyCriterionConfig,
+)
+from kd_plugin.signal import Member, TeacherSignal
+
+PAD = 1
+
+
+class Student(torch.nn.Module):
+    """Logits that do not depend on the input."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, src_tokens):
+        return (self.logits,)
+
+    def get_targets(self, sample, net_output):
+        return sample["target"]
+
+
+def criterion(task=None, **flags):
+    dictionary = Dictionary()
+    for symbol in "abcdef":
+        dictionary.add_symbol(symbol)
+    if task is None:
+        task = Namespace(asks_a_teacher=True, target_dictionary=dictionary)
+    config = KDLabelSmoothedCrossEntropyCriterionConfig(sentence_avg=False)
+    for name, value in flags.items():
+        assert hasattr(config, name), name
+        setattr(config, name, value)
+    return KDLabelSmoothedCrossEntropyCriterion.build_criterion(config, task)
+
+
+def batch(logits=None, seed=0, **about):
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(2, 4, 10, generator=generator)
+    teacher = torch.randn(8, 10, generator=generator) if logits is None else logits
+    target = torch.randint(4, 10, (2, 4), generator=generator)
+    target[1, 2:] = PAD
+    sample = {
+        "id": torch.tensor([30, 31]),
+        "net_input": {"src_tokens": None},
+        "target": target,
+        "ntokens": 6,
+        "teacher": TeacherSignal([Member("t.pt", lambda rows: teacher[rows])], **about),
+    }
+    return Student(student), sample
+
+
+def test_only_real_training_tokens_enter_the_queue():
+    c = criterion(kd_selection="global", kd_selection_rate=0.5)
+    queue = c.selection.queue
+    model, sample = batch(num_updates=0)
+    nll = torch.nn.functional.cross_entropy(
+        model.logits.flatten(0, 1), sample["target"].flatten(), ignore_index=PAD, reduction="none"
+    ).detach()
+
+    c.train()
+    c(model, sample)
+    queue.enter_waiting()
+    torch.testing.assert_close(queue.scores, nll[nll > 0])  # no padding
+
+    before = queue.scores.clone()
+    c.train()
+    c(*batch(num_updates=1, is_dummy=True))
+    queue.enter_waiting()
+    c.eval()
+    with torch.no_grad():
+        c(*batch())
+    queue.enter_waiting()
+    assert torch.equal(queue.scores, before)
+
+    c.train()
+    c(*batch(num_updates=1, seed=1))  # its step overflows, and the trainer begins the update again
+    c.train()
+    c(*batch(num_updates=1, seed=2))
+    queue.enter_waiting()
+    assert queue.scores.numel() == 12
+
+
+def test_schedules_follow_the_updates():
+    c = criterion(
+        kd_weight_schedule="linear:0:1:10", kd_temperature_schedule="cosine:1:3:4"
+    ).train()
+    for update, weight, temperature in ((0, 0.0, 1.0), (2, 0.2, 2.0), (10, 1.0, 3.0)):
+        _, _, log = c(*batch(num_updates=update))
+        assert log["kd_weight"] / log["kd_tokens"] == pytest.approx(weight)
+        assert log["kd_temperature"] / log["kd_temperature_tokens"] == pytest.approx(temperature)
+
+
+def test_a_queue_that_selects_logs_its_share():
+    c = criterion(kd_selection="teacher-correct").train()
+    _, _, log = c(*batch(num_updates=0))
+    assert 0 <= log["kd_tokens"] <= log["kd_candidates"] == 6
+
+
+def test_the_prefix_is_ignored():
+    model, sample = batch(num_updates=0)
+    c = criterion(ignore_prefix_size=2).train()
+    loss, _, log = c(model, sample)
+    loss.backward()
+    assert log["kd_tokens"] == 2
+    assert (model.logits.grad[:, :2] == 0).all() and (model.logits.grad[0, 2:] != 0).any()
+
+
+def test_a_teacher_that_is_not_finite_is_named_with_the_samples():
+    logits = torch.zeros(8, 10)
+    logits[5, 0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"t\.pt.*\[31\]"):
+        criterion().train()(*batch(logits, num_updates=0))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(kd_weight=1.5), ["--kd-weight must be a number from 0 to 1, got 1.5"]),
+        (dict(kd_weight=float("nan")), ["--kd-weight"]),
+        (dict(ce_weight=-1.0), ["--ce-weight"]),
+        (dict(kd_temperature=0.0), ["--kd-temperature must be a number above 0"]),
+        (dict(kd_divergence="tvd", kd_skew=0.2), ["--kd-skew means nothing", "tvd"]),
+        (dict(kd_divergence="js", kd_js_beta=1.0), ["--kd-js-beta must be between 0 and 1"]),
+        (dict(kd_top_k=11), ["--kd-top-k", "10 symbols"]),
+        (dict(kd_tail="bucket"), ["--kd-tail bucket is for --kd-top-k only"]),
+        (dict(kd_selection_rate=0.5), ["--kd-selection-rate means nothing", "all"]),
+        (dict(kd_selection="batch", kd_selection_rate=0.0), ["--kd-selection-rate must be"]),
+        (dict(kd_selection="batch", kd_queue_size=5), ["--kd-queue-size means nothing"]),
+        (dict(kd_weight=0.9, kd_weight_schedule="linear:0:1:5"), ["-schedule linear", "exclude"]),
+        (dict(kd_weight_schedule="linear:0:2:5"), ["--kd-weight-schedule must be"]),
+        (
+            dict(kd_divergence="logit-mse", kd_temperature=2.0, kd_top_k=3, kd_skew=0.1),
+            ["logit-mse has no temperature", "--kd-tail renormalise", "--kd-skew means nothing"],
+        ),
+    ],
+)
+def test_what_cannot_mean_anything_is_refused_all_at_once(flags, words):
+    with pytest.raises(ValueError) as error:
+        criterion(**flags)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_another_task_is_refused():
+    with pytest.raises(ValueError, match="needs --task kd_translation"):
+        criterion(task=Namespace(target_dictionary=Dictionary()))
