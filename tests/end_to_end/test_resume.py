@@ -13,7 +13,13 @@ BLEU = (
 )
 
 
-@pytest.fixture(scope="module", params=[(), BLEU], ids=["loss", "bleu"])
+SELECTION = (
+    *("--kd-selection", "global", "--kd-queue-size", 300, "--kd-divergence", "js"),
+    *("--kd-weight-schedule", "linear:0.2:1:50", "--kd-temperature-schedule", "cosine:1:2:40"),
+)
+
+
+@pytest.fixture(scope="module", params=[(), BLEU, SELECTION], ids=["loss", "bleu", "selection"])
 def uninterrupted(request, data, teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     distil(data, teacher, folder, *OPTIONS, *request.param).ok()
@@ -39,9 +45,24 @@ def test_resumed_after_max_update(uninterrupted, data, teacher, tmp_path):
 
     assert run.series("train_inner", "num_updates") == list(range(34, 61))
     assert_same_weights(tmp_path / "checkpoint_last.pt", folder / "checkpoint_last.pt")
-    if more:
+    if more == BLEU:
         best = [load(f / "checkpoint_last.pt")["extra_state"]["best"] for f in (tmp_path, folder)]
         assert best[0] == best[1] > 0
+    if more == SELECTION:
+        queues = [
+            load(f / "checkpoint_last.pt")["extra_state"]["train_iterator"]["kd_queue"]["scores"]
+            for f in (tmp_path, folder)
+        ]
+        assert queues[0].tolist() == queues[1].tolist() and len(queues[0]) == 300
+
+
+def test_a_selection_without_its_memory_says_so(uninterrupted, data, teacher, tmp_path):
+    folder, more = uninterrupted
+    if more == SELECTION:
+        pytest.skip("this one has its memory")
+    shutil.copy(str(folder / "checkpoint_last.pt"), str(tmp_path / "checkpoint_last.pt"))
+    run = distil(data, teacher, tmp_path, *OPTIONS, *SELECTION, "--max-update", 62).ok()
+    assert "holds no scores of earlier tokens" in run.text
 
 
 def test_resumed_with_another_teacher(uninterrupted, data, teacher, tmp_path):
