@@ -20,6 +20,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PLUGIN = CHECKOUT / "kd_plugin"
+_PREFIX = Path(sys.prefix).resolve()
 SCRIPTS = Path(sys.executable).parent
 
 SOURCE, TARGET = "aa", "bb"
@@ -148,8 +149,11 @@ def _main(tool: str, arguments: List[str], cwd: str, log: str, stdin: str) -> No
     os.dup2(os.open(stdin, os.O_RDONLY), 0)
     sys.stdin = open(0, closefd=False)
     os.chdir(cwd)
-    # the tests' own folders must not help a run to find the plugin
-    sys.path[:] = [p for p in sys.path if p and not _is_inside(p, CHECKOUT)]
+    # The tests' own folders must not help a run to find the plugin; the environment may lie in the
+    # checkout, and stays.
+    sys.path[:] = [
+        p for p in sys.path if p and (_is_inside(p, _PREFIX) or not _is_inside(p, CHECKOUT))
+    ]
     sys.argv = [tool, *arguments]
     try:
         __import__(_MODULES[tool], fromlist=["cli_main"]).cli_main()
