@@ -100,8 +100,9 @@ class Teacher:
         )
 
     def place(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
+        """Move every member to a device and a floating dtype."""
         for member in self.members:
-            member.model.to(device=device, dtype=dtype)
+            member.place(device, dtype)
         return self
 
     def max_positions(self) -> Tuple[int, int]:
@@ -217,12 +218,19 @@ class _Member:
                     )
                 )
 
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.model.to(device=device, dtype=dtype)
+        for name in ("read_source", "read_target", "target_map", "missing"):
+            index = getattr(self, name)
+            setattr(self, name, None if index is None else index.to(device))
+        self._projection = None
+
     def run(self, net_input: Dict[str, Tensor], amp: bool) -> Member:
         model, device = self.model, next(self.model.parameters()).device
         amp = amp and device.type == "cuda"
-        source = _look_up(self.read_source, net_input["src_tokens"], device)
+        source = _look_up(self.read_source, net_input["src_tokens"].to(device))
         lengths = net_input["src_lengths"].to(device)
-        previous = _look_up(self.read_target, net_input["prev_output_tokens"], device)
+        previous = _look_up(self.read_target, net_input["prev_output_tokens"].to(device))
         with _autocast(amp):
             if type(model).forward is TransformerModelBase.forward:
                 features = model(source, lengths, previous, features_only=True)[0]
@@ -254,25 +262,23 @@ class _Member:
     def _reordered_projection(
         self, layer: Any, target_map: Tensor
     ) -> Tuple[Tensor, Optional[Tensor]]:
-        weight = layer.weight
-        cached = self._projection
-        if cached is None or (cached[0].device, cached[0].dtype) != (weight.device, weight.dtype):
-            index = target_map.clamp(min=0).to(weight.device)
-            bias = getattr(layer, "bias", None)
-            cached = (weight.detach()[index], None if bias is None else bias.detach()[index])
-            self._projection = cached
-        return cached
+        if self._projection is None:
+            index, bias = target_map.clamp(min=0), getattr(layer, "bias", None)
+            self._projection = (
+                layer.weight.detach()[index],
+                None if bias is None else bias.detach()[index],
+            )
+        return self._projection
 
     def _in_student_order(self, logits: Tensor) -> Tensor:
         if self.target_map is None:
             return logits
-        index = self.target_map.clamp(min=0).to(logits.device)
-        return self._without_missing(logits.index_select(-1, index))
+        return self._without_missing(logits.index_select(-1, self.target_map.clamp(min=0)))
 
     def _without_missing(self, logits: Tensor) -> Tensor:
         if self.missing is None:
             return logits
-        return logits.masked_fill(self.missing.to(logits.device), -math.inf)
+        return logits.masked_fill(self.missing, -math.inf)
 
 
 def _autocast(enabled: bool) -> Any:
@@ -286,9 +292,8 @@ def _readable(index: Optional[Tensor], dictionary: Dictionary) -> Optional[Tenso
     return None if index is None else index.masked_fill(index.eq(MISSING), dictionary.unk())
 
 
-def _look_up(index: Optional[Tensor], tokens: Tensor, device: torch.device) -> Tensor:
-    tokens = tokens.to(device)
-    return tokens if index is None else index.to(device)[tokens]
+def _look_up(index: Optional[Tensor], tokens: Tensor) -> Tensor:
+    return tokens if index is None else index[tokens]
 
 
 def _fit(index: Optional[Tensor], student: Dictionary, teacher: Dictionary) -> str:
