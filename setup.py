@@ -24,7 +24,6 @@ setup(
         # 2.0: its metric classes, with the signatures that the tables show.
         "sacrebleu>=2.0",
         "sentencepiece",
-        "tqdm",
     ],
     extras_require={
         "fairseq": [

@@ -19,16 +19,12 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterionConfig,
 )
 from fairseq.dataclass import ChoiceEnum
+from fairseq.logging import metrics
 
 from . import divergences, schedules, selection, topk
 from .configuration import choice_value
 from .objective import NotFiniteTeacherError, Settings, Terms, distillation_objective
 from .signal import not_finite_teacher
-
-try:
-    from fairseq.logging import metrics
-except ImportError:  # fairseq 0.12.2 has it at the top
-    from fairseq import metrics
 
 _KD_WEIGHT = 0.5
 
@@ -324,7 +320,8 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             sums.update(n_correct=terms.correct.sum(), total=n)
         if terms.kd is None or terms.kd_weight is None:
             return sums
-        selected = n if terms.selected is None else terms.selected.sum()
+        # a tensor on every rank: ranks whose logs differ in kind cannot be summed
+        selected = terms.kd.new_tensor(n) if terms.selected is None else terms.selected.sum()
         unit = math.log(2) if self.divergence.in_nats else 1.0
         sums.update(kd_loss=terms.kd.sum() / unit, kd_tokens=selected)
         if self.training and self.selection.name != "all":

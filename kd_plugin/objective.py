@@ -111,6 +111,7 @@ class _Objective(torch.autograd.Function):
         if ctx.late:
             (logits,) = ctx.saved_tensors
             gradient = torch.empty_like(logits)
+            ctx.work.settings = ctx.work.settings._replace(with_metrics=False)
             ctx.work.run(logits, gradient, scale)
             return gradient, None
         gradient, ctx.gradient = ctx.gradient, None

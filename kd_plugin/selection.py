@@ -80,23 +80,20 @@ class ScoreQueue:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.scores = torch.empty(0)
-        self._ordered: Optional[Tensor] = None  # the scores sorted, once somebody asks
+        self._quantiles: Dict[float, float] = {}  # of these scores, as far as somebody asked
         self._waiting: List[Tensor] = []
 
     def above_quantile(self, scores: Tensor, q: float) -> Optional[Tensor]:
         """Which scores exceed the queue's q-quantile (linear interpolation); None when empty."""
         if not self.scores.numel():
             return None
-        ordered = self._sorted().to(scores.device)
-        position = q * (ordered.numel() - 1)
-        low = int(position)
-        high = min(low + 1, ordered.numel() - 1)
-        return scores > torch.lerp(ordered[low], ordered[high], position - low)
-
-    def _sorted(self) -> Tensor:
-        if self._ordered is None:
-            self._ordered = self.scores.sort().values
-        return self._ordered
+        if q not in self._quantiles:
+            ordered = self.scores.sort().values
+            position = q * (ordered.numel() - 1)
+            low = int(position)
+            high = min(low + 1, ordered.numel() - 1)
+            self._quantiles[q] = torch.lerp(ordered[low], ordered[high], position - low).item()
+        return scores > self._quantiles[q]
 
     def wait(self, scores: Tensor) -> None:
         """Scores of a micro-batch whose update is under way."""
@@ -117,14 +114,14 @@ class ScoreQueue:
         self._waiting = []
         for scores in _gather(waiting, group, device):
             self.scores = torch.cat([self.scores, scores.cpu()])[-self.capacity :]
-        self._ordered = None
+        self._quantiles = {}
 
     def state_dict(self) -> Dict[str, Any]:
         return {"scores": self.scores.clone()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self.scores = state["scores"][-self.capacity :].clone()
-        self._ordered = None
+        self._quantiles = {}
 
 
 def _gather(scores: Tensor, group: Any, device: Optional[torch.device]) -> List[Tensor]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fairseq import models, utils
 from fairseq.data import Dictionary
 from fairseq.models import FairseqEncoderDecoderModel
-from fairseq.models.transformer import TransformerModelBase
+from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
@@ -141,8 +141,8 @@ class _Member:
         self.name = path
         state = checkpoint.read_checkpoint(path, trust)
         self._check_task(state, student, overrides)
-        source, target, verified = _dictionaries(path, state, student, data, overrides)
-        self._check_sizes(state, source, target, verified)
+        source, target, origin = _dictionaries(path, state, student, data, overrides)
+        self._check_sizes(state, source, target, origin)
         try:
             source_map = vocabulary.index_map(student.source.symbols, source.symbols, "source")
             target_map = vocabulary.index_map(student.target.symbols, target.symbols, "target")
@@ -158,10 +158,10 @@ class _Member:
         self.model = _build(path, state, source, target, overrides)
         self._projection: Optional[Tuple[Tensor, Optional[Tensor]]] = None
         logger.info(
-            "teacher {}: {} ({:,} parameters); source vocabulary {}, target vocabulary {}".format(
+            "teacher {}: {}, dictionaries {}; source vocabulary {}, target vocabulary {}".format(
                 path,
                 type(self.model).__name__,
-                sum(p.numel() for p in self.model.parameters()),
+                origin,
                 _fit(source_map, student.source, source),
                 _fit(target_map, student.target, target),
             )
@@ -196,7 +196,7 @@ class _Member:
             )
 
     def _check_sizes(
-        self, state: Dict, source: Dictionary, target: Dictionary, verified: bool
+        self, state: Dict, source: Dictionary, target: Dictionary, origin: str
     ) -> None:
         """The dictionaries found must have as many symbols as the checkpoint has embeddings."""
         for side, key, symbols in (
@@ -206,15 +206,9 @@ class _Member:
             weight = state["model"].get(key)
             if weight is not None and weight.size(0) != len(symbols):
                 raise TeacherError(
-                    "teacher {} has {} {} embeddings, but {} {} symbols. Point --teacher-data at "
-                    "the folder with the dict.*.txt it was trained with.".format(
-                        self.name,
-                        weight.size(0),
-                        side,
-                        "the dictionary found for it has"
-                        if verified
-                        else "no dictionary of its own was found and the student's has",
-                        len(symbols),
+                    "teacher {} has {} {} embeddings, but the dictionary {} has {} symbols. Point "
+                    "--teacher-data at the folder with the dict.*.txt it was trained with.".format(
+                        self.name, weight.size(0), side, origin, len(symbols)
                     )
                 )
 
@@ -232,7 +226,7 @@ class _Member:
         lengths = net_input["src_lengths"].to(device)
         previous = _look_up(self.read_target, net_input["prev_output_tokens"].to(device))
         with _autocast(amp):
-            if type(model).forward is TransformerModelBase.forward:
+            if _is_lazy(model):
                 features = model(source, lengths, previous, features_only=True)[0]
                 return Member(self.name, self._lazy_logits(features.flatten(0, 1), amp))
             logits = model(source, lengths, previous)[0].flatten(0, 1)
@@ -288,6 +282,14 @@ def _autocast(enabled: bool) -> Any:
     return torch.autocast("cuda", enabled=enabled)
 
 
+def _is_lazy(model: Any) -> bool:
+    """Whether features and their projection can be had apart, as in fairseq's own transformer."""
+    return (
+        type(model).forward is TransformerModelBase.forward
+        and type(model.decoder).output_layer is TransformerDecoderBase.output_layer
+    )
+
+
 def _readable(index: Optional[Tensor], dictionary: Dictionary) -> Optional[Tensor]:
     return None if index is None else index.masked_fill(index.eq(MISSING), dictionary.unk())
 
@@ -308,8 +310,8 @@ def _dictionaries(
     student: Student,
     data: Optional[str],
     overrides: Dict[str, Any],
-) -> Tuple[Dictionary, Dictionary, bool]:
-    """A teacher's source and target dictionaries, and whether they are known to be its own."""
+) -> Tuple[Dictionary, Dictionary, str]:
+    """A teacher's source and target dictionaries, and where they were found."""
     task = checkpoint.section(state, "task")
     langs = [
         overrides.get(key, checkpoint.get(task, key)) or ours
@@ -329,21 +331,30 @@ def _dictionaries(
             raise TeacherError(
                 "--teacher-data {}: expected dict.{}.txt and dict.{}.txt there".format(data, *langs)
             )
-        return found[0], found[1], True
+        return found[0], found[1], "from " + data
     saved = checkpoint.symbols_in(state)
     if saved is not None:
-        return _from_symbols(saved[0]), _from_symbols(saved[1]), True
-    named = utils.split_paths(checkpoint.get(task, "data") or "")
-    for folder in [os.path.dirname(os.path.abspath(path))] + named[:1]:
-        found = beside(folder)
-        if found is not None:
-            return found[0], found[1], True
+        return _from_symbols(saved[0]), _from_symbols(saved[1]), "from its checkpoint"
+    found = beside(os.path.dirname(os.path.abspath(path)))
+    if found is not None:
+        return found[0], found[1], "from beside it"
+    named = checkpoint.get(task, "data")
+    folder = utils.split_paths(named)[0] if named else ""
+    found = beside(folder) if folder else None
+    if found is not None:
+        if not os.path.isabs(folder):
+            logger.warning(
+                "teacher {}: its checkpoint names the data folder {}, which was found from here "
+                "({}). If it was trained in another place, that may be other data: --teacher-data "
+                "says for sure".format(path, folder, os.getcwd())
+            )
+        return found[0], found[1], "from " + os.path.abspath(folder)
     logger.warning(
         "teacher {}: no dict.{}.txt and dict.{}.txt found beside it or in the data folder that it "
         "names, so its vocabulary is TAKEN TO BE THE STUDENT'S and nothing could be verified; "
         "--teacher-data DIR names the folder that holds them".format(path, *langs)
     )
-    return student.source, student.target, False
+    return student.source, student.target, "taken from the student"
 
 
 def _from_symbols(symbols: Sequence[str]) -> Dictionary:
@@ -366,16 +377,23 @@ def _build(
     Through the student's task, validation BLEU would become the teacher's.
     """
     # pretrained embeddings were read before training; the checkpoint's weights replace them
-    overrides = {"encoder_embed_path": None, "decoder_embed_path": None, **overrides}
+    embeddings = {"encoder_embed_path": None, "decoder_embed_path": None}
     config = checkpoint.section(state, "model")
+    known = vars(config) if isinstance(config, Namespace) else config
+    unknown = set(overrides) - set(known) - {"source_lang", "target_lang"}
+    if unknown:
+        raise TeacherError(
+            "--teacher-overrides: the model of teacher {} has no {}".format(
+                path, ", ".join(sorted(map(repr, unknown)))
+            )
+        )
+    changed = {key: v for key, v in {**embeddings, **overrides}.items() if key in known}
     if isinstance(config, Namespace):
-        config = Namespace(**{**vars(config), **overrides})
+        config = Namespace(**{**vars(config), **changed})
     else:
         config = OmegaConf.create(config)
         with open_dict(config):
-            for key, value in overrides.items():
-                if key in config:
-                    config[key] = value
+            config.update(changed)
     task = TranslationTask(
         TranslationConfig(
             max_source_positions=checkpoint.get(config, "max_source_positions") or 1024,

@@ -21,7 +21,8 @@
 #     SLURM: as the body of a batch script, one task per GPU; fairseq finds the rest in SLURM's environment. The
 #           environment has to be ready (run `bash recipes/quickstart.sh` before, or activate one):
 #           #SBATCH --nodes 2 --ntasks-per-node 4 --gres gpu:4
-#           SETUP=skip LAUNCH=srun TRAIN_FLAGS="--distributed-port 29500" MAX_TOKENS=512 \
+#           SETUP=skip LAUNCH=srun TRAIN_FLAGS="--distributed-port 29500 --distributed-world-size 8" \
+#               MAX_TOKENS=512 \
 #               bash recipes/iwslt14_de_en.sh DIR
 #
 # Environment (see also setup.sh and stages.sh):

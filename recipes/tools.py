@@ -112,9 +112,17 @@ def parameters(user_dir, checkpoint):
     extra = re.compile(
         r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$|_float_tensor$|coder\.version$"
     )
+    shared = re.compile(r"(embed_tokens|output_projection)\.weight$")
     state = load_checkpoint_to_cpu(checkpoint)["model"]
-    tensors = {t.data_ptr(): t.numel() for name, t in state.items() if not extra.search(name)}
-    return sum(tensors.values())
+    counted = []
+    for name, tensor in state.items():
+        # Embeddings that share storage in the model may be copies of each other in the file.
+        if not extra.search(name) and not (
+            shared.search(name)
+            and any(shared.search(n) and t.equal(tensor) for n, t in counted)
+        ):
+            counted.append((name, tensor))
+    return sum(tensor.numel() for _, tensor in counted)
 
 
 def device():

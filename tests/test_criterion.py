@@ -1,16 +1,19 @@
 """The criterion on its own: flags, sums and what the selection's queue is fed with."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 from fairseq.data import Dictionary
+from omegaconf import OmegaConf
 
 from kd_plugin.criterion import (
     KDLabelSmoothedCrossEntropyCriterion,
     KDLabelSmoothedCrossEntropyCriterionConfig,
 )
 from kd_plugin.signal import Member, TeacherSignal
+from kd_plugin.task import KDTranslationConfig
 
 PAD = 1
 
@@ -153,3 +156,12 @@ def test_what_cannot_mean_anything_is_refused_all_at_once(flags, words):
 def test_another_task_is_refused():
     with pytest.raises(ValueError, match="needs --task kd_translation"):
         criterion(task=Namespace(target_dictionary=Dictionary()))
+
+
+def test_the_shipped_yaml_has_every_field():
+    path = Path(__file__).parents[1] / "recipes" / "config" / "kd_translation.yaml"
+    shipped = OmegaConf.load(str(path))
+    flags = set(KDLabelSmoothedCrossEntropyCriterionConfig.__dataclass_fields__)
+    assert set(shipped.criterion) | {"sentence_avg"} == flags
+    teacher = {f for f in KDTranslationConfig.__dataclass_fields__ if f.startswith("teacher_")}
+    assert teacher == {f for f in shipped.task if f.startswith("teacher_")}
