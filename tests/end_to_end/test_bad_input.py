@@ -35,6 +35,7 @@ def refused(run, folder, *words):
         (["--teacher-weights", "nan"], ["--teacher-weights", "positive"]),
         (["--teacher-weights", "much"], ["--teacher-weights", "much"]),
         (["--teacher-overrides", "dropout=0"], ["--teacher-overrides", "dropout=0"]),
+        (["--teacher-overrides", "{'droput': 0}"], ["--teacher-overrides", "'droput'"]),
         (
             ["--teacher-data", "/nowhere/at/all"],
             ["--teacher-data", "/nowhere/at/all", "dict.aa"],
