@@ -3,7 +3,6 @@
 import math
 from typing import Callable, NamedTuple, Optional
 
-SHAPES = ("linear", "cosine")
 
 
 class Schedule(NamedTuple):
@@ -42,7 +41,7 @@ def parse(text: str, flag: str, valid: Callable[[float], bool], expected: str) -
     """
     parts = text.split(":")
     try:
-        if len(parts) != 4 or parts[0] not in SHAPES:
+        if len(parts) != 4 or parts[0] not in _PROGRESS:
             raise ValueError
         schedule = Schedule(parts[0], float(parts[1]), float(parts[2]), int(parts[3]))
         if schedule.steps < 1 or not (valid(schedule.start) and valid(schedule.end)):

@@ -155,11 +155,13 @@ class KDTranslationTask(TranslationTask):
         )
 
     def optimizer_step(self, optimizer, model, update_num):
+        if self._queue is None:
+            return super().optimizer_step(optimizer, model, update_num)
         scale = optimizer.scaler.get_scale() if isinstance(optimizer, AMPOptimizer) else None
         super().optimizer_step(optimizer, model, update_num)
         # amp's scaler skips an overflowed step by itself and then lowers its scale; the other
         # loss scalers never come here with one
-        if self._queue is not None and (scale is None or optimizer.scaler.get_scale() >= scale):
+        if scale is None or optimizer.scaler.get_scale() >= scale:
             distributed = dist.is_available() and dist.is_initialized()
             self._queue.enter_waiting(
                 distributed_utils.get_data_parallel_group() if distributed else None,
@@ -184,10 +186,10 @@ class KDTranslationTask(TranslationTask):
     # the teacher
 
     def _paths(self) -> List[str]:
-        return utils.split_paths(self.cfg.teacher_checkpoint_path or "") or []
+        return [path for path in utils.split_paths(self.cfg.teacher_checkpoint_path or "") if path]
 
     def _open_teacher(self, model: Any) -> Teacher:
-        paths = [path for path in self._paths() if path]
+        paths = self._paths()
         if not paths:
             raise TeacherError(
                 "--task kd_translation needs a teacher: give --teacher-checkpoint-path (for "
