@@ -4,7 +4,6 @@ import math
 from typing import Callable, NamedTuple, Optional
 
 
-
 class Schedule(NamedTuple):
     """A value at every update: ``start`` before the first, ``end`` from update ``steps`` on."""
 
