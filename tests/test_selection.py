@@ -115,6 +115,9 @@ def run_rank(rank, address, results):
         queue.wait(torch.tensor([4.0, 5.0]))
     queue.enter_waiting(group, torch.device("cpu"))
     results.put((rank, first, queue.scores.tolist()))
+    # gloo's threads abort the process if they outlive the interpreter
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_hold_the_same_queue_in_order_of_ranks(tmp_path):
