@@ -24,6 +24,7 @@ setup(
         # 2.0: its metric classes, with the signatures that the tables show.
         "sacrebleu>=2.0",
         "sentencepiece",
+        "tqdm",
     ],
     extras_require={
         "fairseq": [
@@ -46,7 +47,10 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["fairseq-kd-export=kd_plugin.commands.export:main"],
+        "console_scripts": [
+            "fairseq-kd-benchmark=kd_plugin.commands.benchmark:main",
+            "fairseq-kd-export=kd_plugin.commands.export:main",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",

@@ -22,7 +22,7 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 
 from . import divergences, schedules, selection, topk
-from .configuration import choice_value
+from .configuration import CRITERION, choice_value
 from .objective import NotFiniteTeacherError, Settings, Terms, distillation_objective
 from .signal import not_finite_teacher
 
@@ -120,9 +120,7 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     )
 
 
-@register_criterion(
-    "kd_label_smoothed_cross_entropy", dataclass=KDLabelSmoothedCrossEntropyCriterionConfig
-)
+@register_criterion(CRITERION, dataclass=KDLabelSmoothedCrossEntropyCriterionConfig)
 class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
     def __init__(self, cfg: KDLabelSmoothedCrossEntropyCriterionConfig, task: Any) -> None:
         super().__init__(task)

@@ -20,14 +20,13 @@ from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from .configuration import choice_value
+from .configuration import CRITERION, choice_value
 from .selection import ScoreQueue
 from .signal import not_finite_teacher
 from .teacher import DTYPES, Student, Teacher, TeacherError, parse_overrides, parse_weights
 
 logger = logging.getLogger(__name__)
 
-CRITERION = "kd_label_smoothed_cross_entropy"
 # Sentences on which a teacher must beat a uniform guess before it may teach
 _PROBE_SENTENCES = 64
 
@@ -86,7 +85,7 @@ class KDTranslationTask(TranslationTask):
 
     def __init__(self, cfg: KDTranslationConfig, src_dict: Any, tgt_dict: Any) -> None:
         super().__init__(cfg, src_dict, tgt_dict)
-        self._teacher: Optional[Teacher] = None
+        self.teacher: Optional[Teacher] = None  # opened when training begins
         self._training = False
         # scores of the last tokens, where the selection compares with them
         self._queue: Optional[ScoreQueue] = None
@@ -136,10 +135,10 @@ class KDTranslationTask(TranslationTask):
     def begin_epoch(self, epoch: int, model: Any) -> None:
         super().begin_epoch(epoch, model)
         self._training = True
-        if self._teacher is None:
-            self._teacher = self._open_teacher(model)
-            self._probe(self._teacher)
-        self._check_lengths(self._teacher)
+        if self.teacher is None:
+            self.teacher = self._open_teacher(model)
+            self._probe(self.teacher)
+        self._check_lengths(self.teacher)
 
     def train_step(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs
@@ -178,10 +177,10 @@ class KDTranslationTask(TranslationTask):
 
         A copy, because on a CPU the trainer passes its own batch and keeps it as the dummy batch.
         """
-        if self._teacher is None:
+        if self.teacher is None:
             return sample
         amp = amp and choice_value(self.cfg.teacher_dtype) == "same"
-        return {**sample, "teacher": self._teacher(sample["net_input"], amp=amp, **about)}
+        return {**sample, "teacher": self.teacher(sample["net_input"], amp=amp, **about)}
 
     # the teacher
 
@@ -220,7 +219,7 @@ class KDTranslationTask(TranslationTask):
         self._looked_for_teacher = True
         paths = self._paths()
         if paths and all(os.path.isfile(path) for path in paths):
-            self._teacher = self._open_teacher(model)
+            self.teacher = self._open_teacher(model)
         else:
             logger.warning(
                 "no teacher at {}: validating the student alone, without kd_loss, teacher_nll_loss "

@@ -219,17 +219,27 @@ class _Member:
             setattr(self, name, None if index is None else index.to(device))
         self._projection = None
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def inputs(self, net_input: Dict[str, Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+        """A batch as the model's forward pass takes it, in the teacher's indices."""
+        return (
+            _look_up(self.read_source, net_input["src_tokens"].to(self.device)),
+            net_input["src_lengths"].to(self.device),
+            _look_up(self.read_target, net_input["prev_output_tokens"].to(self.device)),
+        )
+
     def run(self, net_input: Dict[str, Tensor], amp: bool) -> Member:
-        model, device = self.model, next(self.model.parameters()).device
+        model, device = self.model, self.device
         amp = amp and device.type == "cuda"
-        source = _look_up(self.read_source, net_input["src_tokens"].to(device))
-        lengths = net_input["src_lengths"].to(device)
-        previous = _look_up(self.read_target, net_input["prev_output_tokens"].to(device))
+        inputs = self.inputs(net_input)
         with _autocast(amp):
             if _is_lazy(model):
-                features = model(source, lengths, previous, features_only=True)[0]
+                features = model(*inputs, features_only=True)[0]
                 return Member(self.name, self._lazy_logits(features.flatten(0, 1), amp))
-            logits = model(source, lengths, previous)[0].flatten(0, 1)
+            logits = model(*inputs)[0].flatten(0, 1)
         return Member(self.name, lambda rows: self._in_student_order(logits[rows.to(device)]))
 
     def _lazy_logits(self, features: Tensor, amp: bool) -> Any:

@@ -1,0 +1,347 @@
+"""What distillation costs on this machine: of the objective alone, and of whole training steps.
+
+All that is compared is timed in turns, round after round, so that a machine that slows down slows
+all of them down.
+"""
+
+import gc
+import resource
+import sys
+import time
+from copy import deepcopy
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fairseq import utils
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    label_smoothed_nll_loss,
+)
+from fairseq.tasks.translation import TranslationTask
+from fairseq.trainer import Trainer
+from omegaconf import open_dict
+from torch import Tensor
+from tqdm import tqdm
+
+from .divergences import NAMES, divergence
+from .objective import Settings, distillation_objective
+from .signal import Member, TeacherSignal
+from .task import KDTranslationTask
+
+STOCK = "label_smoothed_cross_entropy"
+PLAIN, TEACHER, DISTILLED = "plain step", "teacher forward", "distilled step"
+
+
+class Spread(NamedTuple):
+    """Median and quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        low, median, high = np.percentile(values, (25, 50, 75))
+        return cls(float(median), float(low), float(high))
+
+
+class Timings:
+    """Seconds of several works, one of each per round."""
+
+    def __init__(self, works: Dict[str, Callable[[], Any]], rounds: int, progress: str) -> None:
+        self.seconds: Dict[str, List[float]] = {name: [] for name in works}
+        # the first round warms up caches and allocators
+        for measured in tqdm([False] + [True] * rounds, desc=progress, unit="round"):
+            for name, work in works.items():
+                start = _now()
+                work()
+                if measured:
+                    self.seconds[name].append(_now() - start)
+
+    def spread(self, name: str) -> Spread:
+        return Spread.of(self.seconds[name])
+
+    def ratio(self, name: str, *to: str) -> Spread:
+        """Of the seconds to the sum of the others', round by round."""
+        sums = [sum(parts) for parts in zip(*(self.seconds[other] for other in to))]
+        return Spread.of([x / y for x, y in zip(self.seconds[name], sums)])
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# The objective alone
+
+
+def objective_costs(
+    rows: int,
+    vocabulary: int,
+    repeats: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    every_divergence: bool = False,
+) -> Dict[str, Any]:
+    """Forward and backward of the objective, the teacher's logits given, metrics off.
+
+    Against fairseq's label-smoothed cross-entropy by itself, and against the usual dense KL on top
+    of that. Extra memory is the most that is held at one time beyond the student's logits, their
+    gradient and the teacher's logits, as a share of one logits tensor.
+    """
+    generator = torch.Generator().manual_seed(1)
+    shape = (rows, vocabulary)
+    student = (3 * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
+    teacher = (3 * torch.randn(shape, generator=generator)).to(device, dtype)
+    target = torch.randint(4, vocabulary, (rows,), generator=generator).to(device)
+    every_row = torch.arange(rows, device=device)
+    signal = TeacherSignal([Member("teacher", lambda some: teacher[some])])
+
+    def stock() -> Tensor:
+        log_q = torch.log_softmax(student, dim=-1, dtype=torch.float32)
+        return label_smoothed_nll_loss(log_q, target, 0.1, ignore_index=1)[0]
+
+    def dense(t: float) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            log_q = torch.log_softmax(student / t, dim=-1, dtype=torch.float32)
+            p = torch.softmax(teacher / t, dim=-1, dtype=torch.float32)
+            kl = F.kl_div(log_q, p, reduction="none").sum()
+            return 0.5 * stock() + 0.5 * t * t * kl
+
+        return loss
+
+    def ours(**chosen: Any) -> Callable[[], Tensor]:
+        settings = Settings(label_smoothing=0.1, **chosen)
+        return lambda: distillation_objective(student, target, every_row, signal, settings).loss
+
+    losses = {
+        STOCK: stock,
+        "dense KL, T = 1": dense(1.0),
+        "dense KL, T = 1.7": dense(1.7),
+        "forward-kl, T = 1": ours(),
+        "forward-kl, T = 1.7": ours(temperature=1.7),
+    }
+    if every_divergence:
+        losses.update({name: ours(divergence=divergence(name)) for name in NAMES[1:]})
+        losses["forward-kl, top-k 8"] = ours(top_k=8)
+
+    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
+        def work() -> None:
+            student.grad = None
+            loss().backward()
+
+        return work
+
+    works = {name: step(loss) for name, loss in losses.items()}
+    timings = Timings(works, repeats, "objective, V = {}".format(vocabulary))
+    one_tensor = student.numel() * student.element_size()
+    costs = {}
+    for name, work in works.items():
+        costs[name] = {
+            "seconds": timings.spread(name)._asdict(),
+            "to_stock": timings.ratio(name, STOCK)._asdict(),
+            # the gradient is what is left, and what every training has
+            "extra_memory": max(_peak_allocated(work, device) - one_tensor, 0) / one_tensor,
+        }
+        usual = "dense KL, T = 1.7" if name.endswith("1.7") else "dense KL, T = 1"
+        costs[name]["to_dense"] = timings.ratio(name, usual)._asdict()
+    return {"rows": rows, "vocabulary": vocabulary, "costs": costs}
+
+
+def _peak_allocated(work: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that the work's tensors hold at one time, of those it allocates itself."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    # The first work() leaves its gradient, which the second one frees: as much as it allocates
+    freed = 0
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
+        work()
+    events = profiled.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    if changes and changes[0] < 0:
+        freed = -changes[0]
+    return int(max(np.cumsum(changes), default=0)) + freed
+
+
+# Whole training steps
+
+
+class Steps:
+    """Training steps of one student on the same batches, with and without its teacher."""
+
+    def __init__(self, cfg: Any, batches: int) -> None:
+        with open_dict(cfg):
+            cfg.distributed_training.distributed_world_size = 1
+        self.cfg, self.batches = cfg, batches
+
+    def works(self, names: Iterable[str]) -> Dict[str, Callable[[], None]]:
+        """Each goes once over all batches; a step includes fetching its batch."""
+        made: Dict[str, Callable[[], None]] = {}
+        for name in names:
+            if name == TEACHER:
+                made[name] = self._teacher_forward()
+            else:
+                made[name] = self._training(name)
+        return made
+
+    def _training(self, name: str) -> Callable[[], None]:
+        trainer, dataset, batches = self._trainer(name)
+
+        def work() -> None:
+            for batch in batches:
+                trainer.train_step([dataset.collater([dataset[i] for i in batch])])
+
+        return work
+
+    def _trainer(self, name: str) -> Any:
+        cfg = deepcopy(self.cfg)
+        utils.set_torch_seed(cfg.common.seed)
+        # the student's own task in both, but for the teacher
+        setup = TranslationTask if name == PLAIN else KDTranslationTask
+        task = setup.setup_task(cfg.task)
+        task.load_dataset(cfg.dataset.train_subset)
+        model = task.build_model(cfg.model)
+        if name == PLAIN:
+            criterion = LabelSmoothedCrossEntropyCriterion(
+                task,
+                cfg.criterion.sentence_avg,
+                cfg.criterion.label_smoothing,
+                cfg.criterion.ignore_prefix_size,
+                cfg.criterion.report_accuracy,
+            )
+        else:
+            criterion = task.build_criterion(cfg.criterion)
+        trainer = Trainer(cfg, task, model, criterion)
+        iterator = trainer.get_train_iterator(epoch=1, load_dataset=False)
+        trainer.lr_step_begin_epoch(1)
+        task.begin_epoch(1, trainer.get_model())
+        trainer.model.train()
+        every = iterator.frozen_batches
+        chosen = np.linspace(0, len(every) - 1, min(self.batches, len(every))).astype(int)
+        return trainer, task.dataset(cfg.dataset.train_subset), [every[i] for i in chosen]
+
+    def _teacher_forward(self) -> Callable[[], None]:
+        trainer, dataset, batches = self._trainer(DISTILLED)
+        inputs = [
+            utils.move_to_cuda(batch["net_input"]) if trainer.cuda else batch["net_input"]
+            for batch in (dataset.collater([dataset[i] for i in ids]) for ids in batches)
+        ]
+
+        def work() -> None:
+            with torch.no_grad():
+                for net_input in inputs:
+                    for member in trainer.task.teacher.members:
+                        member.model(*member.inputs(net_input))
+
+        return work
+
+    def tokens(self) -> int:
+        """Target tokens in the batches."""
+        _, dataset, batches = self._trainer(PLAIN)
+        return int(sum(dataset.tgt_sizes[batch].sum() for batch in batches))
+
+    def costs(self, repeats: int) -> Dict[str, Any]:
+        """Seconds of one round over the batches, and what the user wants to know of them."""
+        names = [PLAIN, TEACHER, DISTILLED]
+        timings = Timings(self.works(names), repeats, "steps")
+        tokens = self.tokens()
+        costs: Dict[str, Any] = {}
+        for name in names:
+            spread = timings.spread(name)
+            costs[name] = {
+                "seconds": spread._asdict(),
+                "tokens_per_second": tokens / spread.median,
+                "to_plain": timings.ratio(name, PLAIN)._asdict(),
+            }
+        costs[DISTILLED]["to_plain_and_teacher"] = timings.ratio(
+            DISTILLED, PLAIN, TEACHER
+        )._asdict()
+        return {"batches": self.batches, "target_tokens": tokens, "costs": costs}
+
+    def peak_memory(self, name: str) -> int:
+        """Peak bytes of this process (on a GPU: of what it allocates) when it does only this."""
+        (work,) = self.works([name]).values()
+        if torch.cuda.is_available() and not self.cfg.common.cpu:
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            return torch.cuda.max_memory_allocated()
+        work()
+        return _peak_of_process()
+
+
+def _peak_of_process() -> int:
+    try:
+        # Linux's getrusage also counts what the process was forked from
+        (line,) = [x for x in open("/proc/self/status") if x.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# What is shown
+
+
+def report(measured: Dict[str, Any]) -> str:
+    """The measured figures as tables: medians, and the quartiles of the rounds behind them."""
+    parts = []
+    for objective in measured.get("objective", []):
+        parts.append(
+            _table(
+                "objective, forward and backward, {rows} rows, V = {vocabulary}".format(**objective),
+                ("seconds", "to stock", "to dense KL", "extra memory"),
+                [
+                    (
+                        name,
+                        _shown(cost["seconds"]),
+                        _shown(cost["to_stock"]),
+                        _shown(cost["to_dense"]),
+                        "{:.1%}".format(cost["extra_memory"]),
+                    )
+                    for name, cost in objective["costs"].items()
+                ],
+            )
+        )
+    steps = measured.get("steps")
+    if steps:
+        parts.append(
+            _table(
+                "steps, {batches} batches, {target_tokens} target tokens".format(**steps),
+                ("seconds", "tokens/s", "to plain", "to plain + teacher", "peak memory"),
+                [
+                    (
+                        name,
+                        _shown(cost["seconds"]),
+                        "{:.0f}".format(cost["tokens_per_second"]),
+                        _shown(cost["to_plain"]),
+                        _shown(cost.get("to_plain_and_teacher")),
+                        "{:.0f} MB".format(cost["peak_memory"] / 1e6),
+                    )
+                    for name, cost in steps["costs"].items()
+                ],
+            )
+        )
+    return "\n".join(parts)
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [("", *header), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [title]
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text) + "\n"
+
+
+def _shown(spread: Optional[Dict[str, float]]) -> str:
+    return "" if spread is None else "{median:.3f} ({low:.3f}-{high:.3f})".format(**spread)

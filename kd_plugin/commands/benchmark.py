@@ -1,0 +1,166 @@
+"""``fairseq-kd-benchmark``: what distillation costs on this machine, with your teacher and data.
+
+Give it the arguments of a distilling fairseq-train: it times some of that training's steps, plain
+and distilled, and the teacher's forward pass. Without any it times the objective alone.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import fairseq
+import torch
+from fairseq import options as fairseq_options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
+
+from .. import benchmark
+from ..configuration import CRITERION
+from ..criterion import KDLabelSmoothedCrossEntropyCriterionConfig
+from ..task import KDTranslationConfig
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Every default shown once, and none where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        if action.default in (None, argparse.SUPPRESS) or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fairseq-kd-benchmark",
+        usage="%(prog)s [--output FILE] [options] [the arguments of a distilling fairseq-train]",
+        description=__doc__,
+        formatter_class=_Help,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds that are measured")
+    parser.add_argument("--output", metavar="FILE", help="write all figures there, as JSON")
+    steps = parser.add_argument_group("steps")
+    steps.add_argument(
+        "--batches", type=int, default=4, help="batches of a round, from the shortest to the longest"
+    )
+    steps.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
+    objective = parser.add_argument_group("objective")
+    objective.add_argument(
+        "--rows", type=int, default=4096, help="target tokens of a batch (0: leave this part out)"
+    )
+    objective.add_argument("--vocabularies", default="8000,32000", help="sizes to time it at")
+    objective.add_argument(
+        "--objective-dtype", choices=DTYPES, default="fp32", help="of the logits"
+    )
+    objective.add_argument(
+        "--every-divergence", action="store_true", help="time the others and top-k 8, too"
+    )
+    return parser
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser()
+    options, training = parser.parse_known_args(arguments)
+    if options.help:
+        _add_training_flags(parser)
+        parser.print_help()
+        return 0
+    if options.repeats < 1 or options.batches < 1:
+        parser.error("--repeats and --batches must be at least 1")
+
+    steps = benchmark.Steps(_configuration(training), options.batches) if training else None
+    if options.peak_memory_of:
+        assert steps is not None
+        print(steps.peak_memory(options.peak_memory_of))
+        return 0
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if steps is not None and steps.cfg.common.cpu:
+        device = torch.device("cpu")
+    measured: Dict[str, Any] = {"machine": _machine(device)}
+    print(", ".join("{} {}".format(*item) for item in measured["machine"].items()) + "\n")
+    if options.rows > 0:
+        measured["objective"] = [
+            benchmark.objective_costs(
+                options.rows,
+                int(vocabulary),
+                options.repeats,
+                device,
+                DTYPES[options.objective_dtype],
+                options.every_divergence,
+            )
+            for vocabulary in options.vocabularies.split(",")
+        ]
+    if steps is not None:
+        measured["steps"] = steps.costs(options.repeats)
+        for name, cost in measured["steps"]["costs"].items():
+            cost["peak_memory"] = _peak_memory(arguments, name)
+    print(benchmark.report(measured))
+    if options.output:
+        Path(options.output).write_text(json.dumps(measured, indent=2) + "\n")
+    return 0
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that fairseq-train --help cannot show, because it stops before it knows them."""
+    for title, config in (
+        ("task kd_translation", KDTranslationConfig()),
+        ("criterion " + CRITERION, KDLabelSmoothedCrossEntropyCriterionConfig()),
+    ):
+        gen_parser_from_dataclass(parser.add_argument_group(title), config)
+
+
+def _configuration(training: List[str]) -> Any:
+    """fairseq's configuration of a distilling training."""
+    training = ["--task", "kd_translation", "--criterion", CRITERION, *training]
+    parser = fairseq_options.get_training_parser()
+    cfg = convert_namespace_to_omegaconf(fairseq_options.parse_args_and_arch(parser, training))
+    if cfg.task._name != "kd_translation" or cfg.criterion._name != CRITERION:
+        parser.error(
+            "expected the arguments of a distilling training (--task kd_translation --criterion "
+            "{}); plain steps are timed beside it anyway".format(CRITERION)
+        )
+    return cfg
+
+
+def _machine(device: torch.device) -> Dict[str, Any]:
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "fairseq": fairseq.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _peak_memory(arguments: List[str], name: str) -> int:
+    """Measured in a process of its own: what one step needs, another one would hide."""
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", __name__, *arguments, "--peak-memory-of", name]
+    if __name__ == "__main__":
+        command[2] = "kd_plugin.commands.benchmark"
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+    )
+    if done.returncode != 0:
+        raise RuntimeError("measuring the memory of {!r} failed:\n{}".format(name, done.stderr))
+    return int(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
