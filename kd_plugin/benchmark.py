@@ -296,7 +296,7 @@ def report(measured: Dict[str, Any]) -> str:
     for objective in measured.get("objective", []):
         parts.append(
             _table(
-                "objective, forward and backward, {rows} rows, V = {vocabulary}".format(**objective),
+                "objective, both ways, {rows} rows, V = {vocabulary}".format(**objective),
                 ("seconds", "to stock", "to dense KL", "extra memory"),
                 [
                     (

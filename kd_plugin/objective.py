@@ -5,15 +5,15 @@ the student's logits as it goes, so that beside those logits and their gradient 
 grow with tokens x vocabulary.
 """
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from .divergences import Distribution, Divergence, distribution, divergence
 from .selection import Selection, TokenStatistics
-from .signal import TeacherSignal
-from .topk import cut
+from .signal import CachedSignal, Sparse, TeacherSignal
+from .topk import Spread, cut
 
 # Rows per chunk times V. On a CPU a chunk's few buffers should stay in its caches; a GPU needs
 # enough work per kernel.
@@ -29,6 +29,7 @@ class NotFiniteTeacherError(RuntimeError):
         self.rows = rows
 
 
+Signal = Union[TeacherSignal, CachedSignal]
 _FORWARD_KL = divergence("forward-kl")
 
 
@@ -40,7 +41,7 @@ class Settings(NamedTuple):
     temperature: float = 1.0
     label_smoothing: float = 0.0
     divergence: Divergence = _FORWARD_KL
-    top_k: int = 0  # 0: the whole vocabulary
+    top_k: int = 0  # 0: all that the signal knows
     tail: str = "bucket"
     selection: Selection = Selection("all")
     adaptive: bool = False  # kd_weight * sigmoid(student's nll - teacher's nll), token by token
@@ -67,7 +68,7 @@ def distillation_objective(
     logits: Tensor,
     target: Tensor,
     rows: Tensor,
-    signal: Optional[TeacherSignal],
+    signal: Optional[Signal],
     settings: Settings,
 ) -> Terms:
     """Sum over rows of ``ce_weight * ce + kd_weight * selected * c(T) * D(p, q)``.
@@ -140,7 +141,7 @@ class _Work:
     teacher_correct: Optional[Tensor]
 
     def __init__(
-        self, target: Tensor, rows: Tensor, signal: Optional[TeacherSignal], settings: Settings
+        self, target: Tensor, rows: Tensor, signal: Optional[Signal], settings: Settings
     ) -> None:
         self.rows, self.target = rows, target[rows]
         self.signal, self.settings = signal, settings
@@ -252,21 +253,24 @@ class _Work:
         if self.ce_weight is not None:
             gradient.mul_(self.ce_weight[here].unsqueeze(-1))
         if distilled is not None:
-            index, kd_gradient = distilled
-            if index is None:
-                gradient.add_(kd_gradient)
+            index, kd_gradient, spread = distilled
+            here_too = gradient if index is None else gradient[index]
+            if spread is None:
+                here_too.add_(kd_gradient)
             else:
-                gradient.index_add_(0, index, kd_gradient)
+                spread.add_to(here_too, kd_gradient)
+            if index is not None:
+                gradient[index] = here_too
         return gradient
 
     def _distil(
         self, here: slice, student: Distribution, best: Optional[Tensor], with_gradient: bool
-    ) -> Optional[Tuple[Optional[Tensor], Tensor]]:
+    ) -> Optional[Tuple[Optional[Tensor], Tensor, Optional[Spread]]]:
         """The distillation term of a chunk.
 
         Returns:
-            which of its rows are distilled (None is all) and their weighted gradient; None when no
-            row is, or without a gradient.
+            which of its rows are distilled (None is all), their weighted gradient, and how a cut
+            one spreads over the vocabulary; None when no row is, or without a gradient.
         """
         assert self.signal is not None
         settings = self.settings
@@ -279,43 +283,37 @@ class _Work:
             if not index.numel():
                 return None
             rows, target = rows[index], target[index]
-        z_t = self.signal.logits(rows).to(student.logits)
-        plain = distribution(z_t) if t == 1 or self.teacher_entropy is not None else None
-        if plain is not None:
-            normaliser = plain.log_normaliser
-        else:
-            normaliser = torch.logsumexp(z_t, -1, keepdim=True)
+        word = self.signal.about(rows, student.logits)
         everywhere = here if index is None else index + here.start
-        self.bad_teacher[everywhere] = ~normaliser.isfinite().squeeze(-1)
+        self.bad_teacher[everywhere] = word.bad()
         if self.teacher_nll is not None:
-            at_target = z_t.gather(-1, target.unsqueeze(-1))
-            self.teacher_nll[everywhere] = (normaliser - at_target).squeeze(-1)
+            self.teacher_nll[everywhere] = word.nll(target)
         if self.agree is not None or self.teacher_correct is not None:
-            teacher_best = z_t.argmax(dim=-1)
+            teacher_best = word.best()
             if self.agree is not None:
                 self.agree[everywhere] = teacher_best == best
             if self.teacher_correct is not None:
                 self.teacher_correct[everywhere] = teacher_best == target
-        if self.teacher_entropy is not None and plain is not None:
-            log_p = plain.log_probabilities().clamp_(min=torch.finfo(z_t.dtype).min)
-            self.teacher_entropy[here] = -log_p.mul_(plain.probabilities).sum(-1)
+        if self.teacher_entropy is not None:
+            self.teacher_entropy[everywhere] = word.entropy()
 
         if ask_all:
             index = self._decide(here)
             if index is not None:
                 if not index.numel():
                     return None
-                z_t, plain = z_t[index], None if plain is None else plain.rows(index)
+                word = word.rows(index)
         if index is not None:
             student = student.rows(index)
             everywhere = index + here.start
-        if t == 1 and plain is not None:
-            teacher = plain
-        else:
-            teacher, student = distribution(z_t / t), distribution(student.logits / t)
+        if t != 1:
+            student = distribution(student.logits / t)
         spread = None
-        if settings.top_k:
-            teacher, student, spread = cut(teacher, student, settings.top_k, settings.tail)
+        if settings.top_k or isinstance(word, Sparse):
+            top = word.top(settings.top_k, t, settings.tail == "bucket")
+            teacher, student, spread = cut(top, student)
+        else:
+            teacher = word.at(t)
         value, gradient = settings.divergence.function(teacher, student)
 
         weight = torch.full_like(value, settings.kd_weight)
@@ -326,11 +324,9 @@ class _Work:
             self.ce_weight[everywhere] = 1 - weight
         if not with_gradient:
             return None
-        if spread is not None:
-            gradient = spread(gradient)
         # c(T), and 1 / T because the divergence's gradient is for the tempered logits
         factor = weight * t ** (settings.divergence.temperature_power - 1)
-        return index, gradient.mul_(factor.unsqueeze(-1))
+        return index, gradient.mul_(factor.unsqueeze(-1)), spread
 
     def _decide(self, here: slice) -> Optional[Tensor]:
         """Indices of the chunk's rows that are distilled; None is all of them."""

@@ -1,13 +1,143 @@
 """What a teacher says about a batch, in the student's vocabulary.
 
 A signal travels from the task to the criterion as ``sample["teacher"]``. Its rows are the target
-positions of the batch, flattened: row ``b * T + t`` is position ``t`` of sentence ``b``.
+positions of the batch, flattened: row ``b * T + t`` is position ``t`` of sentence ``b``. Asked for
+some rows, it answers with a ``Dense`` (logits of the whole vocabulary) or a ``Sparse`` (the
+teacher's likeliest symbols) word, and both answer the same questions.
 """
 
-from typing import Callable, List, NamedTuple, Optional, Sequence
+import math
+from functools import cached_property
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
+
+from .divergences import Distribution, distribution
+from .topk import Top
+
+
+class Dense:
+    """Logits of the whole vocabulary for some rows, (n, V), at temperature 1."""
+
+    def __init__(self, logits: Tensor, plain: Optional[Distribution] = None) -> None:
+        self.logits = logits
+        if plain is not None:
+            self.plain = plain
+
+    @cached_property
+    def plain(self) -> Distribution:
+        """The distribution at temperature 1."""
+        return distribution(self.logits)
+
+    @cached_property
+    def log_normaliser(self) -> Tensor:
+        if "plain" in self.__dict__:
+            return self.plain.log_normaliser
+        return torch.logsumexp(self.logits, dim=-1, keepdim=True)
+
+    def bad(self) -> Tensor:
+        """Which rows hold NaN, +inf or no mass at all, bool (n,)."""
+        return ~self.log_normaliser.isfinite().squeeze(-1)
+
+    def nll(self, target: Tensor) -> Tensor:
+        """Of the references, (n,), nats."""
+        at_target = self.logits.gather(-1, target.unsqueeze(-1))
+        return (self.log_normaliser - at_target).squeeze(-1)
+
+    def best(self) -> Tensor:
+        """The likeliest symbol of each row, (n,)."""
+        return self.logits.argmax(dim=-1)
+
+    def entropy(self) -> Tensor:
+        """Of each row's distribution, (n,), nats."""
+        log_p = self.plain.log_probabilities().clamp_(min=torch.finfo(self.logits.dtype).min)
+        return -log_p.mul_(self.plain.probabilities).sum(-1)
+
+    def rows(self, index: Tensor) -> "Dense":
+        plain = self.__dict__.get("plain")
+        return Dense(self.logits[index], None if plain is None else plain.rows(index))
+
+    def at(self, temperature: float) -> Distribution:
+        return self.plain if temperature == 1 else distribution(self.logits / temperature)
+
+    def top(self, k: int, temperature: float, with_rest: bool) -> Top:
+        """The k likeliest symbols at a temperature, and the rest's mass if asked for."""
+        logits = self.logits if temperature == 1 else self.logits / temperature
+        top, symbols = logits.topk(k, dim=-1)
+        if not with_rest or k == logits.size(-1):
+            return Top(symbols, top, None)
+        others = logits.scatter(-1, symbols, -math.inf)
+        return Top(symbols, top, torch.logsumexp(others, dim=-1, keepdim=True))
+
+
+class Sparse:
+    """The K likeliest symbols of some rows, likeliest first, with what was noted of the others.
+
+    Args:
+        symbols: (n, K), in the student's vocabulary.
+        log_probs: their log-probabilities at temperature 1, (n, K), nats.
+        reference: the reference's log-probability, (n,), nats.
+        entropy: of the whole distribution, (n,), nats.
+        rests: by temperature, log of the sum of p^(1/T) over all other symbols, (n,); at
+            temperature 1 it is known from the K. Empty if there are no others.
+        whole: whether K is the whole vocabulary.
+    """
+
+    def __init__(
+        self,
+        symbols: Tensor,
+        log_probs: Tensor,
+        reference: Tensor,
+        entropy: Tensor,
+        rests: Dict[float, Tensor],
+        whole: bool,
+    ) -> None:
+        self.symbols, self.log_probs = symbols, log_probs
+        self._reference, self._entropy = reference, entropy
+        self.rests, self.whole = rests, whole
+
+    def bad(self) -> Tensor:
+        return ~self.log_probs[:, 0].isfinite()
+
+    def nll(self, target: Tensor) -> Tensor:
+        return -self._reference
+
+    def best(self) -> Tensor:
+        return self.symbols[:, 0]
+
+    def entropy(self) -> Tensor:
+        return self._entropy
+
+    def rows(self, index: Tensor) -> "Sparse":
+        return Sparse(
+            self.symbols[index],
+            self.log_probs[index],
+            self._reference[index],
+            self._entropy[index],
+            {t: rest[index] for t, rest in self.rests.items()},
+            self.whole,
+        )
+
+    def top(self, k: int, temperature: float, with_rest: bool) -> Top:
+        k = k or self.symbols.size(-1)
+        tempered = self.log_probs if temperature == 1 else self.log_probs / temperature
+        top = Top(self.symbols[:, :k], tempered[:, :k], None)
+        if not with_rest:
+            return top
+        parts = [tempered[:, k:]]
+        if not self.whole:
+            parts.append(self._rest(temperature))
+        if sum(part.size(-1) for part in parts) == 0:
+            return top
+        return top._replace(rest=torch.logsumexp(torch.cat(parts, -1), dim=-1, keepdim=True))
+
+    def _rest(self, temperature: float) -> Tensor:
+        if temperature == 1:
+            # never 0: rounding the K to half precision may leave nothing of a tiny rest
+            rest = 1 - self.log_probs.exp().sum(-1, keepdim=True)
+            return rest.clamp_(min=torch.finfo(torch.float16).tiny / 1024).log_()
+        return self.rests[temperature].unsqueeze(-1)
 
 
 class Member(NamedTuple):
@@ -41,6 +171,10 @@ class TeacherSignal:
         self.num_updates = num_updates
         self.is_dummy = is_dummy
 
+    def about(self, rows: Tensor, like: Tensor) -> Dense:
+        """The teacher's word on some rows, in the dtype and on the device of a tensor."""
+        return Dense(self.logits(rows).to(like))
+
     def logits(self, rows: Tensor) -> Tensor:
         """Teacher logits of the given rows, (len(rows), V), float32 or wider.
 
@@ -62,6 +196,53 @@ class TeacherSignal:
             for member in self.members
             if not torch.isfinite(torch.logsumexp(member.logits(rows).float(), dim=-1)).all()
         ]
+
+
+class CachedSignal:
+    """A teacher's likeliest symbols for one batch, as a cache delivers them.
+
+    Args:
+        arrays: ``symbols`` (n, K), ``log_probs`` (n, K), ``reference`` (n,), ``entropy`` (n,),
+            ``rests`` (n, number of temperatures): one row for every real target token of the
+            batch, in its order.
+        real: which target positions of the batch are real, bool (B, T).
+        temperatures: of ``rests``.
+        whole: whether K is the whole vocabulary.
+    """
+
+    def __init__(
+        self,
+        arrays: Dict[str, Tensor],
+        real: Tensor,
+        temperatures: Sequence[float],
+        whole: bool,
+        num_updates: Optional[int] = None,
+        is_dummy: bool = False,
+    ) -> None:
+        self.arrays, self.temperatures, self.whole = arrays, temperatures, whole
+        self._position = real.flatten().cumsum(0) - 1
+        self.num_updates = num_updates
+        self.is_dummy = is_dummy
+
+    def about(self, rows: Tensor, like: Tensor) -> Sparse:
+        """The teacher's word on some rows, in the dtype and on the device of a tensor."""
+        position = self._position[rows]
+
+        def part(name: str) -> Tensor:
+            return self.arrays[name][position].to(like)
+
+        rests = part("rests")
+        return Sparse(
+            self.arrays["symbols"][position].long(),
+            part("log_probs"),
+            part("reference"),
+            part("entropy"),
+            {t: rests[:, i] for i, t in enumerate(self.temperatures)},
+            self.whole,
+        )
+
+    def not_finite(self, rows: Tensor) -> List[str]:
+        return ["in the cache"]
 
 
 def not_finite_teacher(names: str, sample_ids: Sequence[int]) -> RuntimeError:

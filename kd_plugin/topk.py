@@ -6,7 +6,7 @@ all other symbols are one more outcome). K = V equals no cut.
 """
 
 import math
-from typing import Callable, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -14,41 +14,66 @@ from torch import Tensor
 from .divergences import Distribution, distribution
 
 TAILS = ("bucket", "renormalise")
+# Below, the student's probabilities outside of the K come near to float32's underflow
+_TINY_MASS = 1e-30
 
-# From the gradient with respect to the cut student's logits to that for the whole vocabulary.
-Spread = Callable[[Tensor], Tensor]
+
+class Top(NamedTuple):
+    """A teacher's K likeliest symbols at the distillation temperature."""
+
+    symbols: Tensor  # (n, K)
+    logits: Tensor  # (n, K)
+    rest: Optional[Tensor]  # (n, 1): log of the sum of exp(logits) of all others; None: left out
 
 
-def cut(
-    teacher: Distribution, student: Distribution, k: int, tail: str
-) -> Tuple[Distribution, Distribution, Spread]:
-    """Both cut to the teacher's ``k`` likeliest symbols, and the way back for the gradient."""
-    top, symbols = teacher.logits.topk(k, dim=-1)
-    kept = student.logits.gather(-1, symbols)
-    whole = student.probabilities
+class Spread:
+    """The way back: from the gradient for the cut student's logits to that for all of them."""
 
-    if tail == "renormalise" or k == whole.size(-1):
-        return (
-            distribution(top),
-            distribution(kept),
-            lambda gradient: torch.zeros_like(whole).scatter_(-1, symbols, gradient),
-        )
+    def __init__(self, top: Top, student: Distribution, mass: Optional[Tensor]) -> None:
+        self.symbols, self.student, self.mass = top.symbols, student, mass
 
-    outside = torch.ones_like(whole, dtype=torch.bool).scatter_(-1, symbols, False)
-    rest = _logsumexp_where(outside, student.logits)
+    def add_to(self, gradient: Tensor, cut: Tensor) -> None:
+        """Add the gradient for the cut logits, (n, K or K + 1), to that for all, (n, V)."""
+        inside = cut[:, : self.symbols.size(-1)]
+        if self.mass is not None:
+            # the bucket's logit is a logsumexp: its gradient is shared out as its members' softmax
+            bucket = cut[:, -1:]
+            tiny = (self.mass < _TINY_MASS).squeeze(-1)
+            share = (bucket / self.mass).masked_fill_(tiny.unsqueeze(-1), 0)
+            probabilities = self.student.probabilities
+            gradient.addcmul_(probabilities, share)
+            inside = inside - probabilities.gather(-1, self.symbols) * share
+            if tiny.any():
+                others = self.student.logits[tiny].scatter(-1, self.symbols[tiny], -math.inf)
+                gradient[tiny] += torch.softmax(others, dim=-1) * bucket[tiny]
+        gradient.scatter_add_(-1, self.symbols, inside)
 
-    def spread(gradient: Tensor) -> Tensor:
-        # the bucket's logit is a logsumexp: its gradient is shared out as its members' softmax
-        inside, bucket = gradient[:, :k], gradient[:, k:]
-        shares = torch.exp(student.logits - rest).mul_(bucket)
-        return shares.scatter_(-1, symbols, inside)
 
+def cut(top: Top, student: Distribution) -> Tuple[Distribution, Distribution, Spread]:
+    """Both distributions cut, to K outcomes or, with a rest, to K + 1; and the way back."""
+    kept = student.logits.gather(-1, top.symbols)
+    if top.rest is None:
+        return distribution(top.logits), distribution(kept), Spread(top, student, None)
+    rest, mass = _rest_of_student(student, top.symbols)
     return (
-        distribution(torch.cat([top, _logsumexp_where(outside, teacher.logits)], dim=-1)),
+        distribution(torch.cat([top.logits, top.rest], dim=-1)),
         distribution(torch.cat([kept, rest], dim=-1)),
-        spread,
+        Spread(top, student, mass),
     )
 
 
-def _logsumexp_where(mask: Tensor, logits: Tensor) -> Tensor:
-    return torch.logsumexp(logits.masked_fill(~mask, -math.inf), dim=-1, keepdim=True)
+def _rest_of_student(student: Distribution, symbols: Tensor) -> Tuple[Tensor, Tensor]:
+    """Logit of all other symbols together, (n, 1), and their probability."""
+    probabilities = student.probabilities
+    # Sum the others themselves: one minus the K's sum would lose all digits of a small rest. In
+    # place and back again, because a copy of (n, V) costs more than both.
+    inside = probabilities.gather(-1, symbols)
+    probabilities.scatter_(-1, symbols, 0)
+    mass = probabilities.sum(-1, keepdim=True)
+    probabilities.scatter_(-1, symbols, inside)
+    rest = mass.log() + student.log_normaliser
+    tiny = (mass < _TINY_MASS).squeeze(-1)
+    if tiny.any():
+        others = student.logits[tiny].scatter(-1, symbols[tiny], -math.inf)
+        rest[tiny] = torch.logsumexp(others, dim=-1, keepdim=True)
+    return rest, mass

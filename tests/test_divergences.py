@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_plugin.divergences import NAMES, distribution, divergence, parameter_of
+from kd_plugin.signal import Dense
 from kd_plugin.topk import cut
 
 
@@ -189,9 +190,11 @@ def test_only_two_families_take_a_parameter():
 
 
 def cut_value_and_gradient(name, teacher, student, k, tail):
-    p, q, spread = cut(distribution(teacher), distribution(student), k, tail)
+    p, q, spread = cut(Dense(teacher).top(k, 1.0, tail == "bucket"), distribution(student))
     value, gradient = divergence(name).function(p, q)
-    return value, spread(gradient)
+    whole = torch.zeros_like(student)
+    spread.add_to(whole, gradient)
+    return value, whole
 
 
 def cut_by_autograd(name, teacher, student, k, tail):
@@ -251,3 +254,20 @@ def test_the_bucket_of_a_certain_teacher_is_empty_and_harmless():
     expected, expected_gradient = evaluate("forward-kl", teacher, student)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("gap", [40.0, 80.0, 2000.0])
+def test_a_bucket_that_underflows_keeps_its_logit_and_its_gradient(gap):
+    """In float32, a student that gives the bucket e^-40, e^-80 or e^-2000 of its mass."""
+    teacher = torch.tensor([[2.0, 1.0, 0.0, -0.5, -1.0]])
+    student = torch.tensor([[gap, gap - 1, 0.3, 0.1, -0.2]])
+    value, gradient = cut_value_and_gradient("forward-kl", teacher, student, 2, "bucket")
+    wide, wide_gradient = cut_value_and_gradient(
+        "forward-kl", teacher.double(), student.double(), 2, "bucket"
+    )
+    torch.testing.assert_close(value, wide.float())
+    torch.testing.assert_close(gradient, wide_gradient.float())
+    p_rest = torch.softmax(teacher.double(), -1)[0, 2:].sum()
+    # all but nothing of q is there, so the gradient is -p, shared out as the student would
+    shares = torch.softmax(student.double()[0, 2:], -1)
+    torch.testing.assert_close(gradient[0, 2:].double(), -p_rest * shares, rtol=1e-5, atol=0)

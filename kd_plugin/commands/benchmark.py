@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FILE", help="write all figures there, as JSON")
     steps = parser.add_argument_group("steps")
     steps.add_argument(
-        "--batches", type=int, default=4, help="batches of a round, from the shortest to the longest"
+        "--batches", type=int, default=4, help="batches of a round, from shortest to longest"
     )
     steps.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     objective = parser.add_argument_group("objective")
