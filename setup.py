@@ -49,6 +49,7 @@ setup(
     entry_points={
         "console_scripts": [
             "fairseq-kd-benchmark=kd_plugin.commands.benchmark:main",
+            "fairseq-kd-cache=kd_plugin.commands.cache:main",
             "fairseq-kd-export=kd_plugin.commands.export:main",
         ],
     },

@@ -5,6 +5,7 @@ fairseq's own checkpoints hold may be looked up while one is opened: torch >= 2.
 itself (``weights_only``), older torch gets an unpickler that does.
 """
 
+import hashlib
 import importlib
 import os
 import pickle
@@ -20,10 +21,21 @@ import torch
 # What fairseq's checkpoints hold besides tensors, as (module, name). Some names exist at one end
 # of the supported versions only.
 _METERS = (
-    "AverageMeter", "TimeMeter", "StopwatchMeter", "MetersDict", "SumMeter", "ConcatTensorMeter",
+    "AverageMeter",
+    "TimeMeter",
+    "StopwatchMeter",
+    "MetersDict",
+    "SumMeter",
+    "ConcatTensorMeter",
 )
 _NODES = (
-    "AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode", "EnumNode", "BytesNode",
+    "AnyNode",
+    "StringNode",
+    "IntegerNode",
+    "FloatNode",
+    "BooleanNode",
+    "EnumNode",
+    "BytesNode",
 )
 _BUILTINS = ("dict", "list", "tuple", "set", "int", "float", "str", "bool")
 FAIRSEQ_GLOBALS: Tuple[Tuple[str, str], ...] = (
@@ -250,3 +262,12 @@ def symbols_in(state: Dict[str, Any]) -> Optional[Tuple[List[str], List[str]]]:
     saved = state.get("task_state") or {}
     source, target = saved.get("source_symbols"), saved.get("target_symbols")
     return (list(source), list(target)) if source and target else None
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 22), b""):
+            found.update(block)
+    return found.hexdigest()

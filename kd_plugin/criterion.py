@@ -10,7 +10,7 @@ ce is fairseq's label-smoothed cross-entropy; ce_weight is 1 - kd_weight * selec
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from fairseq import utils
@@ -70,7 +70,10 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     )
     kd_top_k: int = field(
         default=0,
-        metadata={"help": "distil only the teacher's K likeliest symbols (0: all of them)"},
+        metadata={
+            "help": "distil only the teacher's K likeliest symbols (0: all that are "
+            "known; Tan et al. 2019)"
+        },
     )
     kd_tail: Optional[ChoiceEnum(topk.TAILS)] = field(  # type: ignore
         default=None,
@@ -185,13 +188,19 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         tail = None if cfg.kd_tail is None else choice_value(cfg.kd_tail)
         self.top_k, self.tail = cfg.kd_top_k, tail or "bucket"
         vocabulary = len(task.target_dictionary)
+        cached = getattr(getattr(task, "cfg", None), "teacher_cache", None)
+        cut = cfg.kd_top_k > 0 or bool(cached)
         check(
             0 <= cfg.kd_top_k <= vocabulary,
             "--kd-top-k must be from 0 to the {} symbols of the vocabulary, got {}",
             vocabulary,
             cfg.kd_top_k,
         )
-        check(tail is None or cfg.kd_top_k > 0, "--kd-tail {} is for --kd-top-k only", tail)
+        check(
+            tail is None or cut,
+            "--kd-tail {} is for --kd-top-k and --teacher-cache only",
+            tail,
+        )
         if name == "logit-mse":
             check(
                 self.temperature == schedules.constant(1.0),
@@ -199,9 +208,9 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
                 "--kd-temperature-schedule",
             )
             check(
-                not cfg.kd_top_k or self.tail == "renormalise",
-                "--kd-divergence logit-mse with --kd-top-k needs --kd-tail renormalise (a bucket "
-                "of symbols has no logit)",
+                not cut or self.tail == "renormalise",
+                "--kd-divergence logit-mse with --kd-top-k or --teacher-cache needs --kd-tail "
+                "renormalise (a bucket of symbols has no logit)",
             )
 
         chosen = choice_value(cfg.kd_selection)
@@ -226,6 +235,34 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             selection.DEFAULT_RATE if rate is None else rate,
             selection.DEFAULT_QUEUE_SIZE if size is None else size,
         )
+
+    def refuse_cache(self, k: int, temperatures: Sequence[float], whole: bool) -> None:
+        """Refuse to be taught by a cache that lacks what the flags need, every fault at once.
+
+        Args:
+            k: symbols in each of its rows.
+            temperatures: other than 1, at which it knows the mass of all other symbols.
+            whole: whether k is the whole vocabulary.
+        """
+        faults = []
+        if self.top_k > k:
+            faults.append("--kd-top-k {} is more than the {} of the cache".format(self.top_k, k))
+        if self.tail == "bucket" and not whole:
+            held = ", ".join("{:g}".format(t) for t in (1.0, *temperatures))
+            advice = "take --kd-tail renormalise, or cache with --temperatures"
+            if self.temperature.steps:
+                faults.append(
+                    "--kd-temperature-schedule with --kd-tail bucket needs the mass of the other "
+                    "symbols at every temperature, and the cache holds it at {}: take --kd-tail "
+                    "renormalise".format(held)
+                )
+            elif self.temperature(None) not in (1.0, *temperatures):
+                faults.append(
+                    "--kd-temperature {:g} with --kd-tail bucket: the cache holds the mass of the "
+                    "other symbols at {}; {}".format(self.temperature(None), held, advice)
+                )
+        if faults:
+            raise ValueError("--teacher-cache: " + "; ".join(faults))
 
     @staticmethod
     def _scheduled(name, text, value, default, valid, expected, faults) -> schedules.Schedule:

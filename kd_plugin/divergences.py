@@ -192,9 +192,7 @@ def _finite(x: Tensor) -> Tensor:
     return x.clamp_(-limit, limit)
 
 
-def _on_support(
-    teacher: Distribution, student: Distribution
-) -> Tuple[Distribution, Distribution]:
+def _on_support(teacher: Distribution, student: Distribution) -> Tuple[Distribution, Distribution]:
     """Both on the symbols to which the teacher gives probability; q renormalised there."""
     if teacher.logits.amin() > -math.inf:
         return teacher, student

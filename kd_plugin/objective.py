@@ -180,9 +180,7 @@ class _Work:
         tokens = TokenStatistics(
             self.nll, self.teacher_nll, self.teacher_entropy, self.teacher_correct
         )
-        return Terms(
-            loss, tokens, self.selected, self.kd, self.kd_weight, self.correct, self.agree
-        )
+        return Terms(loss, tokens, self.selected, self.kd, self.kd_weight, self.correct, self.agree)
 
     def _allocate(self, logits: Tensor) -> None:
         """A value per row for all that is asked for; None for the rest."""

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from .cache import CachedSubset, CacheError, TaughtDataset, describe_data
 from .configuration import CRITERION, choice_value
 from .selection import ScoreQueue
-from .signal import not_finite_teacher
+from .signal import CachedSignal, not_finite_teacher
 from .teacher import DTYPES, Student, Teacher, TeacherError, parse_overrides, parse_weights
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,13 @@ class KDTranslationConfig(TranslationConfig):
         default="same",
         metadata={"help": "where the teacher runs: with the student, or on the CPU (in fp32)"},
     )
+    teacher_cache: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "folder that fairseq-kd-cache wrote: the teacher is read from it instead of "
+            "being run"
+        },
+    )
     teacher_trust_checkpoint: bool = field(
         default=False,
         metadata={
@@ -87,8 +95,9 @@ class KDTranslationTask(TranslationTask):
         super().__init__(cfg, src_dict, tgt_dict)
         self.teacher: Optional[Teacher] = None  # opened when training begins
         self._training = False
-        # scores of the last tokens, where the selection compares with them
-        self._queue: Optional[ScoreQueue] = None
+        # once there is one, this is a training or a validation, and datasets bring the teacher
+        self._criterion: Any = None
+        self._cache: Optional[CachedSubset] = None  # of any subset: they are alike
         self._looked_for_teacher = False
         # longest source and target sentence, in tokens, in the batches of any dataset so far
         self._longest = (0, 0)
@@ -111,14 +120,33 @@ class KDTranslationTask(TranslationTask):
                 "--task kd_translation needs --criterion {}, which listens to the teacher; got "
                 "{}. For training without a teacher use --task translation.".format(CRITERION, name)
             )
-        criterion = super().build_criterion(cfg, *args, **kwargs)
-        self._queue = criterion.selection.queue
-        return criterion
+        if self.cfg.teacher_cache:
+            self._refuse_beside_cache()
+        self._criterion = super().build_criterion(cfg, *args, **kwargs)
+        return self._criterion
+
+    @property
+    def _queue(self) -> Optional[ScoreQueue]:
+        """Scores of the last tokens, where the selection compares with them."""
+        return None if self._criterion is None else self._criterion.selection.queue
+
+    def load_dataset(
+        self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
+    ) -> None:
+        super().load_dataset(split, epoch, combine, **kwargs)
+        if self._criterion is not None and self.cfg.teacher_cache:
+            self._join_cache(split, combine)
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)
-        source, target = _longest_kept(dataset, max_positions)
-        self._longest = max(self._longest[0], source), max(self._longest[1], target)
+        kept = _kept(dataset, max_positions)
+        if isinstance(dataset, TaughtDataset):
+            _refuse_untaught(dataset, kept)
+        elif kept.any():
+            self._longest = (
+                max(self._longest[0], int(dataset.src_sizes[kept].max())),
+                max(self._longest[1], int(dataset.tgt_sizes[kept].max())),
+            )
         # Newer fairseq draws the order of equally long sentences from seed + epoch and keeps the
         # batches that come of it: a run resumed later than in epoch 1 would get other batches.
         epoch, cached = kwargs.get("epoch", 1), self.dataset_to_epoch_iter.get(dataset)
@@ -135,9 +163,12 @@ class KDTranslationTask(TranslationTask):
     def begin_epoch(self, epoch: int, model: Any) -> None:
         super().begin_epoch(epoch, model)
         self._training = True
+        if self.cfg.teacher_cache:
+            return
         if self.teacher is None:
-            self.teacher = self._open_teacher(model)
-            self._probe(self.teacher)
+            parameter = next(model.parameters())
+            self.teacher = self.open_teacher(parameter.device, parameter.dtype)
+            self.probe(self.teacher, self.cfg.train_subset)
         self._check_lengths(self.teacher)
 
     def train_step(
@@ -177,6 +208,16 @@ class KDTranslationTask(TranslationTask):
 
         A copy, because on a CPU the trainer passes its own batch and keeps it as the dummy batch.
         """
+        if "teacher" in sample:
+            assert self._cache is not None
+            signal = CachedSignal(
+                sample["teacher"],
+                sample["target"].ne(self.tgt_dict.pad()),
+                self._cache.temperatures,
+                self._cache.whole,
+                **about,
+            )
+            return {**sample, "teacher": signal}
         if self.teacher is None:
             return sample
         amp = amp and choice_value(self.cfg.teacher_dtype) == "same"
@@ -187,12 +228,17 @@ class KDTranslationTask(TranslationTask):
     def _paths(self) -> List[str]:
         return [path for path in utils.split_paths(self.cfg.teacher_checkpoint_path or "") if path]
 
-    def _open_teacher(self, model: Any) -> Teacher:
+    def open_teacher(self, device: torch.device, dtype: torch.dtype) -> Teacher:
+        """The teacher of the flags, placed where and in the precision that they say.
+
+        Args:
+            device, dtype: the run's, which are the teacher's too unless told otherwise.
+        """
         paths = self._paths()
         if not paths:
             raise TeacherError(
-                "--task kd_translation needs a teacher: give --teacher-checkpoint-path (for "
-                "training without one use --task translation)"
+                "--task kd_translation needs a teacher: give --teacher-checkpoint-path or "
+                "--teacher-cache (for training without one use --task translation)"
             )
         teacher = Teacher.open(
             paths,
@@ -202,7 +248,6 @@ class KDTranslationTask(TranslationTask):
             overrides=parse_overrides(self.cfg.teacher_overrides),
             trust=self.cfg.teacher_trust_checkpoint,
         )
-        parameter = next(model.parameters())
         precision = choice_value(self.cfg.teacher_dtype)
         if choice_value(self.cfg.teacher_device) == "cpu":
             if precision not in ("same", "fp32"):
@@ -211,20 +256,72 @@ class KDTranslationTask(TranslationTask):
                     "had there".format(precision)
                 )
             return teacher.place(torch.device("cpu"), torch.float32)
-        dtype = parameter.dtype if precision == "same" else DTYPES[precision]
-        return teacher.place(parameter.device, dtype)
+        return teacher.place(device, dtype if precision == "same" else DTYPES[precision])
 
     def _look_for_teacher(self, model: Any) -> None:
         """Outside training the teacher is welcome but not needed."""
         self._looked_for_teacher = True
+        if self.cfg.teacher_cache:
+            return
         paths = self._paths()
         if paths and all(os.path.isfile(path) for path in paths):
-            self.teacher = self._open_teacher(model)
+            parameter = next(model.parameters())
+            self.teacher = self.open_teacher(parameter.device, parameter.dtype)
         else:
             logger.warning(
                 "no teacher at {}: validating the student alone, without kd_loss, teacher_nll_loss "
                 "and agreement".format(self.cfg.teacher_checkpoint_path)
             )
+
+    # the teacher on disk
+
+    def _refuse_beside_cache(self) -> None:
+        """Flags of a running teacher mean nothing beside a cache."""
+        given = KDTranslationConfig()
+        names = ("checkpoint_path", "data", "weights", "overrides", "dtype", "device")
+        flags = ["teacher_" + name for name in names]
+        useless = [
+            "--" + flag.replace("_", "-")
+            for flag in flags
+            if choice_value(getattr(self.cfg, flag)) != choice_value(getattr(given, flag))
+        ]
+        if useless:
+            raise CacheError(
+                "with --teacher-cache no teacher is run: leave out {}, or leave out "
+                "--teacher-cache".format(", ".join(useless))
+            )
+
+    def _join_cache(self, split: str, combine: bool) -> None:
+        """Let a subset's batches bring what the cache holds of them."""
+        folder = str(self.cfg.teacher_cache)
+        if split != self.cfg.train_subset and not CachedSubset.exists(folder, split):
+            logger.info(
+                "no subset {} in the cache {}: it is validated without kd_loss, teacher_nll_loss "
+                "and agreement".format(split, folder)
+            )
+            return
+        cache = CachedSubset(folder, split, describe_data(self, split, combine))
+        if self._cache is not None and (cache.k, cache.temperatures) != (
+            self._cache.k,
+            self._cache.temperatures,
+        ):
+            raise CacheError(
+                "the caches {} (top {}, temperatures {}) and {} (top {}, temperatures {}) are not "
+                "alike: make one of them again".format(
+                    cache.folder,
+                    cache.k,
+                    cache.temperatures,
+                    self._cache.folder,
+                    self._cache.k,
+                    self._cache.temperatures,
+                )
+            )
+        self._criterion.refuse_cache(cache.k, cache.temperatures, cache.whole)
+        self._cache = cache
+        self.datasets[split] = TaughtDataset(self.datasets[split], cache, self.tgt_dict.pad())
+        logger.info(
+            "teacher of {}: the {} likeliest symbols from {}".format(split, cache.k, cache.folder)
+        )
 
     def _check_lengths(self, teacher: Teacher) -> None:
         limits = teacher.max_positions()
@@ -237,9 +334,9 @@ class KDTranslationTask(TranslationTask):
                 "--truncate-source.".format(*self._longest, *limits, *limits)
             )
 
-    def _probe(self, teacher: Teacher) -> None:
+    def probe(self, teacher: Teacher, subset: str) -> None:
         """The last net: a teacher worse than a uniform guess on this data is the wrong one."""
-        dataset = self.dataset(self.cfg.train_subset)
+        dataset = self.dataset(subset)
         limits = teacher.max_positions()
         fits = np.flatnonzero(
             (dataset.src_sizes <= limits[0]) & (dataset.tgt_sizes <= min(limits[1], 512))
@@ -300,15 +397,28 @@ def _remember(iterator: Any, queue: ScoreQueue) -> None:
     iterator.state_dict, iterator.load_state_dict = state_dict, load_state_dict
 
 
-def _longest_kept(dataset: Any, max_positions: Any) -> Tuple[int, int]:
-    """Longest source and target among the sentences that fairseq's length filter keeps."""
+def _kept(dataset: Any, max_positions: Any) -> np.ndarray:
+    """Which sentences fairseq's length filter keeps; none of a text to be translated."""
     source, target = dataset.src_sizes, dataset.tgt_sizes
-    if target is None:  # text to be translated: nothing is taught on it
-        return 0, 0
-    kept = np.ones(len(source), dtype=bool)
-    if max_positions is not None:
-        limits = max_positions if isinstance(max_positions, (tuple, list)) else [max_positions] * 2
-        kept = (source <= (limits[0] or math.inf)) & (target <= (limits[1] or math.inf))
-    if not kept.any():
-        return 0, 0
-    return int(source[kept].max()), int(target[kept].max())
+    if target is None:
+        return np.zeros(len(source), dtype=bool)
+    if max_positions is None:
+        return np.ones(len(source), dtype=bool)
+    limits = max_positions if isinstance(max_positions, (tuple, list)) else [max_positions] * 2
+    return (source <= (limits[0] or math.inf)) & (target <= (limits[1] or math.inf))
+
+
+def _refuse_untaught(dataset: TaughtDataset, kept: np.ndarray) -> None:
+    untaught = kept & ~dataset.has_rows
+    if untaught.any():
+        raise CacheError(
+            "the cache {} has no rows for {} sentences of up to {} source and {} target tokens: "
+            "the teacher could not read them. Leave them out with --max-source-positions and "
+            "--max-target-positions (for validation data also "
+            "--skip-invalid-size-inputs-valid-test).".format(
+                dataset.cache.folder,
+                untaught.sum(),
+                dataset.src_sizes[untaught].max(),
+                dataset.tgt_sizes[untaught].max(),
+            )
+        )

@@ -105,6 +105,26 @@ class Teacher:
             member.place(device, dtype)
         return self
 
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].device
+
+    def describe(self) -> Dict[str, Any]:
+        """What its distributions depend on, beside the data, as plain types."""
+        return {
+            "teachers": [
+                {
+                    "path": os.path.abspath(member.name),
+                    "bytes": os.path.getsize(member.name),
+                    "sha256": checkpoint.digest(member.name),
+                    "weight": math.exp(log_weight),
+                    "overrides": {str(k): repr(v) for k, v in member.overrides.items()},
+                }
+                for member, log_weight in zip(self.members, self.log_weights)
+            ],
+            "teacher_dtype": str(next(self.members[0].model.parameters()).dtype),
+        }
+
     def max_positions(self) -> Tuple[int, int]:
         """Longest source and target, in tokens, that every member can read."""
         limits = [member.model.max_positions() for member in self.members]
@@ -138,7 +158,7 @@ class _Member:
         overrides: Dict[str, Any],
         trust: bool,
     ) -> None:
-        self.name = path
+        self.name, self.overrides = path, overrides
         state = checkpoint.read_checkpoint(path, trust)
         self._check_task(state, student, overrides)
         source, target, origin = _dictionaries(path, state, student, data, overrides)
@@ -467,4 +487,3 @@ def parse_weights(text: Optional[str]) -> Optional[List[float]]:
         raise TeacherError(
             "--teacher-weights needs numbers as in 2,1,1; got {!r}".format(text)
         ) from None
-

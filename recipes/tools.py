@@ -118,8 +118,7 @@ def parameters(user_dir, checkpoint):
     for name, tensor in state.items():
         # Embeddings that share storage in the model may be copies of each other in the file.
         if not extra.search(name) and not (
-            shared.search(name)
-            and any(shared.search(n) and t.equal(tensor) for n, t in counted)
+            shared.search(name) and any(shared.search(n) and t.equal(tensor) for n, t in counted)
         ):
             counted.append((name, tensor))
     return sum(tensor.numel() for _, tensor in counted)

@@ -111,10 +111,14 @@ def test_trust_opens_it_all_the_same(save, tmp_path):
 def test_a_dotted_name_does_not_slip_through(tmp_path):
     # protocol 4 would look "Namespace.__init__.__globals__" up attribute by attribute
     stream = (
-        pickle.PROTO + struct.pack("<B", 4)
-        + pickle.SHORT_BINUNICODE + b"\x08argparse"
-        + pickle.SHORT_BINUNICODE + b"\x1eNamespace.__init__.__globals__"
-        + pickle.STACK_GLOBAL + pickle.STOP
+        pickle.PROTO
+        + struct.pack("<B", 4)
+        + pickle.SHORT_BINUNICODE
+        + b"\x08argparse"
+        + pickle.SHORT_BINUNICODE
+        + b"\x1eNamespace.__init__.__globals__"
+        + pickle.STACK_GLOBAL
+        + pickle.STOP
     )
     path = str(tmp_path / "dotted.pt")
     whole = str(tmp_path / "whole.pt")

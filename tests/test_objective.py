@@ -97,9 +97,7 @@ def test_without_kd_it_is_fairseqs_label_smoothed_cross_entropy(eps):
     )
     (expected,) = torch.autograd.grad(stock, student)
     rows = target.ne(1).nonzero().squeeze(-1)
-    terms = distillation_objective(
-        student, target, rows, signal_of(teacher), 1.0, 0.0, eps=eps
-    )
+    terms = distillation_objective(student, target, rows, signal_of(teacher), 1.0, 0.0, eps=eps)
     (gradient,) = torch.autograd.grad(terms.loss, student)
     torch.testing.assert_close(terms.loss, stock)
     torch.testing.assert_close(terms.tokens.student_nll.sum(), stock_nll)
@@ -432,9 +430,7 @@ def test_a_student_that_is_not_finite_is_left_to_the_loss_scaler():
     student, teacher, target = random_case(dtype=torch.float32)
     with torch.no_grad():
         student[2, 2] = math.inf
-    terms = distillation_objective(
-        student, target, torch.arange(7), signal_of(teacher), 0.5, 0.5
-    )
+    terms = distillation_objective(student, target, torch.arange(7), signal_of(teacher), 0.5, 0.5)
     assert not torch.isfinite(terms.loss)
 
 

@@ -100,9 +100,7 @@ def test_all_is_everything():
 
 
 def run_rank(rank, address, results):
-    torch.distributed.init_process_group(
-        "gloo", init_method=address, world_size=2, rank=rank
-    )
+    torch.distributed.init_process_group("gloo", init_method=address, world_size=2, rank=rank)
     queue = ScoreQueue(5)
     group = torch.distributed.group.WORLD
     # the ranks have different numbers of tokens; rank 1 had only a dummy batch in the second update

@@ -22,17 +22,9 @@ from .. import benchmark
 from ..configuration import CRITERION
 from ..criterion import KDLabelSmoothedCrossEntropyCriterionConfig
 from ..task import KDTranslationConfig
+from .arguments import Help
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Every default shown once, and none where there is none."""
-
-    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        if action.default in (None, argparse.SUPPRESS) or "(default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="fairseq-kd-benchmark",
         usage="%(prog)s [--output FILE] [options] [the arguments of a distilling fairseq-train]",
         description=__doc__,
-        formatter_class=_Help,
+        formatter_class=Help,
         allow_abbrev=False,
         add_help=False,
     )

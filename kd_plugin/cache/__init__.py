@@ -1,0 +1,15 @@
+"""A teacher's distributions on disk: run it once, train from them as often as you like."""
+
+from .dataset import TaughtDataset
+from .fill import fill, summary_lines
+from .format import CacheError, describe_data
+from .reader import CachedSubset
+
+__all__ = [
+    "CacheError",
+    "CachedSubset",
+    "TaughtDataset",
+    "describe_data",
+    "fill",
+    "summary_lines",
+]

@@ -1,0 +1,74 @@
+"""Join a batch with what the teacher said about its sentences."""
+
+from typing import Any, Dict, List
+
+import numpy as np
+import torch
+from fairseq.data import BaseWrapperDataset
+
+from .format import CacheError
+from .reader import CachedSubset
+
+
+class TaughtDataset(BaseWrapperDataset):
+    """A translation dataset whose batches hold the cached rows of their sentences.
+
+    ``batch["teacher"]`` is a plain dict of integer and float16 tensors with one row for every real
+    target token of the batch, in its order.
+
+    Raises:
+        CacheError: a sentence has another number of target tokens than rows.
+    """
+
+    def __init__(self, dataset: Any, cache: CachedSubset, pad: int) -> None:
+        super().__init__(dataset)
+        self.cache, self._pad = cache, pad
+        lengths = cache.lengths()
+        if len(lengths) != len(dataset):
+            raise CacheError(
+                "the cache {} holds {} sentences, the data {}".format(
+                    cache.folder, len(lengths), len(dataset)
+                )
+            )
+        # no rows: the teacher could not read it
+        wrong = np.flatnonzero((lengths != dataset.tgt_sizes) & (lengths > 0))
+        if len(wrong):
+            raise CacheError(
+                "the cache {} has another number of rows than the data has target tokens for {} "
+                "sentences, the first is number {}".format(cache.folder, len(wrong), wrong[0])
+            )
+        self.has_rows = lengths > 0
+
+    @property
+    def src_sizes(self) -> np.ndarray:
+        return self.dataset.src_sizes
+
+    @property
+    def tgt_sizes(self) -> np.ndarray:
+        return self.dataset.tgt_sizes
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        return {**self.dataset[index], "teacher": self.cache.rows(index)}
+
+    def collater(self, samples: List[Dict[str, Any]], *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        batch = self.dataset.collater(samples, *args, **kwargs)
+        if not batch:
+            return batch
+        rows = {sample["id"]: sample["teacher"] for sample in samples}
+        # the collater orders sentences by length
+        ordered = [rows[sentence] for sentence in batch["id"].tolist()]
+        teacher = {name: np.concatenate([parts[name] for parts in ordered]) for name in ordered[0]}
+        tokens = int(batch["target"].ne(self._pad).sum())
+        if len(teacher["reference"]) != tokens:
+            raise CacheError(
+                "the batch of the sentences {} has {} target tokens, the cache {} rows: is there a "
+                "padding symbol in the text?".format(
+                    batch["id"].tolist(), tokens, len(teacher["reference"])
+                )
+            )
+        # torch has no unsigned integers of two and four bytes
+        teacher["symbols"] = teacher["symbols"].astype(
+            np.int32 if teacher["symbols"].itemsize == 2 else np.int64
+        )
+        batch["teacher"] = {name: torch.from_numpy(array) for name, array in teacher.items()}
+        return batch

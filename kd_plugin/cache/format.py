@@ -1,0 +1,188 @@
+"""The cache's format: the one place that knows how it lies on disk.
+
+A cache is a folder with one subfolder per subset (``train``, ``valid``), each complete in itself::
+
+    train/
+      manifest.json     written last: without it there is no cache
+      offsets.bin       <i8 (sentences + 1): sentence i has the rows offsets[i] to offsets[i + 1]
+      symbols.bin       <u2, or <u4 for more than 65,536 symbols (rows, k): the likeliest first
+      log_probs.bin     <f2 (rows, k): their log-probabilities at temperature 1, nats
+      reference.bin     <f2 (rows): the reference's, likewise
+      entropy.bin       <f2 (rows): of the whole distribution at temperature 1, nats
+      rests.bin         <f2 (rows, temperatures): log of the sum of p^(1/T) over the symbols that
+                        are not among the k, for each temperature T of the manifest other than 1
+      partial/          while it is being written: header.json, and a folder for each shard
+
+A row is a target token, its end-of-sentence symbol included, in the order of the sentence;
+sentences are in the order of the binarised data, and one that the teacher cannot read has no rows.
+Arrays are flat, little-endian, without a header, to be memory-mapped. An array of no width has no
+file. At temperature 1 the mass outside of the k is one minus theirs.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import zlib
+from itertools import count
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+from fairseq import utils
+
+from ..checkpoint import digest
+
+FORMAT, VERSION = "kd_plugin teacher cache", 1
+MANIFEST, HEADER, PARTIAL = "manifest.json", "header.json", "partial"
+OFFSETS = "offsets"
+_BLOCK = 1 << 22
+# What a header says of the data; it must be the same in training
+_DATA = ("dictionaries", "files", "settings")
+
+
+class CacheError(ValueError):
+    """A cache that cannot be used, or not be written; the message says why and what to do."""
+
+
+class Array(NamedTuple):
+    """How one array lies in its file."""
+
+    dtype: str
+    width: Tuple[int, ...]  # of a row: () or (k,)
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.dtype(self.dtype).itemsize * np.prod(self.width, dtype=np.int64))
+
+
+def arrays(vocabulary: int, k: int, temperatures: Sequence[float]) -> Dict[str, Array]:
+    """The arrays that have a value per row."""
+    found = {
+        "symbols": Array("<u2" if vocabulary <= 1 << 16 else "<u4", (k,)),
+        "log_probs": Array("<f2", (k,)),
+        "reference": Array("<f2", ()),
+        "entropy": Array("<f2", ()),
+        "rests": Array("<f2", (rests(vocabulary, k, temperatures),)),
+    }
+    return {name: array for name, array in found.items() if array.row_bytes}
+
+
+def rests(vocabulary: int, k: int, temperatures: Sequence[float]) -> int:
+    """Width of ``rests``: where the k are the whole vocabulary there is no rest."""
+    return len(temperatures) if k < vocabulary else 0
+
+
+def array_file(folder: Path, name: str) -> Path:
+    return folder / (name + ".bin")
+
+
+# What a cache was made from
+
+
+def describe_data(task: Any, subset: str, combine: bool) -> Dict[str, Any]:
+    """What a row's meaning depends on: files by content, dictionaries, and the task's settings.
+
+    Raises:
+        CacheError: the task reads several data folders in turn.
+    """
+    cfg = task.cfg
+    folders = utils.split_paths(cfg.data)
+    if len(folders) != 1:
+        raise CacheError(
+            "a teacher cache is for one data folder, and here are {} ({}), of which each epoch "
+            "reads another: train without --teacher-cache, or binarise into one folder".format(
+                len(folders), cfg.data
+            )
+        )
+    settings = {
+        "source_lang": cfg.source_lang,
+        "target_lang": cfg.target_lang,
+        "upsample_primary": cfg.upsample_primary,
+        # only then does the position's limit change what the teacher reads
+        "truncate_source": cfg.max_source_positions if cfg.truncate_source else None,
+    }
+    return {
+        "dictionaries": {
+            "source": _digest_of_text("\n".join(task.source_dictionary.symbols)),
+            "target": _digest_of_text("\n".join(task.target_dictionary.symbols)),
+        },
+        "files": {
+            os.path.basename(path): digest(path)
+            for path in _data_files(folders[0], subset, cfg, combine)
+        },
+        "settings": settings,
+    }
+
+
+def _data_files(folder: str, subset: str, cfg: Any, combine: bool) -> List[str]:
+    """The files that fairseq reads for a subset: with ``combine`` also train1, train2, ..."""
+    found: List[str] = []
+    for i in count():
+        here = []
+        for pair in ((cfg.source_lang, cfg.target_lang), (cfg.target_lang, cfg.source_lang)):
+            prefix = os.path.join(folder, "{}{}.{}-{}.".format(subset, i or "", *pair))
+            for lang in pair:
+                name = glob.escape(prefix + lang)
+                here += glob.glob(name) + glob.glob(name + ".bin") + glob.glob(name + ".idx")
+        found += sorted(here)
+        if not here or not combine:
+            return found
+    return found
+
+
+def _digest_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def differences(ours: Dict[str, Any], theirs: Dict[str, Any], keys: Iterable[str]) -> List[str]:
+    """In words: where the second dictionary says something else than the first."""
+    found = []
+    for key in keys:
+        mine, other = ours.get(key), theirs.get(key)
+        if mine == other:
+            continue
+        if isinstance(mine, dict) and isinstance(other, dict):
+            parts = differences(mine, other, sorted({*mine, *other}))
+            found += ["{}: {}".format(key, part) for part in parts]
+        elif isinstance(mine, str) and isinstance(other, str) and len(mine) == len(other) == 64:
+            found.append("{} differs".format(key))
+        else:
+            found.append("{} is {} here, {} there".format(key, mine, other))
+    return found
+
+
+def data_differences(ours: Dict[str, Any], theirs: Dict[str, Any]) -> List[str]:
+    return differences(ours, theirs, _DATA)
+
+
+# Reading and writing
+
+
+def read_json(path: Path) -> Dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CacheError("{} cannot be read ({})".format(path, error)) from None
+    if not isinstance(found, dict):
+        raise CacheError("{} is not a cache's: expected a JSON object".format(path))
+    return found
+
+
+def write_json(path: Path, content: Dict[str, Any]) -> None:
+    """All or nothing: under another name first, then renamed."""
+    new = path.with_name("{}.{}.new".format(path.name, os.getpid()))
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def checksum(path: Path) -> str:
+    value = 0
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(_BLOCK), b""):
+            value = zlib.crc32(block, value)
+    return "{:08x}".format(value)

@@ -1,0 +1,196 @@
+"""Open a cache, or refuse it; give the rows of a sentence."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+
+from ..checkpoint import digest
+from . import format as layout
+from .format import CacheError
+
+logger = logging.getLogger(__name__)
+
+
+class CachedSubset:
+    """One subset of a cache, memory-mapped: what processes read of it they share.
+
+    Args:
+        cache: the cache's folder.
+        subset: ``train``, say.
+        data: what ``describe_data`` says of the data that it is to be used with.
+
+    Raises:
+        CacheError: there is none, it is unfinished, damaged, of another version, or was made from
+            something else.
+    """
+
+    def __init__(self, cache: str, subset: str, data: Dict[str, Any]) -> None:
+        self.folder = Path(cache) / subset
+        self.manifest = self._read_manifest(subset)
+        self.k: int = self.manifest["k"]
+        self.vocabulary: int = self.manifest["vocabulary"]
+        self.temperatures: List[float] = self.manifest["temperatures"]
+        found = layout.data_differences(data, self.manifest)
+        if found:
+            raise CacheError(
+                "the cache {} was made from something else than what it is used with: {}. Use it "
+                "with its own data, dictionaries and settings, or make a new one with "
+                "fairseq-kd-cache.".format(self.folder, "; ".join(found))
+            )
+        self._types = layout.arrays(self.vocabulary, self.k, self.temperatures)
+        self._check_files()
+        self._open()
+        self._check_offsets()
+        self._warn_of_other_teachers()
+
+    @staticmethod
+    def exists(cache: str, subset: str) -> bool:
+        """Whether there is one, finished or not."""
+        return (Path(cache) / subset).is_dir()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the k are the whole vocabulary."""
+        return self.k == self.vocabulary
+
+    def __len__(self) -> int:
+        return self.manifest["sentences"]
+
+    def lengths(self) -> np.ndarray:
+        """Number of rows of each sentence."""
+        return np.diff(self.offsets)
+
+    def rows(self, sentence: int) -> Dict[str, np.ndarray]:
+        """All arrays of one sentence, views into the maps."""
+        start, end = self.offsets[sentence], self.offsets[sentence + 1]
+        return {name: array[start:end] for name, array in self._arrays.items()}
+
+    # opening
+
+    def _read_manifest(self, subset: str) -> Dict[str, Any]:
+        path = self.folder / layout.MANIFEST
+        if not path.is_file():
+            if (self.folder / layout.PARTIAL).is_dir():
+                raise CacheError(
+                    "the cache {} is not finished: run the same fairseq-kd-cache again, it goes on "
+                    "where it stopped (with --num-shards, each shard)".format(self.folder)
+                )
+            raise CacheError(
+                "no cache of the subset {0} in {1}: make it with fairseq-kd-cache DATA --path "
+                "teacher.pt --cache {1} --gen-subset {0}".format(subset, self.folder.parent)
+            )
+        manifest = layout.read_json(path)
+        version = manifest.get("version")
+        if manifest.get("format") != layout.FORMAT:
+            raise CacheError("{} is not the manifest of a teacher cache".format(path))
+        if version != layout.VERSION:
+            raise CacheError(
+                "the cache {} has version {} of the format, and this kd_plugin reads version {}: "
+                "make it again with fairseq-kd-cache".format(self.folder, version, layout.VERSION)
+            )
+        if not _well_formed(manifest):
+            raise CacheError("{}: make the cache again".format(_damaged(path)))
+        return manifest
+
+    def _check_files(self) -> None:
+        sentences, rows = self.manifest["sentences"], self.manifest["rows"]
+        expected = {name: rows * array.row_bytes for name, array in self._types.items()}
+        expected[layout.OFFSETS] = 8 * (sentences + 1)
+        for name, size in expected.items():
+            path = layout.array_file(self.folder, name)
+            if not path.is_file():
+                raise CacheError("{} is missing: make the cache again".format(path))
+            if path.stat().st_size != size:
+                raise CacheError(
+                    "{}: expected {} bytes, found {}. Delete {} and make the cache again.".format(
+                        _damaged(path), size, path.stat().st_size, self.folder
+                    )
+                )
+            if layout.checksum(path) != self.manifest["checksums"].get(name):
+                raise CacheError(
+                    "{}: its checksum is not the manifest's. Delete {} and make the cache "
+                    "again.".format(_damaged(path), self.folder)
+                )
+
+    def _open(self) -> None:
+        rows = self.manifest["rows"]
+        self.offsets = _mapped(layout.array_file(self.folder, layout.OFFSETS), "<i8", (-1,))
+        self._arrays = {
+            name: _mapped(layout.array_file(self.folder, name), array.dtype, (rows, *array.width))
+            for name, array in self._types.items()
+        }
+
+    def _check_offsets(self) -> None:
+        lengths = self.lengths()
+        if self.offsets[0] != 0 or self.offsets[-1] != self.manifest["rows"] or (lengths < 0).any():
+            path = layout.array_file(self.folder, layout.OFFSETS)
+            raise CacheError("{}: make the cache again".format(_damaged(path)))
+
+    def _warn_of_other_teachers(self) -> None:
+        for teacher in self.manifest["teachers"]:
+            path, size = teacher["path"], teacher["bytes"]
+            if not os.path.isfile(path):
+                continue
+            if os.path.getsize(path) != size or digest(path) != teacher["sha256"]:
+                logger.warning(
+                    "the teacher {} is no longer the one that the cache {} was made with; training "
+                    "goes on with what the cache holds".format(path, self.folder)
+                )
+
+    # A worker process that does not share this one's memory opens the maps anew: pickled, a map
+    # would be a copy of the whole file.
+
+    def __getstate__(self) -> Dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["offsets"], state["_arrays"]
+        return state
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def _mapped(path: Path, dtype: str, shape: Any) -> np.ndarray:
+    if path.stat().st_size == 0:
+        return np.empty([max(n, 0) for n in shape], dtype)
+    return np.memmap(path, dtype, mode="r").reshape(shape)
+
+
+def _damaged(path: Path) -> str:
+    return "{} is damaged".format(path)
+
+
+def _well_formed(manifest: Dict[str, Any]) -> bool:
+    """Whether everything that is read from the manifest is of the kind that it should be."""
+
+    def natural(x: Any, least: int = 0) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and x >= least
+
+    def number(x: Any) -> bool:
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < float("inf")
+
+    def teacher(x: Any) -> bool:
+        return (
+            isinstance(x, dict)
+            and isinstance(x.get("path"), str)
+            and "\0" not in x["path"]
+            and natural(x.get("bytes"))
+            and isinstance(x.get("sha256"), str)
+        )
+
+    temperatures: Optional[Any] = manifest.get("temperatures")
+    teachers: Optional[Any] = manifest.get("teachers")
+    return (
+        all(natural(manifest.get(key)) for key in ("sentences", "rows"))
+        and natural(manifest.get("vocabulary"), 1)
+        and natural(manifest.get("k"), 1)
+        and manifest["k"] <= manifest["vocabulary"]
+        and isinstance(temperatures, list)
+        and all(map(number, temperatures))
+        and isinstance(teachers, list)
+        and all(map(teacher, teachers))
+        and isinstance(manifest.get("checksums"), dict)
+    )

@@ -1,0 +1,30 @@
+"""What the commands share in reading arguments."""
+
+import argparse
+from typing import Any, List, Optional
+
+from fairseq import options as fairseq_options
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Every default shown once, and none where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        if action.default in (None, argparse.SUPPRESS) or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) -> Any:
+    """Also the arguments of the task; unlike fairseq's own, --help shows these, too."""
+    help_wanted = {"-h", "--help"} & set(arguments)
+    calls = []
+
+    def modify(parser: argparse.ArgumentParser) -> None:
+        calls.append(parser)
+        if help_wanted and len(calls) == 2:  # by now fairseq has added the task's
+            parser.print_help()
+            parser.exit()
+
+    rest = [argument for argument in arguments if argument not in help_wanted]
+    return fairseq_options.parse_args_and_arch(parser, rest, modify_parser=modify)
