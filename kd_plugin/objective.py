@@ -12,12 +12,8 @@ from torch import Tensor
 
 from .divergences import Distribution, Divergence, distribution, divergence
 from .selection import Selection, TokenStatistics
-from .signal import CachedSignal, Sparse, TeacherSignal
+from .signal import CachedSignal, Sparse, TeacherSignal, rows_at_once
 from .topk import Spread, cut
-
-# Rows per chunk times V. On a CPU a chunk's few buffers should stay in its caches; a GPU needs
-# enough work per kernel.
-_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 
 
 class NotFiniteTeacherError(RuntimeError):
@@ -208,7 +204,7 @@ class _Work:
 
     def _chunks(self, logits: Tensor) -> Any:
         n = self.rows.numel()
-        size = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 25) // logits.size(-1))
+        size = rows_at_once(logits.device, logits.size(-1))
         for start in range(0, n, size):
             here = slice(start, min(start + size, n))
             yield here, logits[self._place(here, logits)].to(self.dtype)

@@ -16,6 +16,15 @@ from torch import Tensor
 from .divergences import Distribution, distribution
 from .topk import Top
 
+# Rows times V. On a CPU a chunk's few buffers should stay in its caches; a GPU needs enough work
+# per kernel.
+_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
+
+
+def rows_at_once(device: torch.device, vocabulary: int) -> int:
+    """How many rows of vocabulary size to work on at a time."""
+    return max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 25) // vocabulary)
+
 
 class Dense:
     """Logits of the whole vocabulary for some rows, (n, V), at temperature 1."""

@@ -8,7 +8,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_l
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_plugin import divergences, objective
+from kd_plugin import divergences, objective, signal
 from kd_plugin.divergences import divergence
 from kd_plugin.objective import NotFiniteTeacherError, Settings
 from kd_plugin.selection import Selection
@@ -308,14 +308,14 @@ def test_chunked_equals_unchunked(n, v, chunk, seed, temperature, name, tail, se
     more = dict(divergence=divergence(name), selection=Selection(selected, 0.4), with_metrics=True)
     if tail is not None:
         more.update(top_k=max(1, v // 3), tail=tail)
-    saved = objective._CHUNK_ELEMENTS
+    saved = signal._CHUNK_ELEMENTS
     results = []
     for size in (10**9, chunk):
-        objective._CHUNK_ELEMENTS = {"cpu": size}
+        signal._CHUNK_ELEMENTS = {"cpu": size}
         try:
             terms = distillation_objective(student, *args, **more)
         finally:
-            objective._CHUNK_ELEMENTS = saved
+            signal._CHUNK_ELEMENTS = saved
         (gradient,) = torch.autograd.grad(terms.loss, student)
         results.append([terms.loss, terms.kd, terms.agree, terms.correct, gradient])
     for whole, parts in zip(*results):

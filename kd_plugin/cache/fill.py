@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -10,13 +10,10 @@ from fairseq import utils
 from torch import Tensor
 from tqdm import tqdm
 
-from ..signal import TeacherSignal, not_finite_teacher
+from ..signal import TeacherSignal, not_finite_teacher, rows_at_once
 from . import format as layout
 from .format import CacheError
 from .writer import CacheWriter, teacher_rows
-
-# Rows per chunk times V
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def fill(
@@ -136,7 +133,7 @@ def rows_of_batch(
     rows = _in_order(target.ne(pad), ids, plan)
     parts = [
         _rows(signal, target.flatten(), some, ids, target.size(1), header)
-        for some in _chunks(rows, header["vocabulary"])
+        for some in rows.split(rows_at_once(rows.device, header["vocabulary"]))
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -147,10 +144,6 @@ def _in_order(real: Tensor, ids: np.ndarray, plan: np.ndarray) -> Tensor:
     order = torch.tensor([where[sentence] for sentence in plan.tolist()], device=real.device)
     flat = torch.arange(real.numel(), device=real.device).view_as(real)
     return flat[order][real[order]]
-
-
-def _chunks(rows: Tensor, vocabulary: int) -> Iterator[Tensor]:
-    return iter(rows.split(max(1, _CHUNK_ELEMENTS[rows.device.type] // vocabulary)))
 
 
 def _rows(
