@@ -7,6 +7,7 @@ all of them down.
 import gc
 import resource
 import sys
+import tempfile
 import time
 from copy import deepcopy
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
@@ -25,13 +26,13 @@ from omegaconf import open_dict
 from torch import Tensor
 from tqdm import tqdm
 
+from .cache import rows_of_batch
 from .divergences import NAMES, divergence
 from .objective import Settings, distillation_objective
 from .signal import Member, TeacherSignal
-from .task import KDTranslationTask
+from .task import RUN_TEACHER, KDTranslationConfig, KDTranslationTask
 
 STOCK = "label_smoothed_cross_entropy"
-PLAIN, TEACHER, DISTILLED = "plain step", "teacher forward", "distilled step"
 
 
 class Spread(NamedTuple):
@@ -173,98 +174,67 @@ def _peak_allocated(work: Callable[[], None], device: torch.device) -> int:
 
 # Whole training steps
 
+STEP, TEACHER = "plain step", "teacher forward"
+DISTILLED, CACHED = "distilled step", "cached step"
+VALIDATION, CACHING = "teacher's validation", "caching"
+# What is to be compared with what, where both were timed
+_RATIOS = (
+    (DISTILLED, (STEP,)),
+    (DISTILLED, (STEP, TEACHER)),
+    (CACHED, (STEP,)),
+    (CACHING, (VALIDATION,)),
+)
+
 
 class Steps:
-    """Training steps of one student on the same batches, with and without its teacher."""
+    """Training steps of one student on the same batches, plain and with what teaches it.
+
+    Args:
+        cfg: fairseq's configuration of a distilling training, with a teacher to run, a cache, or
+            both.
+        batches: how many of its batches to take, from the shortest to the longest sentences.
+    """
 
     def __init__(self, cfg: Any, batches: int) -> None:
         with open_dict(cfg):
             cfg.distributed_training.distributed_world_size = 1
         self.cfg, self.batches = cfg, batches
 
-    def works(self, names: Iterable[str]) -> Dict[str, Callable[[], None]]:
-        """Each goes once over all batches; a step includes fetching its batch."""
-        made: Dict[str, Callable[[], None]] = {}
-        for name in names:
-            if name == TEACHER:
-                made[name] = self._teacher_forward()
-            else:
-                made[name] = self._training(name)
-        return made
-
-    def _training(self, name: str) -> Callable[[], None]:
-        trainer, dataset, batches = self._trainer(name)
-
-        def work() -> None:
-            for batch in batches:
-                trainer.train_step([dataset.collater([dataset[i] for i in batch])])
-
-        return work
-
-    def _trainer(self, name: str) -> Any:
-        cfg = deepcopy(self.cfg)
-        utils.set_torch_seed(cfg.common.seed)
-        # the student's own task in both, but for the teacher
-        setup = TranslationTask if name == PLAIN else KDTranslationTask
-        task = setup.setup_task(cfg.task)
-        task.load_dataset(cfg.dataset.train_subset)
-        model = task.build_model(cfg.model)
-        if name == PLAIN:
-            criterion = LabelSmoothedCrossEntropyCriterion(
-                task,
-                cfg.criterion.sentence_avg,
-                cfg.criterion.label_smoothing,
-                cfg.criterion.ignore_prefix_size,
-                cfg.criterion.report_accuracy,
-            )
-        else:
-            criterion = task.build_criterion(cfg.criterion)
-        trainer = Trainer(cfg, task, model, criterion)
-        iterator = trainer.get_train_iterator(epoch=1, load_dataset=False)
-        trainer.lr_step_begin_epoch(1)
-        task.begin_epoch(1, trainer.get_model())
-        trainer.model.train()
-        every = iterator.frozen_batches
-        chosen = np.linspace(0, len(every) - 1, min(self.batches, len(every))).astype(int)
-        return trainer, task.dataset(cfg.dataset.train_subset), [every[i] for i in chosen]
-
-    def _teacher_forward(self) -> Callable[[], None]:
-        trainer, dataset, batches = self._trainer(DISTILLED)
-        inputs = [
-            utils.move_to_cuda(batch["net_input"]) if trainer.cuda else batch["net_input"]
-            for batch in (dataset.collater([dataset[i] for i in ids]) for ids in batches)
-        ]
-
-        def work() -> None:
-            with torch.no_grad():
-                for net_input in inputs:
-                    for member in trainer.task.teacher.members:
-                        member.model(*member.inputs(net_input))
-
-        return work
-
-    def tokens(self) -> int:
-        """Target tokens in the batches."""
-        _, dataset, batches = self._trainer(PLAIN)
-        return int(sum(dataset.tgt_sizes[batch].sum() for batch in batches))
+    def works(self, names: Iterable[str] = ()) -> Dict[str, Callable[[], None]]:
+        """Each goes once over all batches, fetching them included; by default all there are."""
+        makers: Dict[str, Callable[[], Callable[[], None]]] = {
+            STEP: lambda: self._steps(self._trainer(with_teacher=None))
+        }
+        if self.cfg.task.teacher_checkpoint_path:
+            makers[TEACHER] = self._teacher_forward
+            makers[DISTILLED] = lambda: self._steps(self._trainer("run"))
+            makers[VALIDATION] = self._validation
+            makers[CACHING] = self._caching
+        if self.cfg.task.teacher_cache:
+            makers[CACHED] = lambda: self._steps(self._trainer("cached"))
+            for t in self._other_temperatures():
+                makers["{}, T = {:g}".format(CACHED, t)] = self._cached_at(t)
+        return {name: makers[name]() for name in (names or makers)}
 
     def costs(self, repeats: int) -> Dict[str, Any]:
-        """Seconds of one round over the batches, and what the user wants to know of them."""
-        names = [PLAIN, TEACHER, DISTILLED]
-        timings = Timings(self.works(names), repeats, "steps")
-        tokens = self.tokens()
+        """Seconds of one round over the batches, and how they compare."""
+        timings = Timings(self.works(), repeats, "steps")
+        _, dataset, batches = self._trainer(with_teacher=None)
+        tokens = int(sum(dataset.tgt_sizes[batch].sum() for batch in batches))
         costs: Dict[str, Any] = {}
-        for name in names:
+        for name in timings.seconds:
             spread = timings.spread(name)
             costs[name] = {
                 "seconds": spread._asdict(),
                 "tokens_per_second": tokens / spread.median,
-                "to_plain": timings.ratio(name, PLAIN)._asdict(),
             }
-        costs[DISTILLED]["to_plain_and_teacher"] = timings.ratio(
-            DISTILLED, PLAIN, TEACHER
-        )._asdict()
-        return {"batches": self.batches, "target_tokens": tokens, "costs": costs}
+        ratios = {
+            "{} / {}".format(name, " + ".join(to)): timings.ratio(name, *to)._asdict()
+            for work in costs
+            for name, to in ((work, to) for start, to in _RATIOS if work.startswith(start))
+            if set(to) <= set(costs)
+        }
+        return {"batches": len(batches), "target_tokens": tokens, "costs": costs, "ratios": ratios}
 
     def peak_memory(self, name: str) -> int:
         """Peak bytes of this process (on a GPU: of what it allocates) when it does only this."""
@@ -275,6 +245,119 @@ class Steps:
             return torch.cuda.max_memory_allocated()
         work()
         return _peak_of_process()
+
+    def _trainer(self, with_teacher: Optional[str], temperature: Optional[float] = None) -> Any:
+        """A trainer, its data, and the batches: without a teacher, with a run or a cached one."""
+        cfg = deepcopy(self.cfg)
+        none = KDTranslationConfig()
+        with open_dict(cfg):
+            if with_teacher == "run":
+                cfg.task.teacher_cache = None
+            else:
+                for name in RUN_TEACHER:
+                    setattr(cfg.task, name, getattr(none, name))
+            if temperature is not None:
+                cfg.criterion.kd_temperature = temperature
+        utils.set_torch_seed(cfg.common.seed)
+        task = (KDTranslationTask if with_teacher else TranslationTask).setup_task(cfg.task)
+        model = task.build_model(cfg.model)
+        if with_teacher:
+            criterion = task.build_criterion(cfg.criterion)
+        else:
+            criterion = _stock_criterion(task, cfg)
+        trainer = Trainer(cfg, task, model, criterion)
+        iterator = trainer.get_train_iterator(epoch=1)
+        trainer.lr_step_begin_epoch(1)
+        task.begin_epoch(1, trainer.get_model())
+        every = iterator.frozen_batches
+        chosen = np.linspace(0, len(every) - 1, min(self.batches, len(every))).astype(int)
+        return trainer, task.dataset(cfg.dataset.train_subset), [every[i] for i in chosen]
+
+    @staticmethod
+    def _steps(setup: Any) -> Callable[[], None]:
+        trainer, dataset, batches = setup
+
+        def work() -> None:
+            for batch in batches:
+                trainer.train_step([dataset.collater([dataset[i] for i in batch])])
+
+        return work
+
+    def _cached_at(self, t: float) -> Callable[[], Callable[[], None]]:
+        return lambda: self._steps(self._trainer("cached", t))
+
+    def _other_temperatures(self) -> List[float]:
+        """At which the cache can be trained from as the flags say, beside their own."""
+        trainer, _, _ = self._trainer("cached")
+        criterion, cache = trainer.get_criterion(), trainer.task.cache
+        if criterion.temperature.steps or self.cfg.criterion.kd_divergence == "logit-mse":
+            return []
+        return [t for t in (1.0, *cache.temperatures) if t != criterion.temperature(None)]
+
+    def _teacher_forward(self) -> Callable[[], None]:
+        """As fairseq runs a model that it does not train: to all of its logits."""
+        trainer, dataset, batches = self._trainer("run")
+        inputs = [
+            _on_device(trainer, dataset.collater([dataset[i] for i in ids]))["net_input"]
+            for ids in batches
+        ]
+
+        def work() -> None:
+            with torch.no_grad():
+                for net_input in inputs:
+                    for member in trainer.task.teacher.members:
+                        member.model(*member.inputs(net_input))
+
+        return work
+
+    def _validation(self) -> Callable[[], None]:
+        """What fairseq-validate does with the teacher."""
+        trainer, dataset, batches = self._trainer("run")
+        stock = TranslationTask(self.cfg.task, trainer.task.src_dict, trainer.task.tgt_dict)
+        criterion = _stock_criterion(stock, self.cfg)
+        criterion.eval()
+
+        def work() -> None:
+            for batch in batches:
+                sample = _on_device(trainer, dataset.collater([dataset[i] for i in batch]))
+                for member in trainer.task.teacher.members:
+                    names = ("src_tokens", "src_lengths", "prev_output_tokens")
+                    inputs = dict(zip(names, member.inputs(sample["net_input"])))
+                    stock.valid_step({**sample, "net_input": inputs}, member.model, criterion)
+
+        return work
+
+    def _caching(self) -> Callable[[], None]:
+        """What fairseq-kd-cache does, with its defaults."""
+        trainer, dataset, batches = self._trainer("run")
+        vocabulary = len(trainer.task.tgt_dict)
+        header = {"vocabulary": vocabulary, "k": min(8, vocabulary), "temperatures": []}
+
+        def work() -> None:
+            with tempfile.TemporaryFile() as file:
+                for batch in batches:
+                    sample = dataset.collater([dataset[i] for i in batch])
+                    ids = np.asarray(batch)
+                    teacher = trainer.task.teacher
+                    rows = rows_of_batch(trainer.task, teacher, sample, ids, header)
+                    for array in rows.values():
+                        file.write(array.tobytes())
+
+        return work
+
+
+def _stock_criterion(task: Any, cfg: Any) -> LabelSmoothedCrossEntropyCriterion:
+    return LabelSmoothedCrossEntropyCriterion(
+        task,
+        cfg.criterion.sentence_avg,
+        cfg.criterion.label_smoothing,
+        cfg.criterion.ignore_prefix_size,
+        cfg.criterion.report_accuracy,
+    )
+
+
+def _on_device(trainer: Any, batch: Dict[str, Any]) -> Dict[str, Any]:
+    return utils.move_to_cuda(batch) if trainer.cuda else batch
 
 
 def _peak_of_process() -> int:
@@ -315,20 +398,20 @@ def report(measured: Dict[str, Any]) -> str:
         parts.append(
             _table(
                 "steps, {batches} batches, {target_tokens} target tokens".format(**steps),
-                ("seconds", "tokens/s", "to plain", "to plain + teacher", "peak memory"),
+                ("seconds", "tokens/s", "peak memory"),
                 [
                     (
                         name,
                         _shown(cost["seconds"]),
                         "{:.0f}".format(cost["tokens_per_second"]),
-                        _shown(cost["to_plain"]),
-                        _shown(cost.get("to_plain_and_teacher")),
                         "{:.0f} MB".format(cost["peak_memory"] / 1e6),
                     )
                     for name, cost in steps["costs"].items()
                 ],
             )
         )
+        ratios = [(name, _shown(ratio)) for name, ratio in steps["ratios"].items()]
+        parts.append(_table("seconds of one to those of others", ("",), ratios))
     return "\n".join(parts)
 
 
@@ -343,5 +426,5 @@ def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     return "\n".join(text) + "\n"
 
 
-def _shown(spread: Optional[Dict[str, float]]) -> str:
-    return "" if spread is None else "{median:.3f} ({low:.3f}-{high:.3f})".format(**spread)
+def _shown(spread: Dict[str, float]) -> str:
+    return "{median:.3f} ({low:.3f}-{high:.3f})".format(**spread)

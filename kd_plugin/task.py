@@ -84,6 +84,17 @@ class KDTranslationConfig(TranslationConfig):
     )
 
 
+# The fields that are about a teacher that is run, as opposed to one in a cache
+RUN_TEACHER = (
+    "teacher_checkpoint_path",
+    "teacher_data",
+    "teacher_weights",
+    "teacher_overrides",
+    "teacher_dtype",
+    "teacher_device",
+)
+
+
 @register_task("kd_translation", dataclass=KDTranslationConfig)
 class KDTranslationTask(TranslationTask):
     """Translate from one language to another, taught by a bigger model."""
@@ -97,7 +108,8 @@ class KDTranslationTask(TranslationTask):
         self._training = False
         # once there is one, this is a training or a validation, and datasets bring the teacher
         self._criterion: Any = None
-        self._cache: Optional[CachedSubset] = None  # of any subset: they are alike
+        # of any subset: they are alike
+        self.cache: Optional[CachedSubset] = None
         self._looked_for_teacher = False
         # longest source and target sentence, in tokens, in the batches of any dataset so far
         self._longest = (0, 0)
@@ -209,12 +221,12 @@ class KDTranslationTask(TranslationTask):
         A copy, because on a CPU the trainer passes its own batch and keeps it as the dummy batch.
         """
         if "teacher" in sample:
-            assert self._cache is not None
+            assert self.cache is not None
             signal = CachedSignal(
                 sample["teacher"],
                 sample["target"].ne(self.tgt_dict.pad()),
-                self._cache.temperatures,
-                self._cache.whole,
+                self.cache.temperatures,
+                self.cache.whole,
                 **about,
             )
             return {**sample, "teacher": signal}
@@ -277,13 +289,11 @@ class KDTranslationTask(TranslationTask):
 
     def _refuse_beside_cache(self) -> None:
         """Flags of a running teacher mean nothing beside a cache."""
-        given = KDTranslationConfig()
-        names = ("checkpoint_path", "data", "weights", "overrides", "dtype", "device")
-        flags = ["teacher_" + name for name in names]
+        default = KDTranslationConfig()
         useless = [
-            "--" + flag.replace("_", "-")
-            for flag in flags
-            if choice_value(getattr(self.cfg, flag)) != choice_value(getattr(given, flag))
+            "--" + name.replace("_", "-")
+            for name in RUN_TEACHER
+            if choice_value(getattr(self.cfg, name)) != choice_value(getattr(default, name))
         ]
         if useless:
             raise CacheError(
@@ -301,9 +311,9 @@ class KDTranslationTask(TranslationTask):
             )
             return
         cache = CachedSubset(folder, split, describe_data(self, split, combine))
-        if self._cache is not None and (cache.k, cache.temperatures) != (
-            self._cache.k,
-            self._cache.temperatures,
+        if self.cache is not None and (cache.k, cache.temperatures) != (
+            self.cache.k,
+            self.cache.temperatures,
         ):
             raise CacheError(
                 "the caches {} (top {}, temperatures {}) and {} (top {}, temperatures {}) are not "
@@ -311,13 +321,13 @@ class KDTranslationTask(TranslationTask):
                     cache.folder,
                     cache.k,
                     cache.temperatures,
-                    self._cache.folder,
-                    self._cache.k,
-                    self._cache.temperatures,
+                    self.cache.folder,
+                    self.cache.k,
+                    self.cache.temperatures,
                 )
             )
         self._criterion.refuse_cache(cache.k, cache.temperatures, cache.whole)
-        self._cache = cache
+        self.cache = cache
         self.datasets[split] = TaughtDataset(self.datasets[split], cache, self.tgt_dict.pad())
         logger.info(
             "teacher of {}: the {} likeliest symbols from {}".format(split, cache.k, cache.folder)

@@ -1,7 +1,7 @@
 """A teacher's distributions on disk: run it once, train from them as often as you like."""
 
 from .dataset import TaughtDataset
-from .fill import fill, summary_lines
+from .fill import fill, rows_of_batch, summary_lines
 from .format import CacheError, describe_data
 from .reader import CachedSubset
 
@@ -11,5 +11,6 @@ __all__ = [
     "TaughtDataset",
     "describe_data",
     "fill",
+    "rows_of_batch",
     "summary_lines",
 ]
