@@ -13,7 +13,7 @@ infinite there (``reverse_kl``, ``logit_mse``) run over the teacher's support, q
 
 import functools
 import math
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Distribution(NamedTuple):
     def log_probabilities(self) -> Tensor:
         return self.logits - self.log_normaliser
 
-    def rows(self, index: Tensor) -> "Distribution":
+    def rows(self, index: Union[Tensor, slice]) -> "Distribution":
         return Distribution(*(part[index] for part in self))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .divergences import Distribution, Divergence, distribution, divergence
 from .selection import Selection, TokenStatistics
-from .signal import CachedSignal, Sparse, TeacherSignal, rows_at_once
+from .signal import CachedSignal, Sparse, TeacherSignal, rows_ahead, rows_at_once
 from .topk import Spread, cut
 
 
@@ -186,6 +186,7 @@ class _Work:
         def new(wanted: bool, kind: torch.dtype = wide, fill: float = 0) -> Any:
             return torch.full((n,), fill, dtype=kind, device=device) if wanted else None
 
+        self._ahead: Optional[Tuple[slice, Any]] = None
         taught, metrics = self.signal is not None, self.settings.with_metrics
         self.dtype = wide
         self.nll, self.ce = new(True), new(True)
@@ -269,15 +270,15 @@ class _Work:
         assert self.signal is not None
         settings = self.settings
         t, selection = settings.temperature, settings.selection
-        rows, target = self.rows[here], self.target[here]
+        target = self.target[here]
         # The teacher is asked about every row only where something depends on it
         ask_all = settings.with_metrics or selection.asks_teacher
         index = None if ask_all else self._decide(here)
         if index is not None:
             if not index.numel():
                 return None
-            rows, target = rows[index], target[index]
-        word = self.signal.about(rows, student.logits)
+            target = target[index]
+        word = self._word(here, index, student.logits)
         everywhere = here if index is None else index + here.start
         self.bad_teacher[everywhere] = word.bad()
         if self.teacher_nll is not None:
@@ -321,6 +322,19 @@ class _Work:
         # c(T), and 1 / T because the divergence's gradient is for the tempered logits
         factor = weight * t ** (settings.divergence.temperature_power - 1)
         return index, gradient.mul_(factor.unsqueeze(-1)), spread
+
+    def _word(self, here: slice, index: Optional[Tensor], like: Tensor) -> Any:
+        """The teacher's word on a chunk's rows, or on those of them that ``index`` says."""
+        assert self.signal is not None
+        if index is not None:
+            return self.signal.about(self.rows[here][index], like)
+        if self._ahead is None or here.start >= self._ahead[0].stop:
+            # a lazy teacher's projection is a small product: several chunks' at a time is faster
+            n = here.start + rows_ahead(like.device) * (here.stop - here.start)
+            block = slice(here.start, min(n, self.rows.numel()))
+            self._ahead = block, self.signal.about(self.rows[block], like)
+        block, word = self._ahead
+        return word.rows(slice(here.start - block.start, here.stop - block.start))
 
     def _decide(self, here: slice) -> Optional[Tensor]:
         """Indices of the chunk's rows that are distilled; None is all of them."""

@@ -134,7 +134,7 @@ def test_a_teacher_that_is_not_finite_is_named_with_the_samples():
         (dict(kd_divergence="tvd", kd_skew=0.2), ["--kd-skew means nothing", "tvd"]),
         (dict(kd_divergence="js", kd_js_beta=1.0), ["--kd-js-beta must be between 0 and 1"]),
         (dict(kd_top_k=11), ["--kd-top-k", "10 symbols"]),
-        (dict(kd_tail="bucket"), ["--kd-tail bucket is for --kd-top-k only"]),
+        (dict(kd_tail="bucket"), ["--kd-tail bucket is for --kd-top-k and --teacher-cache only"]),
         (dict(kd_selection_rate=0.5), ["--kd-selection-rate means nothing", "all"]),
         (dict(kd_selection="batch", kd_selection_rate=0.0), ["--kd-selection-rate must be"]),
         (dict(kd_selection="batch", kd_queue_size=5), ["--kd-queue-size means nothing"]),

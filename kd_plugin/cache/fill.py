@@ -10,7 +10,7 @@ from fairseq import utils
 from torch import Tensor
 from tqdm import tqdm
 
-from ..signal import TeacherSignal, not_finite_teacher, rows_at_once
+from ..signal import TeacherSignal, not_finite_teacher, rows_ahead, rows_at_once
 from . import format as layout
 from .format import CacheError
 from .writer import CacheWriter, teacher_rows
@@ -131,11 +131,23 @@ def rows_of_batch(
         batch = utils.move_to_cuda(batch)
     signal, target = teacher(batch["net_input"]), batch["target"]
     rows = _in_order(target.ne(pad), ids, plan)
-    parts = [
-        _rows(signal, target.flatten(), some, ids, target.size(1), header)
-        for some in rows.split(rows_at_once(rows.device, header["vocabulary"]))
-    ]
+    size = rows_at_once(rows.device, header["vocabulary"])
+    parts = []
+    for block in rows.split(size * rows_ahead(rows.device)):
+        word = signal.about(block, torch.empty(0, device=block.device))
+        for start in range(0, len(block), size):
+            here = slice(start, start + size)
+            some = word.rows(here)
+            if some.bad().any():
+                _refuse(signal, block[here][some.bad()], ids, target.size(1))
+            references = target.flatten()[block[here]]
+            parts.append(teacher_rows(some, references, header["k"], header["temperatures"]))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _refuse(signal: TeacherSignal, bad: Tensor, ids: np.ndarray, width: int) -> None:
+    sentences = sorted({int(ids[row // width]) for row in bad.tolist()})
+    raise not_finite_teacher(" and ".join(signal.not_finite(bad)), sentences)
 
 
 def _in_order(real: Tensor, ids: np.ndarray, plan: np.ndarray) -> Tensor:
@@ -144,22 +156,6 @@ def _in_order(real: Tensor, ids: np.ndarray, plan: np.ndarray) -> Tensor:
     order = torch.tensor([where[sentence] for sentence in plan.tolist()], device=real.device)
     flat = torch.arange(real.numel(), device=real.device).view_as(real)
     return flat[order][real[order]]
-
-
-def _rows(
-    signal: TeacherSignal,
-    target: Tensor,
-    rows: Tensor,
-    ids: np.ndarray,
-    width: int,
-    header: Dict[str, Any],
-) -> Dict[str, np.ndarray]:
-    word = signal.about(rows, torch.empty(0, dtype=torch.float32, device=rows.device))
-    bad = word.bad()
-    if bad.any():
-        sentences = sorted({int(ids[row // width]) for row in rows[bad].tolist()})
-        raise not_finite_teacher(" and ".join(signal.not_finite(rows[bad])), sentences)
-    return teacher_rows(word, target[rows], header["k"], header["temperatures"])
 
 
 def summary_lines(manifest: Dict[str, Any], folder: Any) -> List[str]:

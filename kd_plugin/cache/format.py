@@ -19,14 +19,16 @@ Arrays are flat, little-endian, without a header, to be memory-mapped. An array 
 file. At temperature 1 the mass outside of the k is one minus theirs.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import zlib
 from itertools import count
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 from fairseq import utils
@@ -35,6 +37,7 @@ from ..checkpoint import digest
 
 FORMAT, VERSION = "kd_plugin teacher cache", 1
 MANIFEST, HEADER, PARTIAL = "manifest.json", "header.json", "partial"
+UNFINISHED = ".new"  # what a kill in the middle of writing a whole file leaves behind
 OFFSETS = "offsets"
 _BLOCK = 1 << 22
 # What a header says of the data; it must be the same in training
@@ -53,7 +56,7 @@ class Array(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.width, dtype=np.int64))
+        return int(np.dtype(self.dtype).itemsize * math.prod(self.width))
 
 
 def arrays(vocabulary: int, k: int, temperatures: Sequence[float]) -> Dict[str, Array]:
@@ -170,14 +173,25 @@ def read_json(path: Path) -> Dict[str, Any]:
 
 
 def write_json(path: Path, content: Dict[str, Any]) -> None:
-    """All or nothing: under another name first, then renamed."""
-    new = path.with_name("{}.{}.new".format(path.name, os.getpid()))
-    with open(new, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    with all_or_nothing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def all_or_nothing(path: Path) -> Iterator[Any]:
+    """Write a file under another name first, then rename it."""
+    new = path.with_name("{}.{}{}".format(path.name, os.getpid(), UNFINISHED))
+    try:
+        with open(new, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
 
 
 def checksum(path: Path) -> str:

@@ -132,9 +132,11 @@ class CachedSubset:
     def _warn_of_other_teachers(self) -> None:
         for teacher in self.manifest["teachers"]:
             path, size = teacher["path"], teacher["bytes"]
-            if not os.path.isfile(path):
+            try:
+                same = os.path.getsize(path) == size and digest(path) == teacher["sha256"]
+            except (OSError, ValueError):  # gone, not ours to read, or no path at all
                 continue
-            if os.path.getsize(path) != size or digest(path) != teacher["sha256"]:
+            if not same:
                 logger.warning(
                     "the teacher {} is no longer the one that the cache {} was made with; training "
                     "goes on with what the cache holds".format(path, self.folder)
@@ -166,11 +168,11 @@ def _damaged(path: Path) -> str:
 def _well_formed(manifest: Dict[str, Any]) -> bool:
     """Whether everything that is read from the manifest is of the kind that it should be."""
 
-    def natural(x: Any, least: int = 0) -> bool:
-        return isinstance(x, int) and not isinstance(x, bool) and x >= least
+    def natural(x: Any, least: int = 0, most: int = 1 << 62) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
     def number(x: Any) -> bool:
-        return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < float("inf")
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < 1e300
 
     def teacher(x: Any) -> bool:
         return (
@@ -185,7 +187,7 @@ def _well_formed(manifest: Dict[str, Any]) -> bool:
     teachers: Optional[Any] = manifest.get("teachers")
     return (
         all(natural(manifest.get(key)) for key in ("sentences", "rows"))
-        and natural(manifest.get("vocabulary"), 1)
+        and natural(manifest.get("vocabulary"), 1, 1 << 32)
         and natural(manifest.get("k"), 1)
         and manifest["k"] <= manifest["vocabulary"]
         and isinstance(temperatures, list)

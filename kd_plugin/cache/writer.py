@@ -1,5 +1,6 @@
 """Write a cache: in shards that append batch by batch and go on after a kill, merged at the end."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -152,6 +153,7 @@ class CacheWriter:
             targets: the target symbols of a sentence, for the summary.
         """
         if self.complete:
+            self._clean_up()
             return True
         if not self._finished(self.shard_id):
             assert self.done == len(self.batches)
@@ -167,6 +169,7 @@ class CacheWriter:
             # another shard ended at the same moment, merged the same bytes, and cleaned up
             if not self.complete:
                 raise
+        self._clean_up()
         return True
 
     def manifest(self) -> Dict[str, Any]:
@@ -215,21 +218,23 @@ class CacheWriter:
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
         for name in (*self.types, layout.OFFSETS):
             final = layout.array_file(self.folder, name)
-            new = final.with_name("{}.{}.new".format(final.name, os.getpid()))
-            with open(new, "wb") as file:
+            with layout.all_or_nothing(final) as file:
                 value = 0
                 blocks = [offsets] if name == layout.OFFSETS else self._merged(name, shards)
                 for block in blocks:
                     value = zlib.crc32(_bytes(block), value)
                     file.write(_bytes(block))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, final)
             checksums[name] = "{:08x}".format(value)
         summary = self._summary(offsets, targets)
         manifest = {**self.header, "checksums": checksums, "summary": summary}
         layout.write_json(self.folder / layout.MANIFEST, manifest)
+
+    def _clean_up(self) -> None:
+        """Of a complete cache: the shards, and what a kill left of a merge."""
         shutil.rmtree(self.folder / layout.PARTIAL, ignore_errors=True)
+        for file in self.folder.glob("*" + layout.UNFINISHED):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def _locate(self) -> np.ndarray:
         """For each sentence its shard and its first row there, (sentences, 2)."""
@@ -318,7 +323,7 @@ def _size(path: Path) -> int:
 
 
 def _mapped(path: Path, array: layout.Array) -> np.ndarray:
-    if _size(path) == 0:
+    if path.stat().st_size == 0:
         return np.empty((0, *array.width), array.dtype)
     return np.memmap(path, array.dtype, mode="r").reshape(-1, *array.width)
 

@@ -45,6 +45,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except (TeacherError, CacheError, CheckpointError, VocabularyError, RuntimeError) as error:
         print("{}: {}".format(PROG, error), file=sys.stderr)
         return 1
+    except FileNotFoundError as error:
+        print("{}: {}".format(PROG, error), file=sys.stderr)
+        return 1
     except OSError as error:
         print(
             "{}: {}. What is written is kept: run the same command again to go on.".format(
