@@ -73,6 +73,7 @@ model() { # NAME LAYERS UPDATES FLAGS...
 best=averaged.pt
 model teacher 6 "${TEACHER_UPDATES:-60000}" $(plain_flags) ${TEACHER_FLAGS:-}
 model plain 2 "${STUDENT_UPDATES:-60000}" $(plain_flags) ${STUDENT_FLAGS:-}
+cache_teacher "$WORK/models/teacher/$best"
 model distilled 2 "${STUDENT_UPDATES:-60000}" $(distil_flags "$WORK/models/teacher/$best") ${STUDENT_FLAGS:-}
 
 for name in teacher plain distilled; do evaluate $name "$WORK/models/$name/$best"; done

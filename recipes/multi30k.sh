@@ -19,6 +19,8 @@
 #   KD_WEIGHT, KD_TEMPERATURE, KD_FLAGS    0.9, 1, none    the distillation
 #   DISTILLED      distilled        name of the distilled student; another one for another try beside the first:
 #                  DISTILLED=t2 KD_TEMPERATURE=2 bash recipes/multi30k.sh CORPUS_DIR
+#   KD_CACHE       none             run the teacher once and keep its K likeliest symbols: worth it from the second
+#                                   or third epoch on (8 is a good K; --temperatures of CACHE_FLAGS for T other than 1)
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -69,6 +71,7 @@ student() { # NAME FLAGS...
         --required-batch-size-multiple 8 ${STUDENT_FLAGS:-}
 }
 student plain $(plain_flags)
+cache_teacher "$teacher"
 student "$DISTILLED" $(distil_flags "$teacher")
 
 evaluate teacher "$teacher"

@@ -65,6 +65,7 @@ student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-48}" "${STUDENT_LR:-0.006
 best=checkpoint_best.pt
 train teacher $teacher --dropout 0.1 $(plain_flags)
 train plain_student $student --dropout 0 $(plain_flags)
+cache_teacher "$WORK/models/teacher/$best"
 train distilled_student $student --dropout 0 $(distil_flags "$WORK/models/teacher/$best")
 for name in teacher plain_student distilled_student; do evaluate $name "$WORK/models/$name/$best"; done
 

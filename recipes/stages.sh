@@ -9,10 +9,10 @@
 #   LAUNCH      put before fairseq-train, e.g. "srun"      TRAIN_FLAGS added to every training
 #   REFERENCES  to score against (text/test.$TGT)          BLEU_TOKENIZE  sacreBLEU's --tokenize (13a)
 #   REMOVE_BPE  fairseq's --remove-bpe (sentencepiece)     SUBWORDS    what the names of subword text end in (.spm)
-#   USER_DIR    the plugin (kd_plugin of this checkout)
+#   USER_DIR    the plugin (kd_plugin of this checkout)    KD_CACHE    read the teacher from a cache of its top K
 #
 # $WORK afterwards:  text/  raw sentences, and the same as subwords      spm.model   SentencePiece
-#                    data-bin/  binarised       models/NAME/  checkpoints and train.log
+#                    data-bin/  binarised       models/NAME/  checkpoints and train.log      cache-K/  of the teacher
 #                    eval/NAME.txt  translations of test; eval/NAME.json  their scores; table.md
 
 USER_DIR=${USER_DIR:-$REPO/kd_plugin}
@@ -110,9 +110,24 @@ $(tail -n 15 "$folder/train.log")
     touch "$folder/done"
 }
 
+# With KD_CACHE=K, cache-K/: the teacher's K likeliest symbols for train and valid, which distil_flags then reads
+# instead of the teacher. Interrupted, it continues where it was. CACHE_FLAGS adds to its flags.
+cache_teacher() { # TEACHER
+    if [ -z "${KD_CACHE:-}" ] || done_already "$WORK/cache-$KD_CACHE/done"; then return; fi
+    device_flags
+    say "caching the teacher's $KD_CACHE likeliest symbols"
+    # shellcheck disable=SC2086
+    PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" python -W ignore -m kd_plugin.commands.cache "$WORK/data-bin" \
+        --path "$1" --cache "$WORK/cache-$KD_CACHE" --top-k "$KD_CACHE" --source-lang "$SRC" --target-lang "$TGT" \
+        --max-tokens 4096 $DEVICE_FLAGS ${CACHE_FLAGS:-} || die "caching failed. Run the recipe again to go on."
+    touch "$WORK/cache-$KD_CACHE/done"
+}
+
 # The flags that turn a student's training into a distillation. KD_FLAGS adds to them.
 distil_flags() { # TEACHER
-    echo "--task kd_translation --teacher-checkpoint-path $1
+    local teacher="--teacher-checkpoint-path $1"
+    if [ -n "${KD_CACHE:-}" ]; then teacher="--teacher-cache $WORK/cache-$KD_CACHE"; fi
+    echo "--task kd_translation $teacher
         --criterion kd_label_smoothed_cross_entropy --label-smoothing ${LABEL_SMOOTHING:-0.1}
         --kd-weight ${KD_WEIGHT:-0.5} --kd-temperature ${KD_TEMPERATURE:-1} ${KD_FLAGS:-}"
 }
