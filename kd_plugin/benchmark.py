@@ -411,14 +411,14 @@ def report(measured: Dict[str, Any]) -> str:
             )
         )
         ratios = [(name, _shown(ratio)) for name, ratio in steps["ratios"].items()]
-        parts.append(_table("seconds of one to those of others", ("",), ratios))
+        parts.append(_table("", ("seconds of one to those of others",), ratios))
     return "\n".join(parts)
 
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [("", *header), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [title]
+    text = [title] if title else []
     for line in lines:
         cells = [line[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]

@@ -93,7 +93,9 @@ def allow_fairseq_globals() -> None:
     import numpy
 
     allowed: List[Any] = []
-    for module, name in FAIRSEQ_GLOBALS:
+    # a resumed rank receives the first one's checkpoint, its tensors replaced by placeholders
+    received = ("fairseq.distributed.utils", "_TensorPlaceholder")
+    for module, name in (*FAIRSEQ_GLOBALS, received):
         # numpy.core is only an alias, with a deprecation warning, where numpy._core exists
         real = module.replace("numpy.core", "numpy._core") if hasattr(numpy, "_core") else module
         try:

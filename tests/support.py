@@ -1,8 +1,9 @@
 """Run fairseq's commands as processes of their own and read what they leave behind.
 
 Importing fairseq takes seconds, so most runs are forked from a server that has done so once
-(``fairseq``); nothing else is shared with it, and it never imports the plugin. ``script`` starts
-the installed command itself.
+(``fairseq``); nothing else is shared with it, and it never imports the plugin. The plugin's own
+commands run from there as ``python -m`` in the checkout. ``script`` starts the installed command
+itself.
 """
 
 import atexit
@@ -10,6 +11,8 @@ import json
 import multiprocessing
 import os
 import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +35,7 @@ _MODULES = {
     "fairseq-validate": "fairseq_cli.validate",
     "fairseq-preprocess": "fairseq_cli.preprocess",
 }
+_COMMANDS = {"fairseq-kd-cache": "kd_plugin.commands.cache"}
 _forked = multiprocessing.get_context("forkserver")
 _forked.set_forkserver_preload(["pytest", *_MODULES.values()])
 
@@ -95,12 +99,27 @@ class Started:
             self.process.join()
 
 
-def start(tool: str, *arguments: Any, cwd: Any = None, stdin: Any = os.devnull) -> Started:
+def start(
+    tool: str,
+    *arguments: Any,
+    cwd: Any = None,
+    stdin: Any = os.devnull,
+    file_limit: Optional[int] = None,
+    killed_by_limit: bool = False,
+) -> Started:
+    """Start a command in a forked process.
+
+    Args:
+        file_limit: bytes of the longest file it can write: as on a full disk, more fails.
+        killed_by_limit: instead the kernel kills it.
+    """
     handle, log = tempfile.mkstemp(prefix="fairseq-", suffix=".log")
     os.close(handle)
     folder = str(cwd or tempfile.gettempdir())
     process = _forked.Process(
-        target=_main, args=(tool, [str(a) for a in arguments], folder, log, str(stdin))
+        target=_main,
+        args=(tool, [str(a) for a in arguments], folder, log, str(stdin)),
+        kwargs=dict(file_limit=file_limit, killed_by_limit=killed_by_limit),
     )
     process.start()
     return Started(process, log)
@@ -142,7 +161,15 @@ def script(
     return Run(done.returncode, done.stdout)
 
 
-def _main(tool: str, arguments: List[str], cwd: str, log: str, stdin: str) -> None:
+def _main(
+    tool: str,
+    arguments: List[str],
+    cwd: str,
+    log: str,
+    stdin: str,
+    file_limit: Optional[int],
+    killed_by_limit: bool,
+) -> None:
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -155,7 +182,13 @@ def _main(tool: str, arguments: List[str], cwd: str, log: str, stdin: str) -> No
         p for p in sys.path if p and (_is_inside(p, _PREFIX) or not _is_inside(p, CHECKOUT))
     ]
     sys.argv = [tool, *arguments]
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if killed_by_limit else signal.SIG_IGN)
     try:
+        if tool in _COMMANDS:
+            sys.path.insert(0, str(CHECKOUT))
+            sys.exit(__import__(_COMMANDS[tool], fromlist=["main"]).main())
         __import__(_MODULES[tool], fromlist=["cli_main"]).cli_main()
     except Exception:
         sys.stdout.flush()
@@ -247,6 +280,33 @@ def distil(
 ) -> Run:
     arguments = kd_arguments(data, teacher, save_dir, *more, arch=arch)
     return fairseq("fairseq-train", *arguments, **how)
+
+
+def write_cache(data: Any, teacher: Any, cache: Any, *more: Any, **how: Any) -> Run:
+    """Run ``fairseq-kd-cache``; later arguments override earlier ones."""
+    return fairseq(
+        "fairseq-kd-cache",
+        *(data, "--path", teacher, "--cache", cache, "--cpu", *LANGUAGES, "--num-workers", 0),
+        *more,
+        **how,
+    )
+
+
+def train_on_two_ranks(*arguments: Any) -> List[Run]:
+    """fairseq-train as two processes that talk over gloo; ``{rank}`` in an argument is the rank."""
+    address = "tcp://127.0.0.1:{}".format(free_port())
+    ranks = []
+    for rank in (0, 1):
+        own = [str(argument).replace("{rank}", str(rank)) for argument in arguments]
+        ranks.append(
+            start(
+                *("fairseq-train", *own),
+                *("--distributed-backend", "gloo", "--distributed-no-spawn"),
+                *("--distributed-world-size", 2, "--distributed-rank", rank, "--device-id", 0),
+                *("--distributed-init-method", address),
+            )
+        )
+    return together(*ranks)
 
 
 # what runs leave behind

@@ -232,6 +232,8 @@ class CacheWriter:
     def _clean_up(self) -> None:
         """Of a complete cache: the shards, and what a kill left of a merge."""
         shutil.rmtree(self.folder / layout.PARTIAL, ignore_errors=True)
+        for left_by_a_kill in self.folder.glob("*.new"):
+            left_by_a_kill.unlink()
         for file in self.folder.glob("*" + layout.UNFINISHED):
             with contextlib.suppress(OSError):
                 file.unlink()

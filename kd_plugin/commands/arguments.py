@@ -1,9 +1,11 @@
 """What the commands share in reading arguments."""
 
 import argparse
+import os
 from typing import Any, List, Optional
 
 from fairseq import options as fairseq_options
+from fairseq import utils
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -28,3 +30,14 @@ def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) ->
 
     rest = [argument for argument in arguments if argument not in help_wanted]
     return fairseq_options.parse_args_and_arch(parser, rest, modify_parser=modify)
+
+
+def accept_user_dir(arguments: List[str]) -> None:
+    """Let --user-dir name any copy of this plugin; fairseq refuses a second folder of its name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--user-dir")
+    user_dir = parser.parse_known_args(arguments)[0].user_dir
+    folder = os.path.abspath(user_dir or "")
+    if user_dir and os.path.basename(folder) == "kd_plugin":
+        imported: Any = getattr(utils.import_user_module, "memo", set())
+        utils.import_user_module.memo = imported | {folder}

@@ -22,7 +22,7 @@ from .. import benchmark
 from ..configuration import CRITERION
 from ..criterion import KDLabelSmoothedCrossEntropyCriterionConfig
 from ..task import KDTranslationConfig
-from .arguments import Help
+from .arguments import Help, accept_user_dir
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -114,10 +114,11 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
 def _configuration(training: List[str]) -> Any:
     """fairseq's configuration of a distilling training."""
     training = ["--task", "kd_translation", "--criterion", CRITERION, *training]
+    accept_user_dir(training)
     parser = fairseq_options.get_training_parser()
     cfg = convert_namespace_to_omegaconf(fairseq_options.parse_args_and_arch(parser, training))
     if cfg.task._name != "kd_translation" or cfg.criterion._name != CRITERION:
-        parser.error(
+        make_parser().error(  # fairseq's would print its hundreds of flags first
             "expected the arguments of a distilling training (--task kd_translation --criterion "
             "{}); plain steps are timed beside it anyway".format(CRITERION)
         )

@@ -14,7 +14,7 @@ from ..cache import CacheError, fill, summary_lines
 from ..checkpoint import CheckpointError
 from ..teacher import TeacherError
 from ..vocabulary import VocabularyError
-from .arguments import Help, parse_like_fairseq
+from .arguments import Help, accept_user_dir, parse_like_fairseq
 
 PROG = "fairseq-kd-cache"
 
@@ -39,7 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    options = parse_like_fairseq(make_parser(), sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    accept_user_dir(arguments)
+    options = parse_like_fairseq(make_parser(), arguments)
     try:
         run(options)
     except (TeacherError, CacheError, CheckpointError, VocabularyError, RuntimeError) as error:

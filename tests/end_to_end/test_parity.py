@@ -4,16 +4,7 @@ import json
 
 import pytest
 import support
-from support import (
-    STOCK,
-    TRAINING,
-    assert_same_weights,
-    distil,
-    fairseq,
-    free_port,
-    start,
-    together,
-)
+from support import STOCK, TRAINING, assert_same_weights, distil, fairseq, train_on_two_ranks
 
 # SGD: Adam would blow rounding noise in a gradient that is 0 up to its step size
 SGD = ("--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 1.0)
@@ -53,17 +44,7 @@ def test_two_ranks_are_one_rank_with_two_batches_per_update(data, teacher, tmp_p
     )
     one = distil(data, teacher, tmp_path / "one", *options, "--update-freq", 2).ok()
 
-    address = "tcp://127.0.0.1:{}".format(free_port())
-    ranks = []
-    for rank in (0, 1):
-        arguments = support.kd_arguments(
-            *(data, teacher, tmp_path / "two", *options),
-            *("--distributed-backend", "gloo", "--distributed-no-spawn"),
-            *("--distributed-world-size", 2, "--distributed-rank", rank, "--device-id", 0),
-            *("--distributed-init-method", address),
-        )
-        ranks.append(start("fairseq-train", *arguments))
-    two, _ = together(*ranks)
+    two, _ = train_on_two_ranks(*support.kd_arguments(data, teacher, tmp_path / "two", *options))
 
     assert len(one.records("train_inner")) == 32
     keys = ("loss", "nll_loss", "kd_loss", "teacher_nll_loss", "agreement", "accuracy")

@@ -1,0 +1,262 @@
+"""fairseq-kd-benchmark measures what it says it measures, and its JSON holds all that it shows."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any, Dict, List, NamedTuple
+
+import pytest
+import support
+import torch
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.tasks.translation import TranslationConfig
+
+from kd_plugin import benchmark, divergences
+from kd_plugin.commands import benchmark as command
+from kd_plugin.criterion import KDLabelSmoothedCrossEntropyCriterionConfig
+from kd_plugin.task import KDTranslationConfig
+
+CPU = torch.device("cpu")
+STOCK = "label_smoothed_cross_entropy"
+DENSE = ["dense KL, T = 1", "dense KL, T = 1.7"]
+OURS = ["forward-kl, T = 1", "forward-kl, T = 1.7"]
+STEPS = ["plain step", "teacher forward", "distilled step"]
+TO_PLAIN = "distilled step / plain step"
+TO_PLAIN_AND_TEACHER = "distilled step / plain step + teacher forward"
+
+
+class Measured(NamedTuple):
+    text: str  # standard output
+    figures: Dict[str, Any]  # from the JSON
+
+
+@pytest.fixture(scope="module")
+def measured(data, teacher, tmp_path_factory) -> Measured:
+    """With the very arguments of a training.
+
+    --user-dir is another copy of the plugin, as it is for an installed command and a checkout.
+    """
+    folder = tmp_path_factory.mktemp("benchmark")
+    copy = folder / "copy" / "kd_plugin"
+    shutil.copytree(str(support.PLUGIN), str(copy))
+    arguments = support.kd_arguments(data, teacher, folder / "student", "--user-dir", copy)
+    output = folder / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "kd_plugin.commands.benchmark", *map(str, arguments)]
+        + ["--repeats", "2", "--rows", "64", "--vocabularies", "50,100", "--batches", "2"]
+        + ["--output", str(output)],
+        cwd=str(support.CHECKOUT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert not (folder / "student").exists()  # it trains nobody
+    return Measured(done.stdout, json.loads(output.read_text()))
+
+
+def assert_positive(spread):
+    assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+
+
+def test_objective_figures(measured):
+    found = measured.figures["objective"]
+    assert [(one["vocabulary"], one["rows"]) for one in found] == [(50, 64), (100, 64)]
+    for one in found:
+        assert list(one["costs"]) == [STOCK, *DENSE, *OURS]
+        for cost in one["costs"].values():
+            for key in ("seconds", "to_stock", "to_dense"):
+                assert_positive(cost[key])
+        # each is compared with itself, and ours with the dense one at the same temperature
+        itself = [(STOCK, "to_stock"), *((dense, "to_dense") for dense in DENSE)]
+        for name, key in itself:
+            assert set(one["costs"][name][key].values()) == {1.0}
+
+
+def test_step_figures(measured, corpus):
+    steps = measured.figures["steps"]
+    # the batch of the 16 shortest sentences and that of the 16 longest; each has an end symbol
+    lines = (corpus.text / "train.bb").read_text().splitlines()
+    lengths = sorted(len(line.split()) + 1 for line in lines)
+    tokens = sum(lengths[:16]) + sum(lengths[-16:])
+    assert (steps["batches"], steps["target_tokens"]) == (2, tokens)
+
+    assert list(steps["costs"])[:3] == STEPS
+    for cost in steps["costs"].values():
+        assert_positive(cost["seconds"])
+        assert cost["tokens_per_second"] == pytest.approx(tokens / cost["seconds"]["median"])
+        # in bytes: a process that has imported torch holds tens of megabytes
+        assert 2e7 < cost["peak_memory"] < 1e11
+    for ratio in steps["ratios"].values():
+        assert_positive(ratio)
+    # the same rounds over a longer time
+    for key in ("low", "median", "high"):
+        assert steps["ratios"][TO_PLAIN_AND_TEACHER][key] < steps["ratios"][TO_PLAIN][key]
+
+
+def test_all_that_is_shown_is_in_the_json(measured):
+    """Row by row and number by number, to the digits shown."""
+    expected = []
+    for one in measured.figures["objective"]:
+        for name, cost in one["costs"].items():
+            spreads = [cost[key] for key in ("seconds", "to_stock", "to_dense")]
+            expected.append((name, [*spreads, 100 * cost["extra_memory"]]))
+    steps = measured.figures["steps"]
+    for name, cost in steps["costs"].items():
+        row = [cost["seconds"], cost["tokens_per_second"], cost["peak_memory"] / 1e6]
+        expected.append((name, row))
+    expected += [(name, [ratio]) for name, ratio in steps["ratios"].items()]
+
+    lines = measured.text.splitlines()
+    for value in measured.figures["machine"].values():
+        assert str(value) in lines[0]
+    titles = ["64 rows, V = 50", "64 rows, V = 100", "2 batches, {target_tokens} target tokens"]
+    for title in titles:
+        assert any(line.endswith(title.format(**steps)) for line in lines), title
+    shown = [line for line in lines if re.search(r"\d \(\d", line)]
+    assert len(shown) == len(expected)
+    for line, (name, values) in zip(shown, expected):
+        assert line.startswith(name + "  ")
+        found = re.findall(r"\d+(?:\.\d+)?", line[len(name) :])
+        row = [figure for value in values for figure in figures(value)]
+        assert len(found) == len(row), line
+        for number, figure in zip(found, row):
+            unit = 10.0 ** -len(number.partition(".")[2])
+            assert float(number) == pytest.approx(figure, rel=1e-9, abs=0.501 * unit), line
+
+
+def figures(value) -> List[float]:
+    """A number, or a median and its quartiles."""
+    return [value[k] for k in ("median", "low", "high")] if isinstance(value, dict) else [value]
+
+
+def test_without_a_training_only_the_objective(tmp_path, capsys):
+    output = tmp_path / "figures.json"
+    chosen = ("--repeats", "1", "--rows", "8", "--vocabularies", "12", "--every-divergence")
+    assert command.main([*chosen, "--output", str(output)]) == 0
+
+    found = json.loads(output.read_text())
+    assert set(found) == {"machine", "objective"}
+    (objective,) = found["objective"]
+    assert (objective["rows"], objective["vocabulary"]) == (8, 12)
+    assert {*divergences.NAMES[1:], "forward-kl, top-k 8"} < set(objective["costs"])
+    assert "tokens/s" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("--task", "translation"),
+        ("--criterion", "label_smoothed_cross_entropy"),
+        ("--task", "translation", "--criterion", "label_smoothed_cross_entropy"),
+    ],
+    ids=["task", "criterion", "both"],
+)
+def test_another_training_is_refused(other, tmp_path, capsys):
+    """In a sentence that says what is expected, and before anything is timed."""
+    training = [str(tmp_path), *support.TRAINING, *support.STUDENT, *other]
+    with pytest.raises(SystemExit) as stopped:
+        command.main([str(argument) for argument in training])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "--max-tokens" not in shown.err  # a sentence does not drown in all of fairseq's flags
+    last = shown.err.strip().splitlines()[-1]
+    for word in ("--task kd_translation", "--criterion kd_label_smoothed_cross_entropy"):
+        assert word in last
+
+
+@pytest.mark.parametrize(
+    "config, stock",
+    [
+        (KDTranslationConfig, TranslationConfig),
+        (KDLabelSmoothedCrossEntropyCriterionConfig, LabelSmoothedCrossEntropyCriterionConfig),
+    ],
+    ids=["task", "criterion"],
+)
+def test_help_lists_every_flag(config, stock, capsys, monkeypatch):
+    """Each with what it does and with its default, once; None is no default to show."""
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks
+    assert command.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    inherited = {field.name for field in dataclasses.fields(stock)}
+    own = [field for field in dataclasses.fields(config) if field.name not in inherited]
+    assert len(own) >= 7
+    for field in own:
+        flag = "--" + field.name.replace("_", "-")
+        (entry,) = re.findall(r"^  {}\b(?!-).*(?:\n   .*)*$".format(flag), text, re.MULTILINE)
+        assert field.metadata["help"].split(" (")[0] in entry, flag
+        assert entry.count("(default: ") <= 1 and "None" not in entry, flag
+        if field.default is not None:
+            assert entry.endswith("(default: {})".format(field.default)), flag
+
+
+MEGA = 1 << 20
+
+
+def allocate(megabytes: int) -> torch.Tensor:
+    return torch.empty(megabytes * MEGA, dtype=torch.uint8)
+
+
+def nothing():
+    pass
+
+
+def three_at_once_then_another():
+    several = [allocate(1), allocate(2), allocate(3)]
+    del several
+    allocate(4)
+
+
+def one_after_the_other():
+    for megabytes in (1, 3, 2):
+        allocate(megabytes)
+
+
+def overlapping():
+    first = allocate(1)
+    second = allocate(2)
+    del first
+    third = allocate(3)
+    del second, third
+
+
+class Replaces:
+    """What a training step does: the gradient before is freed, the new one stays."""
+
+    kept = None
+
+    def __call__(self):
+        self.kept = None
+        self.kept = allocate(2)
+        allocate(1)
+
+
+@pytest.mark.parametrize(
+    "work, megabytes",
+    [
+        (nothing, 0),
+        (three_at_once_then_another, 6),
+        (one_after_the_other, 3),
+        (overlapping, 5),
+        (Replaces(), 3),
+    ],
+    ids=["nothing", "three", "sequence", "overlapping", "replaced"],
+)
+def test_peak_allocated(work, megabytes):
+    """Also the second time, when there is something of the first to be freed."""
+    for _ in range(2):
+        assert benchmark._peak_allocated(work, CPU) == megabytes * MEGA
+
+
+def test_extra_memory_is_a_share_of_the_logits():
+    """The dense loss keeps several tensors like the logits; ours a few chunks of rows."""
+    costs = benchmark.objective_costs(4096, 1000, 1, CPU, torch.float32)["costs"]
+    assert all(3 <= costs[name]["extra_memory"] < 5 for name in DENSE)
+    assert all(0 < costs[name]["extra_memory"] < 1 for name in OURS)
