@@ -253,6 +253,8 @@ class Steps:
         with open_dict(cfg):
             if with_teacher == "run":
                 cfg.task.teacher_cache = None
+                if not cfg.criterion.kd_top_k:
+                    cfg.criterion.kd_tail = None  # the cache's
             else:
                 for name in RUN_TEACHER:
                     setattr(cfg.task, name, getattr(none, name))
@@ -292,7 +294,7 @@ class Steps:
         criterion, cache = trainer.get_criterion(), trainer.task.cache
         if criterion.temperature.steps or self.cfg.criterion.kd_divergence == "logit-mse":
             return []
-        return [t for t in (1.0, *cache.temperatures) if t != criterion.temperature(None)]
+        return [t for t in sorted({1.0, *cache.temperatures} - {criterion.temperature(None)})]
 
     def _teacher_forward(self) -> Callable[[], None]:
         """As fairseq runs a model that it does not train: to all of its logits."""

@@ -241,14 +241,14 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
 
         Args:
             k: symbols in each of its rows.
-            temperatures: other than 1, at which it knows the mass of all other symbols.
+            temperatures: at which, beside 1, it knows the mass of all other symbols.
             whole: whether k is the whole vocabulary.
         """
         faults = []
         if self.top_k > k:
             faults.append("--kd-top-k {} is more than the {} of the cache".format(self.top_k, k))
         if self.tail == "bucket" and not whole:
-            held = ", ".join("{:g}".format(t) for t in (1.0, *temperatures))
+            held = ", ".join("{:g}".format(t) for t in sorted({1.0, *temperatures}))
             advice = "take --kd-tail renormalise, or cache with --temperatures"
             if self.temperature.steps:
                 faults.append(

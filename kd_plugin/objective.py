@@ -135,6 +135,7 @@ class _Work:
     teacher_nll: Any
     teacher_entropy: Optional[Tensor]
     teacher_correct: Optional[Tensor]
+    _ahead: Any  # rows about which the teacher was asked already, and its word on them
 
     def __init__(
         self, target: Tensor, rows: Tensor, signal: Optional[Signal], settings: Settings
@@ -164,6 +165,7 @@ class _Work:
                     chunk_gradient.mul_(scale)
                 gradient[self._place(here, logits)] = chunk_gradient.to(gradient.dtype)
 
+        self._ahead = None  # the graph holds this work until its backward pass
         if self.signal is None:
             return self.ce.sum()
         if self.bad_teacher.any():
@@ -186,7 +188,7 @@ class _Work:
         def new(wanted: bool, kind: torch.dtype = wide, fill: float = 0) -> Any:
             return torch.full((n,), fill, dtype=kind, device=device) if wanted else None
 
-        self._ahead: Optional[Tuple[slice, Any]] = None
+        self._ahead = None
         taught, metrics = self.signal is not None, self.settings.with_metrics
         self.dtype = wide
         self.nll, self.ce = new(True), new(True)

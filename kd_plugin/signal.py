@@ -8,7 +8,7 @@ teacher's likeliest symbols) word, and both answer the same questions.
 
 import math
 from functools import cached_property
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class Sparse:
         reference: the reference's log-probability, (n,), nats.
         entropy: of the whole distribution, (n,), nats.
         rests: by temperature, log of the sum of p^(1/T) over all other symbols, (n,); at
-            temperature 1 it is known from the K. Empty if there are no others.
+            temperature 1 one minus the K's sum will do. Empty if there are no others.
         whole: whether K is the whole vocabulary.
     """
 
@@ -147,7 +147,7 @@ class Sparse:
         return top._replace(rest=torch.logsumexp(torch.cat(parts, -1), dim=-1, keepdim=True))
 
     def _rest(self, temperature: float) -> Tensor:
-        if temperature == 1:
+        if temperature == 1 and 1 not in self.rests:
             # never 0: rounding the K to half precision may leave nothing of a tiny rest
             rest = 1 - self.log_probs.exp().sum(-1, keepdim=True)
             return rest.clamp_(min=torch.finfo(torch.float16).tiny / 1024).log_()
@@ -237,6 +237,22 @@ class CachedSignal:
         self._position = real.flatten().cumsum(0) - 1
         self.num_updates = num_updates
         self.is_dummy = is_dummy
+
+    @classmethod
+    def blank(
+        cls, real: Tensor, k: int, temperatures: Sequence[float], whole: bool, **about: Any
+    ) -> "CachedSignal":
+        """Of a batch that only keeps a rank busy and that no cache knows: it says nothing."""
+        n = int(real.sum())
+        half: Dict[str, Any] = {"dtype": torch.float16, "device": real.device}
+        arrays = {
+            "symbols": torch.zeros(n, k, dtype=torch.int32, device=real.device),
+            "log_probs": torch.zeros(n, k, **half),
+            "reference": torch.zeros(n, **half),
+            "entropy": torch.zeros(n, **half),
+            "rests": torch.zeros(n, len(temperatures), **half),
+        }
+        return cls(arrays, real, temperatures, whole, **about)
 
     def about(self, rows: Tensor, like: Tensor) -> Sparse:
         """The teacher's word on some rows, in the dtype and on the device of a tensor."""

@@ -92,6 +92,7 @@ RUN_TEACHER = (
     "teacher_overrides",
     "teacher_dtype",
     "teacher_device",
+    "teacher_trust_checkpoint",
 )
 
 
@@ -110,6 +111,7 @@ class KDTranslationTask(TranslationTask):
         self._criterion: Any = None
         # of any subset: they are alike
         self.cache: Optional[CachedSubset] = None
+        self._cache_fault: Optional[ValueError] = None
         self._looked_for_teacher = False
         # longest source and target sentence, in tokens, in the batches of any dataset so far
         self._longest = (0, 0)
@@ -132,8 +134,6 @@ class KDTranslationTask(TranslationTask):
                 "--task kd_translation needs --criterion {}, which listens to the teacher; got "
                 "{}. For training without a teacher use --task translation.".format(CRITERION, name)
             )
-        if self.cfg.teacher_cache:
-            self._refuse_beside_cache()
         self._criterion = super().build_criterion(cfg, *args, **kwargs)
         return self._criterion
 
@@ -147,13 +147,20 @@ class KDTranslationTask(TranslationTask):
     ) -> None:
         super().load_dataset(split, epoch, combine, **kwargs)
         if self._criterion is not None and self.cfg.teacher_cache:
-            self._join_cache(split, combine)
+            try:
+                self._refuse_beside_cache()
+                self._join_cache(split, combine)
+            except ValueError as error:
+                # fatal for a training, which begin_epoch tells from a validation
+                self._cache_fault = self._cache_fault or error
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)
         kept = _kept(dataset, max_positions)
         if isinstance(dataset, TaughtDataset):
-            _refuse_untaught(dataset, kept)
+            untaught = kept & ~dataset.has_rows
+            if untaught.any():
+                self._cache_fault = self._cache_fault or _untaught(dataset, untaught)
         elif kept.any():
             self._longest = (
                 max(self._longest[0], int(dataset.src_sizes[kept].max())),
@@ -175,6 +182,8 @@ class KDTranslationTask(TranslationTask):
     def begin_epoch(self, epoch: int, model: Any) -> None:
         super().begin_epoch(epoch, model)
         self._training = True
+        if self._cache_fault is not None:
+            raise self._cache_fault
         if self.cfg.teacher_cache:
             return
         if self.teacher is None:
@@ -220,16 +229,17 @@ class KDTranslationTask(TranslationTask):
 
         A copy, because on a CPU the trainer passes its own batch and keeps it as the dummy batch.
         """
-        if "teacher" in sample:
-            assert self.cache is not None
-            signal = CachedSignal(
-                sample["teacher"],
-                sample["target"].ne(self.tgt_dict.pad()),
-                self.cache.temperatures,
-                self.cache.whole,
-                **about,
-            )
-            return {**sample, "teacher": signal}
+        if self.cache is not None:
+            shape = self.cache.temperatures, self.cache.whole
+            real = sample["target"].ne(self.tgt_dict.pad())
+            if "teacher" in sample:
+                return {**sample, "teacher": CachedSignal(sample["teacher"], real, *shape, **about)}
+            if about.get("is_dummy"):
+                # a batch of a validation without cache, which the trainer kept; yet all ranks must
+                # log the same keys
+                blank = CachedSignal.blank(real, self.cache.k, *shape, **about)
+                return {**sample, "teacher": blank}
+            return sample
         if self.teacher is None:
             return sample
         amp = amp and choice_value(self.cfg.teacher_dtype) == "same"
@@ -274,6 +284,8 @@ class KDTranslationTask(TranslationTask):
         """Outside training the teacher is welcome but not needed."""
         self._looked_for_teacher = True
         if self.cfg.teacher_cache:
+            if self._cache_fault is not None:
+                logger.warning("validating the student alone: {}".format(self._cache_fault))
             return
         paths = self._paths()
         if paths and all(os.path.isfile(path) for path in paths):
@@ -311,20 +323,10 @@ class KDTranslationTask(TranslationTask):
             )
             return
         cache = CachedSubset(folder, split, describe_data(self, split, combine))
-        if self.cache is not None and (cache.k, cache.temperatures) != (
-            self.cache.k,
-            self.cache.temperatures,
-        ):
+        if self.cache is not None and self.cache.likeness() != cache.likeness():
             raise CacheError(
-                "the caches {} (top {}, temperatures {}) and {} (top {}, temperatures {}) are not "
-                "alike: make one of them again".format(
-                    cache.folder,
-                    cache.k,
-                    cache.temperatures,
-                    self.cache.folder,
-                    self.cache.k,
-                    self.cache.temperatures,
-                )
+                "the caches {} and {} are not of the same teachers, top k and temperatures: make "
+                "one of them again".format(cache.folder, self.cache.folder)
             )
         self._criterion.refuse_cache(cache.k, cache.temperatures, cache.whole)
         self.cache = cache
@@ -418,17 +420,15 @@ def _kept(dataset: Any, max_positions: Any) -> np.ndarray:
     return (source <= (limits[0] or math.inf)) & (target <= (limits[1] or math.inf))
 
 
-def _refuse_untaught(dataset: TaughtDataset, kept: np.ndarray) -> None:
-    untaught = kept & ~dataset.has_rows
-    if untaught.any():
-        raise CacheError(
-            "the cache {} has no rows for {} sentences of up to {} source and {} target tokens: "
-            "the teacher could not read them. Leave them out with --max-source-positions and "
-            "--max-target-positions (for validation data also "
-            "--skip-invalid-size-inputs-valid-test).".format(
-                dataset.cache.folder,
-                untaught.sum(),
-                dataset.src_sizes[untaught].max(),
-                dataset.tgt_sizes[untaught].max(),
-            )
+def _untaught(dataset: TaughtDataset, which: np.ndarray) -> CacheError:
+    return CacheError(
+        "the cache {} has no rows for {} sentences of up to {} source and {} target tokens: they "
+        "were longer than the teacher, or the limits that the cache was made with, allow. Leave "
+        "them out with --max-source-positions and --max-target-positions (for validation data also "
+        "--skip-invalid-size-inputs-valid-test).".format(
+            dataset.cache.folder,
+            which.sum(),
+            dataset.src_sizes[which].max(),
+            dataset.tgt_sizes[which].max(),
         )
+    )

@@ -113,14 +113,13 @@ $(tail -n 15 "$folder/train.log")
 # With KD_CACHE=K, cache-K/: the teacher's K likeliest symbols for train and valid, which distil_flags then reads
 # instead of the teacher. Interrupted, it continues where it was. CACHE_FLAGS adds to its flags.
 cache_teacher() { # TEACHER
-    if [ -z "${KD_CACHE:-}" ] || done_already "$WORK/cache-$KD_CACHE/done"; then return; fi
+    if [ -z "${KD_CACHE:-}" ]; then return; fi
     device_flags
     say "caching the teacher's $KD_CACHE likeliest symbols"
     # shellcheck disable=SC2086
     PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" python -W ignore -m kd_plugin.commands.cache "$WORK/data-bin" \
         --path "$1" --cache "$WORK/cache-$KD_CACHE" --top-k "$KD_CACHE" --source-lang "$SRC" --target-lang "$TGT" \
         --max-tokens 4096 $DEVICE_FLAGS ${CACHE_FLAGS:-} || die "caching failed. Run the recipe again to go on."
-    touch "$WORK/cache-$KD_CACHE/done"
 }
 
 # The flags that turn a student's training into a distillation. KD_FLAGS adds to them.

@@ -12,7 +12,7 @@ from kd_plugin import divergences, objective, signal
 from kd_plugin.divergences import divergence
 from kd_plugin.objective import NotFiniteTeacherError, Settings
 from kd_plugin.selection import Selection
-from kd_plugin.signal import Member, TeacherSignal
+from kd_plugin.signal import CachedSignal, Member, TeacherSignal
 
 
 def distillation_objective(
@@ -442,3 +442,23 @@ def test_it_is_not_differentiated_twice():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
+
+
+@pytest.mark.parametrize("name", divergences.NAMES)
+@pytest.mark.parametrize("temperature, temperatures", [(1.0, []), (2.0, [2.0])])
+def test_a_blank_signal_is_harmless(name, temperature, temperatures):
+    """Of a dummy batch: fairseq multiplies its loss by 0, which needs a finite one."""
+    student, _, target = random_case(4, 9, 0)
+    real = torch.tensor([[True, True], [True, False]])
+    blank = CachedSignal.blank(real, 3, temperatures, False, is_dummy=True)
+    mse = name == "logit-mse"
+    settings = Settings(
+        temperature=1.0 if mse else temperature,
+        divergence=divergence(name),
+        tail="renormalise" if mse else "bucket",
+        with_metrics=True,
+    )
+    terms = objective.distillation_objective(student, target, torch.arange(3), blank, settings)
+    terms.loss.backward()
+    for found in (terms.loss, terms.kd, student.grad, terms.tokens.teacher_nll):
+        assert found.isfinite().all()

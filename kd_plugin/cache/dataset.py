@@ -54,6 +54,8 @@ class TaughtDataset(BaseWrapperDataset):
         batch = self.dataset.collater(samples, *args, **kwargs)
         if not batch:
             return batch
+        if not self.has_rows[batch["id"].numpy()].all():
+            return batch  # outside training, which is refused where there are such sentences
         rows = {sample["id"]: sample["teacher"] for sample in samples}
         # the collater orders sentences by length
         ordered = [rows[sentence] for sentence in batch["id"].tolist()]

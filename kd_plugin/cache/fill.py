@@ -53,11 +53,12 @@ def fill(
                 vocabulary, k
             )
         )
-    lengths = _readable_lengths(dataset, teacher.max_positions())
+    limits = [min(pair) for pair in zip(teacher.max_positions(), task.max_positions())]
+    lengths = _readable_lengths(dataset, limits)
     header = {
         "subset": subset,
         "k": k,
-        "temperatures": [t for t in temperatures if t != 1],
+        "temperatures": list(temperatures),
         "vocabulary": vocabulary,
         **about_teacher,
         **layout.describe_data(task, subset, combine),
@@ -70,7 +71,7 @@ def fill(
     return writer.finish(lambda i: dataset.tgt[i].numpy()), writer
 
 
-def _readable_lengths(dataset: Any, limits: Tuple[int, int]) -> np.ndarray:
+def _readable_lengths(dataset: Any, limits: Sequence[int]) -> np.ndarray:
     readable = (dataset.src_sizes <= limits[0]) & (dataset.tgt_sizes <= limits[1])
     return np.where(readable, dataset.tgt_sizes, 0)
 

@@ -10,13 +10,14 @@ A cache is a folder with one subfolder per subset (``train``, ``valid``), each c
       reference.bin     <f2 (rows): the reference's, likewise
       entropy.bin       <f2 (rows): of the whole distribution at temperature 1, nats
       rests.bin         <f2 (rows, temperatures): log of the sum of p^(1/T) over the symbols that
-                        are not among the k, for each temperature T of the manifest other than 1
+                        are not among the k, for each temperature T of the manifest
       partial/          while it is being written: header.json, and a folder for each shard
 
 A row is a target token, its end-of-sentence symbol included, in the order of the sentence;
 sentences are in the order of the binarised data, and one that the teacher cannot read has no rows.
 Arrays are flat, little-endian, without a header, to be memory-mapped. An array of no width has no
-file. At temperature 1 the mass outside of the k is one minus theirs.
+file. At temperature 1 the mass outside of the k is one minus theirs (to half precision's rounding
+of theirs) unless it is among the manifest's temperatures.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import uuid
 import zlib
 from itertools import count
 from pathlib import Path
@@ -39,6 +41,16 @@ FORMAT, VERSION = "kd_plugin teacher cache", 1
 MANIFEST, HEADER, PARTIAL = "manifest.json", "header.json", "partial"
 UNFINISHED = ".new"  # what a kill in the middle of writing a whole file leaves behind
 OFFSETS = "offsets"
+# Of all rows, in the manifest; losses in bits
+SUMMARY = (
+    "bytes",
+    "bytes_per_token",
+    "covered_mean",
+    "covered_1st_percentile",
+    "nll_loss",
+    "entropy",
+    "agreement",
+)
 _BLOCK = 1 << 22
 # What a header says of the data; it must be the same in training
 _DATA = ("dictionaries", "files", "settings")
@@ -87,9 +99,11 @@ def describe_data(task: Any, subset: str, combine: bool) -> Dict[str, Any]:
     """What a row's meaning depends on: files by content, dictionaries, and the task's settings.
 
     Raises:
-        CacheError: the task reads several data folders in turn.
+        CacheError: the task reads several data folders in turn, or pads sentences to buckets.
     """
     cfg = task.cfg
+    if cfg.num_batch_buckets > 0:
+        raise CacheError("a teacher cache cannot be used with --num-batch-buckets")
     folders = utils.split_paths(cfg.data)
     if len(folders) != 1:
         raise CacheError(
@@ -138,15 +152,17 @@ def _digest_of_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def differences(ours: Dict[str, Any], theirs: Dict[str, Any], keys: Iterable[str]) -> List[str]:
-    """In words: where the second dictionary says something else than the first."""
+def differences(ours: Any, theirs: Any, keys: Iterable[Any]) -> List[str]:
+    """In words: where the second of two dictionaries says something else than the first."""
     found = []
     for key in keys:
         mine, other = ours.get(key), theirs.get(key)
         if mine == other:
             continue
+        if isinstance(mine, list) and isinstance(other, list) and len(mine) == len(other):
+            mine, other = dict(enumerate(mine)), dict(enumerate(other))
         if isinstance(mine, dict) and isinstance(other, dict):
-            parts = differences(mine, other, sorted({*mine, *other}))
+            parts = differences(mine, other, sorted({*mine, *other}, key=str))
             found += ["{}: {}".format(key, part) for part in parts]
         elif isinstance(mine, str) and isinstance(other, str) and len(mine) == len(other) == 64:
             found.append("{} differs".format(key))
@@ -172,6 +188,11 @@ def read_json(path: Path) -> Dict[str, Any]:
     return found
 
 
+def temporary(path: Path) -> Path:
+    """A name for a file until it is whole; no other process, here or elsewhere, has the same."""
+    return path.with_name("{}.{}{}".format(path.name, uuid.uuid4().hex, UNFINISHED))
+
+
 def write_json(path: Path, content: Dict[str, Any]) -> None:
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
     with all_or_nothing(path) as file:
@@ -181,7 +202,7 @@ def write_json(path: Path, content: Dict[str, Any]) -> None:
 @contextlib.contextmanager
 def all_or_nothing(path: Path) -> Iterator[Any]:
     """Write a file under another name first, then rename it."""
-    new = path.with_name("{}.{}{}".format(path.name, os.getpid(), UNFINISHED))
+    new = temporary(path)
     try:
         with open(new, "wb") as file:
             yield file
@@ -200,3 +221,66 @@ def checksum(path: Path) -> str:
         for block in iter(lambda: file.read(_BLOCK), b""):
             value = zlib.crc32(block, value)
     return "{:08x}".format(value)
+
+
+def write_manifest(folder: Path, content: Dict[str, Any]) -> None:
+    write_json(folder / MANIFEST, {**content, "checksum": _checksum_of(content)})
+
+
+def _checksum_of(content: Dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return "{:08x}".format(zlib.crc32(json.dumps(rest, sort_keys=True).encode()))
+
+
+def read_manifest(folder: Path) -> Dict[str, Any]:
+    """The manifest of a finished cache.
+
+    Raises:
+        CacheError: it is damaged, of another version, or no cache's.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise CacheError("{} is not the manifest of a teacher cache".format(path))
+    if manifest.get("version") != VERSION:
+        raise CacheError(
+            "the cache {} has version {} of the format, and this kd_plugin reads version {}: "
+            "make it again with fairseq-kd-cache".format(folder, manifest.get("version"), VERSION)
+        )
+    if manifest.get("checksum") != _checksum_of(manifest) or not _well_formed(manifest):
+        raise CacheError("{} is damaged: delete {} and make the cache again".format(path, folder))
+    return manifest
+
+
+def _well_formed(manifest: Dict[str, Any]) -> bool:
+    """Whether everything that is read from the manifest is of the kind that it should be."""
+
+    def natural(x: Any, least: int = 0, most: int = 1 << 62) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
+
+    def number(x: Any) -> bool:
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < 1e300
+
+    def teacher(x: Any) -> bool:
+        return (
+            isinstance(x, dict)
+            and isinstance(x.get("path"), str)
+            and "\0" not in x["path"]
+            and natural(x.get("bytes"))
+            and isinstance(x.get("sha256"), str)
+        )
+
+    temperatures, teachers = manifest.get("temperatures"), manifest.get("teachers")
+    return (
+        all(natural(manifest.get(key)) for key in ("sentences", "rows"))
+        and natural(manifest.get("vocabulary"), 1, 1 << 32)
+        and natural(manifest.get("k"), 1)
+        and manifest["k"] <= manifest["vocabulary"]
+        and isinstance(temperatures, list)
+        and all(map(number, temperatures))
+        and isinstance(teachers, list)
+        and all(map(teacher, teachers))
+        and isinstance(manifest.get("checksums"), dict)
+        and isinstance(manifest.get("summary"), dict)
+        and all(isinstance(manifest["summary"].get(key), (int, float)) for key in SUMMARY)
+    )

@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 import numpy as np
 
@@ -41,8 +41,11 @@ class CachedSubset:
                 "fairseq-kd-cache.".format(self.folder, "; ".join(found))
             )
         self._types = layout.arrays(self.vocabulary, self.k, self.temperatures)
-        self._check_files()
-        self._open()
+        try:
+            self._check_files()
+            self._open()
+        except OSError as error:
+            raise CacheError("the cache {} cannot be read: {}".format(self.folder, error)) from None
         self._check_offsets()
         self._warn_of_other_teachers()
 
@@ -55,6 +58,11 @@ class CachedSubset:
     def whole(self) -> bool:
         """Whether the k are the whole vocabulary."""
         return self.k == self.vocabulary
+
+    def likeness(self) -> Any:
+        """What the subsets that one student is taught from must have in common."""
+        teachers = [(one["sha256"], one.get("weight")) for one in self.manifest["teachers"]]
+        return self.k, self.temperatures, teachers
 
     def __len__(self) -> int:
         return self.manifest["sentences"]
@@ -82,18 +90,7 @@ class CachedSubset:
                 "no cache of the subset {0} in {1}: make it with fairseq-kd-cache DATA --path "
                 "teacher.pt --cache {1} --gen-subset {0}".format(subset, self.folder.parent)
             )
-        manifest = layout.read_json(path)
-        version = manifest.get("version")
-        if manifest.get("format") != layout.FORMAT:
-            raise CacheError("{} is not the manifest of a teacher cache".format(path))
-        if version != layout.VERSION:
-            raise CacheError(
-                "the cache {} has version {} of the format, and this kd_plugin reads version {}: "
-                "make it again with fairseq-kd-cache".format(self.folder, version, layout.VERSION)
-            )
-        if not _well_formed(manifest):
-            raise CacheError("{}: make the cache again".format(_damaged(path)))
-        return manifest
+        return layout.read_manifest(self.folder)
 
     def _check_files(self) -> None:
         sentences, rows = self.manifest["sentences"], self.manifest["rows"]
@@ -163,36 +160,3 @@ def _mapped(path: Path, dtype: str, shape: Any) -> np.ndarray:
 
 def _damaged(path: Path) -> str:
     return "{} is damaged".format(path)
-
-
-def _well_formed(manifest: Dict[str, Any]) -> bool:
-    """Whether everything that is read from the manifest is of the kind that it should be."""
-
-    def natural(x: Any, least: int = 0, most: int = 1 << 62) -> bool:
-        return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
-
-    def number(x: Any) -> bool:
-        return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < 1e300
-
-    def teacher(x: Any) -> bool:
-        return (
-            isinstance(x, dict)
-            and isinstance(x.get("path"), str)
-            and "\0" not in x["path"]
-            and natural(x.get("bytes"))
-            and isinstance(x.get("sha256"), str)
-        )
-
-    temperatures: Optional[Any] = manifest.get("temperatures")
-    teachers: Optional[Any] = manifest.get("teachers")
-    return (
-        all(natural(manifest.get(key)) for key in ("sentences", "rows"))
-        and natural(manifest.get("vocabulary"), 1, 1 << 32)
-        and natural(manifest.get("k"), 1)
-        and manifest["k"] <= manifest["vocabulary"]
-        and isinstance(temperatures, list)
-        and all(map(number, temperatures))
-        and isinstance(teachers, list)
-        and all(map(teacher, teachers))
-        and isinstance(manifest.get("checksums"), dict)
-    )

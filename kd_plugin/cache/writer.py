@@ -1,6 +1,7 @@
 """Write a cache: in shards that append batch by batch and go on after a kill, merged at the end."""
 
 import contextlib
+import fcntl
 import math
 import os
 import shutil
@@ -109,13 +110,13 @@ class CacheWriter:
     def begin(self) -> None:
         """Find out where this shard stopped; ``done`` batches are on disk already."""
         if self.complete:
-            self._same_as(self.folder / layout.MANIFEST, "is complete, but")
+            self._same_as(self.manifest(), "is complete, but")
             self.done = len(self.batches)
             return
         self._check_space()
         header = self.folder / layout.PARTIAL / layout.HEADER
         if header.is_file():
-            self._same_as(header, "was begun, but")
+            self._same_as(layout.read_json(header), "was begun, but")
         else:
             header.parent.mkdir(parents=True, exist_ok=True)
             layout.write_json(header, self.header)
@@ -124,6 +125,7 @@ class CacheWriter:
         if self._finished(self.shard_id):
             self.done = len(self.batches)
             return
+        self._lock = _locked(shard / "lock")
         rows = min(
             _size(layout.array_file(shard, name)) // array.row_bytes
             for name, array in self.types.items()
@@ -131,6 +133,7 @@ class CacheWriter:
         ends = np.cumsum([self.lengths[batch].sum() for batch in self.batches], dtype=np.int64)
         self.done = int(np.searchsorted(ends, rows, side="right"))
         whole = int(ends[self.done - 1]) if self.done else 0
+        self._rows = int(ends[-1]) if len(ends) else 0
         for name, array in self.types.items():
             # what a kill left behind the last whole batch is cut off
             file = open(layout.array_file(shard, name), "ab", buffering=0)
@@ -157,10 +160,18 @@ class CacheWriter:
             return True
         if not self._finished(self.shard_id):
             assert self.done == len(self.batches)
-            for file in self._files.values():
+            header = self.folder / layout.PARTIAL / layout.HEADER
+            self._same_as(layout.read_json(header), "was begun, but")
+            for name, file in self._files.items():
                 os.fsync(file.fileno())
                 file.close()
+                if _size(Path(file.name)) != self._rows * self.types[name].row_bytes:
+                    raise CacheError(
+                        "{} was written to by something else: delete {} and run the same command "
+                        "again".format(file.name, self._shard(self.shard_id))
+                    )
             (self._shard(self.shard_id) / "done").touch()
+            self._lock.close()
         if not all(map(self._finished, range(self.num_shards))):
             return False
         try:
@@ -173,7 +184,7 @@ class CacheWriter:
         return True
 
     def manifest(self) -> Dict[str, Any]:
-        return layout.read_json(self.folder / layout.MANIFEST)
+        return layout.read_manifest(self.folder)
 
     def _shard(self, i: int) -> Path:
         name = "shard-{}-of-{}".format(i, self.num_shards)
@@ -182,9 +193,9 @@ class CacheWriter:
     def _finished(self, i: int) -> bool:
         return (self._shard(i) / "done").is_file()
 
-    def _same_as(self, path: Path, what: str) -> None:
-        found = layout.read_json(path)
-        different = layout.differences(self.header, found, self.header)
+    def _same_as(self, found: Dict[str, Any], what: str) -> None:
+        ours, theirs = _without_paths(self.header), _without_paths(found)
+        different = layout.differences(ours, theirs, ours)
         if different:
             raise CacheError(
                 "the cache {} {} with something else: {}. Repeat the command that made it, choose "
@@ -227,13 +238,11 @@ class CacheWriter:
             checksums[name] = "{:08x}".format(value)
         summary = self._summary(offsets, targets)
         manifest = {**self.header, "checksums": checksums, "summary": summary}
-        layout.write_json(self.folder / layout.MANIFEST, manifest)
+        layout.write_manifest(self.folder, manifest)
 
     def _clean_up(self) -> None:
         """Of a complete cache: the shards, and what a kill left of a merge."""
         shutil.rmtree(self.folder / layout.PARTIAL, ignore_errors=True)
-        for left_by_a_kill in self.folder.glob("*.new"):
-            left_by_a_kill.unlink()
         for file in self.folder.glob("*" + layout.UNFINISHED):
             with contextlib.suppress(OSError):
                 file.unlink()
@@ -300,15 +309,39 @@ class CacheWriter:
         bytes_ = sum(_size(layout.array_file(self.folder, n)) for n in (*self.types, "offsets"))
         per_row = 1 / max(rows, 1)
         low = int(np.searchsorted(np.cumsum(histogram), 0.01 * rows))
-        return {
-            "bytes": bytes_,
-            "bytes_per_token": bytes_ * per_row,
-            "covered_mean": covered * per_row,
-            "covered_1st_percentile": low / _BINS,
-            "nll_loss": nll * per_row / math.log(2),
-            "entropy": entropy * per_row / math.log(2),
-            "agreement": agreeing * per_row,
-        }
+        values = (
+            bytes_,
+            bytes_ * per_row,
+            covered * per_row,
+            low / _BINS,
+            nll * per_row / math.log(2),
+            entropy * per_row / math.log(2),
+            agreeing * per_row,
+        )
+        return dict(zip(layout.SUMMARY, values))
+
+
+def _locked(path: Path) -> Any:
+    """Hold a shard for this process; its end, however it comes, releases it."""
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CacheError(
+            "another process is writing {}: wait for it, or stop it first".format(path.parent)
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def _without_paths(header: Dict[str, Any]) -> Dict[str, Any]:
+    """A teacher is the same wherever its file lies."""
+    teachers = header.get("teachers")
+    if not isinstance(teachers, list) or not all(isinstance(one, dict) for one in teachers):
+        return header
+    kept = [{k: v for k, v in one.items() if k != "path"} for one in teachers]
+    return {**header, "teachers": kept}
 
 
 def _bytes(block: np.ndarray) -> memoryview:

@@ -19,17 +19,19 @@ from fairseq import options as fairseq_options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
 
 from .. import benchmark
+from ..checkpoint import CheckpointError
 from ..configuration import CRITERION
 from ..criterion import KDLabelSmoothedCrossEntropyCriterionConfig
 from ..task import KDTranslationConfig
 from .arguments import Help, accept_user_dir
 
+PROG = "fairseq-kd-benchmark"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fairseq-kd-benchmark",
+        prog=PROG,
         usage="%(prog)s [--output FILE] [options] [the arguments of a distilling fairseq-train]",
         description=__doc__,
         formatter_class=Help,
@@ -59,7 +61,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except (ValueError, CheckpointError, RuntimeError, OSError) as error:
+        print("{}: {}".format(PROG, error), file=sys.stderr)
+        return 1
+
+
+def run(arguments: List[str]) -> int:
     parser = make_parser()
     options, training = parser.parse_known_args(arguments)
     if options.help:

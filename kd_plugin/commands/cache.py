@@ -1,8 +1,9 @@
 """``fairseq-kd-cache``: run the teacher once and keep its likeliest symbols on disk."""
 
 import argparse
+import errno
 import sys
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional
 
 import torch
 from fairseq import options as fairseq_options
@@ -31,9 +32,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--temperatures",
-        default="1",
+        default="",
         metavar="T[,T...]",
-        help="temperatures at which --kd-tail bucket will be trained with; 1 always is among them",
+        help="temperatures other than 1 at which --kd-tail bucket will be trained (2 bytes per "
+        "token each; 1 among them keeps even its smallest rests exactly)",
     )
     return parser
 
@@ -51,12 +53,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         print("{}: {}".format(PROG, error), file=sys.stderr)
         return 1
     except OSError as error:
-        print(
-            "{}: {}. What is written is kept: run the same command again to go on.".format(
-                PROG, error
-            ),
-            file=sys.stderr,
-        )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        kept = ". What is written is kept: run the same command again to go on." if full else ""
+        print("{}: {}{}".format(PROG, error, kept), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("{}: run the same command again to go on".format(PROG), file=sys.stderr)
@@ -66,16 +65,17 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     temperatures = _temperatures(options.temperatures)
-    if not options.path:
-        raise CacheError("--path: expected the teacher's checkpoint, or several with ':' between")
+    _refuse(options)
     cfg = convert_namespace_to_omegaconf(options)
     with open_dict(cfg):
         cfg.task.teacher_checkpoint_path = cfg.common_eval.path
         cfg.task.teacher_overrides = cfg.common_eval.model_overrides
     utils.import_user_module(cfg.common)
-    task: Any = tasks.setup_task(cfg.task)
+    task = _read(tasks.setup_task, cfg.task)
 
     cuda = torch.cuda.is_available() and not cfg.common.cpu
+    if cuda:
+        torch.cuda.set_device(cfg.distributed_training.device_id)
     dtype = torch.float32
     if cfg.common.fp16 or cfg.common.bf16:
         dtype = torch.float16 if cfg.common.fp16 else torch.bfloat16
@@ -86,10 +86,13 @@ def run(options: argparse.Namespace) -> None:
     max_tokens, max_sentences = cfg.dataset.max_tokens, cfg.dataset.batch_size
     if max_tokens is None and max_sentences is None:
         max_tokens = 12000  # as fairseq-generate
+    about_teacher = teacher.describe()
     for subset in cfg.dataset.gen_subset.split(","):
         # as training reads it: together with train1, train2, ...
-        combine = subset == cfg.dataset.train_subset
-        task.load_dataset(subset, combine=combine)
+        combine = subset == cfg.dataset.train_subset or (
+            subset == "valid" and cfg.dataset.combine_valid_subsets
+        )
+        _read(task.load_dataset, subset, combine=combine)
         if subset == cfg.dataset.train_subset:
             task.probe(teacher, subset)
         complete, writer = fill(
@@ -99,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
             options.cache,
             options.top_k,
             temperatures,
-            teacher.describe(),
+            about_teacher,
             max_tokens,
             max_sentences,
             cfg.dataset.num_workers,
@@ -118,9 +121,39 @@ def run(options: argparse.Namespace) -> None:
             )
 
 
+def _refuse(options: argparse.Namespace) -> None:
+    """Flags that fairseq's parsers bring along and that would mean nothing, or something else."""
+    instead = {
+        "teacher_checkpoint_path": "--path",
+        "teacher_overrides": "--model-overrides",
+        "teacher_cache": "--cache",
+    }
+    faults = [
+        "instead of --{} give {}".format(name.replace("_", "-"), flag)
+        for name, flag in instead.items()
+        if getattr(options, name, None) not in (None, "{}")
+    ]
+    if not options.path:
+        faults.append("--path: expected the teacher's checkpoint, or several with ':' between")
+    if options.task != "kd_translation":
+        faults.append("--task must be kd_translation, whatever the teacher was trained with")
+    if getattr(options, "amp", False):
+        faults.append("--amp is for training: take --fp16, --bf16 or neither")
+    if faults:
+        raise CacheError("; ".join(faults))
+
+
+def _read(work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """What fairseq raises when the data is not what it expects is a bare Exception or worse."""
+    try:
+        return work(*arguments, **more)
+    except Exception as error:
+        raise CacheError("the data cannot be read: {}".format(error or repr(error))) from error
+
+
 def _temperatures(text: str) -> List[float]:
     try:
-        found = sorted({float(part) for part in text.split(",")})
+        found = sorted({float(part) for part in text.split(",") if part})
         if all(0 < t < float("inf") for t in found):
             return found
     except ValueError:

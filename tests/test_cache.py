@@ -1,0 +1,1042 @@
+"""The cache on its own: what is written, what kills and damage leave behind, what is read again."""
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+import signal as signals
+import sys
+import traceback
+from argparse import Namespace
+from itertools import permutations
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from fairseq.data import Dictionary, LanguagePairDataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kd_plugin import divergences, objective
+from kd_plugin.cache import CachedSubset, CacheError, TaughtDataset, describe_data, reader, writer
+from kd_plugin.cache import format as layout
+from kd_plugin.cache.writer import CacheWriter, teacher_rows
+from kd_plugin.commands.cache import _temperatures
+from kd_plugin.divergences import divergence
+from kd_plugin.objective import Settings
+from kd_plugin.selection import Selection
+from kd_plugin.signal import CachedSignal, Dense, Member, TeacherSignal
+
+V, K, TEMPERATURES = 29, 5, (0.5, 2.0)
+# of a float16's 11 bits; log-probabilities down to -16 nats
+HALF = dict(rtol=2.0**-11, atol=1e-6)
+DATA = {
+    "dictionaries": {"source": "1" * 64, "target": "2" * 64},
+    "files": {"train.aa-bb.aa.bin": "3" * 64, "train.aa-bb.bb.bin": "4" * 64},
+    "settings": {"source_lang": "aa", "target_lang": "bb", "truncate_source": 7},
+}
+ARRAYS = ("offsets", "symbols", "log_probs", "reference", "entropy", "rests")
+
+
+class Case(NamedTuple):
+    """Some sentences and what a teacher says of them."""
+
+    header: Dict[str, Any]
+    lengths: np.ndarray
+    batches: List[np.ndarray]
+    logits: List[torch.Tensor]  # of each sentence
+    targets: List[torch.Tensor]
+    rows: List[Dict[str, np.ndarray]]  # of each batch, as they are appended
+
+    def writer(self, cache, num_shards=1, shard_id=0, **header):
+        return CacheWriter(
+            *(str(cache), {**self.header, **header}, self.lengths, self.batches),
+            *(num_shards, shard_id),
+        )
+
+    def write(self, cache, num_shards=1, shard_id=0, **header):
+        """The whole command, once: True if the cache is complete."""
+        shard = self.writer(cache, num_shards, shard_id, **header)
+        shard.begin()
+        self.append(shard)
+        return shard.finish(self.target)
+
+    def append(self, shard):
+        mine = self.rows[shard.shard_id :: shard.num_shards]
+        while shard.done < len(shard.batches):
+            shard.append(mine[shard.done])
+
+    def target(self, sentence):
+        return self.targets[sentence].numpy()
+
+
+def make_case(folder, sentences=17, k=K, temperatures=TEMPERATURES, seed=0) -> Case:
+    generator = np.random.RandomState(seed)
+    lengths = generator.randint(1, 7, sentences)
+    lengths[[3, 11]] = 0  # the teacher cannot read these
+    teacher = folder / "teacher.pt"
+    teacher.write_bytes(b"weights")
+    header = {
+        "subset": "train",
+        "k": k,
+        "temperatures": list(temperatures),
+        "vocabulary": V,
+        "teachers": [
+            {
+                "path": str(teacher),
+                "bytes": 7,
+                "sha256": layout.digest(str(teacher)),
+                "weight": 1.0,
+                "overrides": {},
+            }
+        ],
+        "teacher_dtype": "torch.float32",
+        **copy.deepcopy(DATA),
+    }
+    order = generator.permutation(np.flatnonzero(lengths))
+    batches = np.split(order, [2, 5, 6, 10, 12])
+    logits = [torch.from_numpy(generator.randn(n, V).astype("f4") * 2) for n in lengths]
+    targets = [torch.from_numpy(generator.randint(4, V, n)) for n in lengths]
+    rows = [
+        teacher_rows(
+            Dense(torch.cat([logits[i] for i in batch])),
+            torch.cat([targets[i] for i in batch]),
+            *(k, temperatures),
+        )
+        for batch in batches
+    ]
+    return Case(header, lengths, batches, logits, targets, rows)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> Case:
+    return make_case(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def finished(case, tmp_path_factory) -> Path:
+    """A cache whose writing nothing disturbed; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert case.write(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(finished, tmp_path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(str(finished), str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def change(cache, **fields):
+    """With the right checksum: made so, not damaged."""
+    found = json.loads((cache / "train" / "manifest.json").read_text())
+    layout.write_manifest(cache / "train", {**found, **fields})
+
+
+def refusal(cache, data=DATA, subset="train"):
+    with pytest.raises(CacheError) as error:
+        CachedSubset(str(cache), subset, data)
+    return str(error.value)
+
+
+# rows
+
+
+def log_softmax(logits):
+    """In float64, by numpy."""
+    z = np.asarray(logits, dtype=np.float64)
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def expected_rows(logits, target, k, temperatures):
+    log_p = log_softmax(logits)
+    symbols = np.argsort(-log_p, axis=-1, kind="stable")[:, :k]
+    others = log_p.copy()
+    np.put_along_axis(others, symbols, -np.inf, -1)
+    with np.errstate(divide="ignore"):
+        rests = [np.log(np.exp(others / t).sum(-1)) for t in temperatures]
+        p = np.exp(log_p)
+        entropy = -np.where(p > 0, p * np.where(p > 0, log_p, 0), 0).sum(-1)
+    return {
+        "symbols": symbols,
+        "log_probs": np.take_along_axis(log_p, symbols, -1),
+        "reference": np.take_along_axis(log_p, np.asarray(target)[:, None], -1)[:, 0],
+        "entropy": entropy,
+        "rests": np.stack(rests, -1) if rests else np.empty((len(log_p), 0)),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 8, V - 1, V])
+def test_rows_against_numpy(k, dtype):
+    generator = torch.Generator().manual_seed(k)
+    logits = (3 * torch.randn(50, V, generator=generator, dtype=torch.float64)).to(dtype)
+    logits[:20, 7] = -math.inf  # a symbol that the teacher does not have
+    target = torch.randint(0, V, (50,), generator=generator)
+    target[0] = 7
+    found = teacher_rows(Dense(logits), target, k, TEMPERATURES)
+    expected = expected_rows(logits.double(), target, k, TEMPERATURES)
+    assert set(found) == set(ARRAYS) - {"offsets"} - ({"rests"} if k == V else set())
+    assert found["symbols"].dtype == "<u2"
+    assert found["symbols"].tolist() == expected["symbols"].tolist()
+    for name in set(found) - {"symbols"}:
+        assert found[name].dtype == "<f2" and found[name].shape == expected[name].shape
+        np.testing.assert_allclose(found[name].astype("f8"), expected[name], err_msg=name, **HALF)
+    assert found["reference"][0] == -math.inf
+
+
+def test_no_temperature_but_1_needs_no_rests():
+    assert "rests" not in teacher_rows(Dense(torch.zeros(2, V)), torch.zeros(2).long(), K, [])
+
+
+def test_what_is_too_low_for_half_precision_is_its_lowest():
+    logits = torch.tensor([[0.0, -1e6, -math.inf, -2e6]])
+    found = teacher_rows(Dense(logits), torch.tensor([3]), 3, [2.0])
+    lowest = float(np.finfo(np.float16).min)
+    assert found["log_probs"].tolist() == [[0, lowest, lowest]]  # symbol 3
+    assert found["symbols"].tolist() == [[0, 1, 3]]
+    assert found["reference"] == lowest and found["rests"] == -math.inf
+    assert np.isfinite(found["entropy"]).all()
+
+
+def test_symbols_beyond_two_bytes():
+    logits = torch.zeros(1, (1 << 16) + 1)
+    logits[0, 1 << 16] = 5.0
+    found = teacher_rows(Dense(logits), torch.tensor([0]), 1, [])
+    assert found["symbols"].dtype == "<u4" and found["symbols"].tolist() == [[1 << 16]]
+    logits = torch.zeros(1, 1 << 16)
+    logits[0, -1] = 5.0
+    found = teacher_rows(Dense(logits), torch.tensor([0]), 1, [])
+    assert found["symbols"].dtype == "<u2" and found["symbols"].tolist() == [[(1 << 16) - 1]]
+
+
+# training from them
+
+
+def signals_of(logits, target, k, temperatures, exact):
+    """The same teacher online and cached; exact: in float64, computed by numpy."""
+    online = TeacherSignal([Member("t", lambda rows: logits[rows])])
+    if exact:
+        arrays = expected_rows(logits, target, k, temperatures)
+        if k == V:
+            del arrays["rests"]
+    else:
+        arrays = teacher_rows(Dense(logits), target, k, temperatures)
+        arrays["symbols"] = arrays["symbols"].astype("i4")
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    real = torch.ones(1, len(target), dtype=torch.bool)
+    return online, CachedSignal(tensors, real, temperatures, k == V)
+
+
+def both_ways(name, tail, temperature, k, top_k, exact, temperatures=(2.0,), **more):
+    """Terms and gradient, online and from a cache of k symbols, cut to top_k of them."""
+    generator = torch.Generator().manual_seed(k + top_k)
+    student, teacher = torch.randn(2, 40, V, generator=generator, dtype=torch.float64).mul(2)
+    student.requires_grad_()
+    target = torch.randint(0, V, (40,), generator=generator)
+    rows = torch.arange(1, 40, 2)
+    found = []
+    for word in signals_of(teacher, target, k, temperatures, exact):
+        online = isinstance(word, TeacherSignal)
+        flags = Settings(
+            *(0.7, None, temperature, 0.1, divergence(name)),
+            top_k=(top_k or k) if online else top_k,
+            tail=tail,
+            with_metrics=True,
+            **more,
+        )
+        terms = objective.distillation_objective(student, target, rows, word, flags)
+        found.append((terms, torch.autograd.grad(terms.loss, student)[0]))
+    return found
+
+
+CUTS = [(V, 0), (V, V), (V, 4), (8, 0), (8, 8), (8, 4), (1, 0)]
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["float64", "float16"])
+@pytest.mark.parametrize("name", divergences.NAMES)
+def test_cached_is_online(name, exact):
+    """Exactly as long as the rows are exact; else to their precision. V of V: as if not cut."""
+    tolerance = dict(rtol=1e-9, atol=1e-10) if exact else dict(rtol=4e-3, atol=4e-3)
+    compared = 0
+    for k, top_k in CUTS:
+        for tail in ("renormalise", "bucket"):
+            for temperature in (1.0, 2.0):
+                if name == "logit-mse" and (tail == "bucket" or temperature != 1):
+                    continue
+                (online, there), (cached, here) = both_ways(
+                    name, tail, temperature, k, top_k, exact
+                )
+                where = str((k, top_k, tail, temperature))
+                for term in ("loss", "kd"):
+                    a, b = getattr(cached, term), getattr(online, term)
+                    torch.testing.assert_close(a, b, msg=where + term, **tolerance)
+                close = torch.isclose(here, there, **tolerance).all(-1)
+                # tvd's gradient jumps where p = q
+                assert close.double().mean() > 0.9 if name == "tvd" else close.all(), where
+                torch.testing.assert_close(
+                    cached.tokens.teacher_nll, online.tokens.teacher_nll, **tolerance
+                )
+                assert cached.agree.tolist() == online.agree.tolist()
+                compared += 1
+    assert compared >= len(CUTS)
+
+
+def test_renormalise_at_any_temperature_and_more_temperatures_than_one():
+    for temperature in (0.3, 1.7, 5.0):
+        (online, there), (cached, here) = both_ways("js", "renormalise", temperature, 8, 0, True)
+        torch.testing.assert_close(cached.kd, online.kd, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-10)
+    for temperature in (0.5, 2.0, 3.0):
+        (online, there), (cached, here) = both_ways(
+            *("forward-kl", "bucket", temperature, 8, 4, True), temperatures=(3.0, 0.5, 2.0)
+        )
+        torch.testing.assert_close(cached.kd, online.kd, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-10)
+
+
+def test_a_rest_at_temperature_1_is_kept_on_request():
+    """Of a teacher so sure that one minus the K's rounded probabilities says nothing of it."""
+    logits = torch.tensor([[9.0, 8.99, 8.98, *([-5.0] * (V - 3))]], dtype=torch.float64)
+    _, cached = signals_of(logits, torch.tensor([0]), 3, (1.0, 2.0), False)
+    exact = Dense(torch.log_softmax(logits, -1)).top(3, 1.0, True).rest
+    word = cached.about(torch.tensor([0]), logits)
+    torch.testing.assert_close(word.top(3, 1.0, True).rest, exact, rtol=1e-3, atol=1e-6)
+    for tail in ("bucket", "renormalise"):
+        (online, there), (found, here) = both_ways(
+            "reverse-kl", tail, 1.0, 8, 4, True, temperatures=(1.0, 2.0)
+        )
+        torch.testing.assert_close(found.kd, online.kd, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-10)
+
+
+def test_without_rests_the_bucket_works_at_temperature_1():
+    """The default: fairseq-kd-cache without --temperatures."""
+    (online, there), (cached, here) = both_ways(
+        "forward-kl", "bucket", 1.0, 8, 0, False, temperatures=()
+    )
+    torch.testing.assert_close(cached.kd, online.kd, rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(here, there, rtol=4e-3, atol=4e-3)
+
+
+def test_a_rest_smaller_than_half_precision_can_tell():
+    """The K's mass, rounded, may exceed 1: value and gradient stay finite."""
+    logits = torch.tensor([[9.0, 8.99, 8.98, *([-20.0] * (V - 3))]])
+    _, cached = signals_of(logits, torch.tensor([0]), 3, (), False)
+    cached.arrays["log_probs"] = cached.arrays["log_probs"] + 2e-3
+    student = torch.zeros(1, V, requires_grad=True)
+    for name in ("forward-kl", "reverse-kl", "js", "skew-kl"):
+        terms = objective.distillation_objective(
+            *(student, torch.tensor([0]), torch.tensor([0]), cached),
+            Settings(1.0, divergence=divergence(name)),
+        )
+        (gradient,) = torch.autograd.grad(terms.loss, student)
+        assert terms.loss.isfinite() and gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("selected", ["teacher-correct", "teacher-better"])
+@pytest.mark.parametrize("exact", [True, False], ids=["float64", "float16"])
+def test_selection_asks_the_cache(selected, exact):
+    (online, _), (cached, _) = both_ways(
+        "forward-kl", "bucket", 2.0, 8, 0, exact, selection=Selection(selected)
+    )
+    assert 0 < online.selected.sum() < len(online.selected)
+    assert cached.selected.tolist() == online.selected.tolist()
+
+
+def test_entropy_and_adaptive_weight_come_from_the_cache():
+    found = both_ways(
+        *("forward-kl", "bucket", 1.0, 8, 0, False),
+        selection=Selection("teacher-entropy"),
+        adaptive=True,
+    )
+    (online, _), (cached, _) = found
+    torch.testing.assert_close(
+        *(cached.tokens.teacher_entropy, online.tokens.teacher_entropy), rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(cached.kd_weight, online.kd_weight, rtol=2e-3, atol=1e-4)
+    assert online.kd_weight.std() > 0.05
+
+
+def test_a_row_that_is_not_finite_is_found():
+    _, cached = signals_of(torch.zeros(3, V), torch.zeros(3).long(), K, (), False)
+    cached.arrays["log_probs"][1] = math.nan
+    with pytest.raises(objective.NotFiniteTeacherError) as error:
+        objective.distillation_objective(
+            *(torch.zeros(3, V), torch.zeros(3).long(), torch.arange(3), cached, Settings())
+        )
+    assert error.value.rows.tolist() == [1] and "cache" in error.value.teachers
+
+
+# writing
+
+
+def test_a_cache_holds_every_row_in_the_order_of_the_data(case, finished):
+    cache = CachedSubset(str(finished), "train", DATA)
+    assert len(cache) == len(case.lengths) and not cache.whole
+    assert cache.lengths().tolist() == case.lengths.tolist()
+    for i, logits in enumerate(case.logits):
+        expected = teacher_rows(Dense(logits), case.targets[i], K, TEMPERATURES)
+        found = cache.rows(i)
+        assert set(found) == set(expected)
+        for name in found:
+            assert found[name].tobytes() == expected[name].tobytes(), (i, name)
+    assert set(tree(finished)) == {"train/" + name + ".bin" for name in ARRAYS} | {
+        "train/manifest.json"
+    }
+
+
+def test_summary(case, finished):
+    summary = json.loads((finished / "train" / "manifest.json").read_text())["summary"]
+    log_p = log_softmax(torch.cat(case.logits))
+    target = torch.cat(case.targets).numpy()
+    covered = np.sort(np.exp(log_p), -1)[:, -K:].sum(-1)
+    expected = {
+        "bytes": sum(len(b) for name, b in tree(finished).items() if name.endswith(".bin")),
+        "covered_mean": covered.mean(),
+        "covered_1st_percentile": np.sort(covered)[0],
+        "nll_loss": -log_p[np.arange(len(target)), target].mean() / math.log(2),
+        "entropy": -(np.exp(log_p) * log_p).sum(-1).mean() / math.log(2),
+        "agreement": (log_p.argmax(-1) == target).mean(),
+    }
+    expected["bytes_per_token"] = expected["bytes"] / len(target)
+    assert summary == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_shards_in_any_order_are_one_run_byte_for_byte(case, finished, tmp_path, shards):
+    orders = list(permutations(range(shards))) if shards < 4 else [range(shards)]
+    for i, order in enumerate(orders):
+        cache = tmp_path / str(i)
+        ended = [case.write(cache, shards, shard) for shard in order]
+        assert ended == [False] * (shards - 1) + [True]
+        assert tree(cache) == tree(finished)
+
+
+def test_shards_that_write_at_the_same_time(case, finished, tmp_path):
+    both = [case.writer(tmp_path, 2, i) for i in (0, 1)]
+    for shard in both:
+        shard.begin()
+    for row in range(3):
+        for shard in both:
+            shard.append(case.rows[2 * row + shard.shard_id])
+    assert [shard.finish(case.target) for shard in both] == [False, True]
+    assert tree(tmp_path) == tree(finished)
+
+
+def test_a_finished_command_again_changes_nothing(case, cache):
+    files = list(cache.rglob("*"))
+    before = [(f.stat().st_mtime_ns, f.stat().st_ino) for f in files]
+    for shards in (1, 2):
+        shard = case.writer(cache, shards)
+        shard.begin()
+        assert shard.done == len(shard.batches) and shard.finish(case.target)
+    assert list(cache.rglob("*")) == files
+    assert [(f.stat().st_mtime_ns, f.stat().st_ino) for f in files] == before
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_two_shards_that_merge_at_the_same_time(case, finished, tmp_path, monkeypatch, at):
+    """One completes, and cleans up, while the other is in the middle: at its ``at``-th array."""
+    case.write(tmp_path, 2, 0)
+    slow, fast = case.writer(tmp_path, 2, 1), case.writer(tmp_path, 2, 0)
+    slow.begin()
+    case.append(slow)
+    real, calls = layout.all_or_nothing, []
+
+    @contextlib.contextmanager
+    def interrupted(path):
+        with real(path) as file:
+            calls.append(path)
+            if len(calls) == at + 1:
+                fast.begin()
+                assert fast.finish(case.target)
+            yield file
+
+    monkeypatch.setattr(layout, "all_or_nothing", interrupted)
+    assert slow.finish(case.target)
+    assert len(calls) > at
+    assert tree(tmp_path) == tree(finished)
+
+
+def in_a_child(work) -> int:
+    """Do something in a process of its own; its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def at_each_line(do):
+    """Call ``do`` before each line that runs in the cache's modules."""
+    ours = {layout.__file__, writer.__file__}
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in ours:
+            return None
+        if event == "line":
+            do()
+        return trace
+
+    sys.settrace(trace)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_killed_at_any_line(case, finished, tmp_path, shards):
+    """A real SIGKILL; then the same command makes what an undisturbed one makes."""
+    lines = []
+    before = sys.gettrace()
+
+    def prepared(folder):
+        for other in range(1, shards):
+            case.write(folder, shards, other)
+        return folder
+
+    try:
+        prepared(tmp_path / "count")
+        at_each_line(lambda: lines.append(0))
+        case.write(tmp_path / "count", shards, 0)
+    finally:
+        sys.settrace(before)
+    assert len(lines) > 300
+    partial = 0
+    for moment in range(1, len(lines), len(lines) // 25):
+        cache = prepared(tmp_path / str(moment))
+
+        def killed(cache=cache, moment=moment):
+            left = [moment]
+
+            def kill():
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signals.SIGKILL)
+
+            at_each_line(kill)
+            case.write(cache, shards, 0)
+
+        status = in_a_child(killed)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signals.SIGKILL, moment
+        partial += (cache / "train" / "partial").is_dir()
+        if not (cache / "train" / "manifest.json").is_file() and (cache / "train").is_dir():
+            assert "is not finished" in refusal(cache) or "no cache" in refusal(cache)
+        assert case.write(cache, shards, 0)
+        assert tree(cache) == tree(finished), moment
+        shutil.rmtree(str(cache))
+    assert partial > 10
+
+
+@pytest.fixture(scope="module")
+def written(case, tmp_path_factory):
+    """All is in the shard's files, but it is not finished."""
+    folder = tmp_path_factory.mktemp("written")
+    shard = case.writer(folder)
+    shard.begin()
+    case.append(shard)
+    return folder
+
+
+@settings(deadline=None, max_examples=60)
+@given(shares=st.lists(st.floats(0, 1), min_size=5, max_size=5), missing=st.sets(st.integers(0, 4)))
+def test_whatever_bytes_a_kill_left_behind(
+    case, finished, written, tmp_path_factory, shares, missing
+):
+    """Of each file any number of bytes, in the middle of a row too; some not even there."""
+    folder = tmp_path_factory.mktemp("killed")
+    shutil.copytree(str(written / "train"), str(folder / "train"))
+    for i, (name, share) in enumerate(zip(ARRAYS[1:], shares)):
+        path = folder / "train" / "partial" / "shard-0-of-1" / (name + ".bin")
+        if i in missing:
+            path.unlink()
+        else:
+            os.truncate(str(path), int(share * path.stat().st_size))
+    assert case.write(folder)
+    assert tree(folder) == tree(finished)
+    shutil.rmtree(str(folder))
+
+
+def test_what_is_on_disk_is_not_asked_for_again(case, written, tmp_path):
+    shutil.copytree(str(written / "train"), str(tmp_path / "train"))
+    entropy = tmp_path / "train" / "partial" / "shard-0-of-1" / "entropy.bin"
+    rows = [len(part["entropy"]) for part in case.rows]
+    os.truncate(str(entropy), 2 * (rows[0] + rows[1] + 1))
+    shard = case.writer(tmp_path)
+    shard.begin()
+    assert shard.done == 2
+    assert {f.name: f.stat().st_size for f in entropy.parent.glob("*.bin")} == {
+        name + ".bin": (rows[0] + rows[1]) * array.row_bytes for name, array in shard.types.items()
+    }
+
+
+def test_a_full_disk_leaves_what_can_be_gone_on_from(case, finished, tmp_path, monkeypatch):
+    """At every write, each cut short by the kernel as a full disk does."""
+    failed = 0
+    for allowed in range(0, 40, 3):
+        real, left = writer._write_all, [allowed]
+
+        def full(file, block, real=real, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                real(file, block[: len(block) // 2])
+                raise OSError(28, "No space left on device")
+            real(file, block)
+
+        cache = tmp_path / str(allowed)
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "_write_all", full)
+            try:
+                case.write(cache)
+            except OSError:
+                failed += 1
+        assert case.write(cache)
+        assert tree(cache) == tree(finished)
+    assert failed >= 10
+
+
+def test_a_merge_that_fails_leaves_no_rubbish(case, finished, tmp_path):
+    case.write(tmp_path, 2, 0)
+
+    def failing():
+        real = os.fsync
+
+        def full(descriptor):
+            if (tmp_path / "train" / "partial" / "shard-1-of-2" / "done").is_file():
+                raise OSError(28, "No space left on device")
+            real(descriptor)
+
+        os.fsync = full
+        try:
+            case.write(tmp_path, 2, 1)
+        except OSError:
+            os._exit(3)
+
+    assert os.WEXITSTATUS(in_a_child(failing)) == 3
+    assert not list((tmp_path / "train").glob("*.new"))
+    assert case.write(tmp_path, 2, 1)
+    assert tree(tmp_path) == tree(finished)
+
+
+def test_a_shard_is_written_by_one_process_at_a_time(case, finished, tmp_path):
+    first = case.writer(tmp_path)
+    first.begin()
+    with pytest.raises(CacheError, match="another process is writing"):
+        case.writer(tmp_path).begin()
+    case.append(first)
+    assert first.finish(case.target)
+    assert tree(tmp_path) == tree(finished)
+
+
+def test_too_little_room_is_said_before(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: Namespace(free=1000))
+    with pytest.raises(CacheError, match="GB more while it is written .* smaller --top-k"):
+        case.write(tmp_path)
+
+
+def test_without_any_row(case, tmp_path):
+    """A teacher that cannot read a single sentence."""
+    empty = case._replace(lengths=np.zeros(3, dtype=int), batches=[], rows=[])
+    assert empty.write(tmp_path)
+    cache = CachedSubset(str(tmp_path), "train", DATA)
+    assert cache.lengths().tolist() == [0, 0, 0] and len(cache.rows(1)["symbols"]) == 0
+
+
+@pytest.mark.parametrize("state", ["complete", "begun"])
+@pytest.mark.parametrize(
+    "header, word",
+    [
+        (dict(k=4), "k is 4 here, 5 there"),
+        (dict(temperatures=[2.0]), "temperatures is"),
+        (dict(teacher_dtype="torch.bfloat16"), "teacher_dtype is torch.bfloat16 here"),
+        (dict(files={**DATA["files"], "train.aa-bb.bb.bin": "5" * 64}), "train.aa-bb.bb.bin diff"),
+        (dict(teachers=[]), "teachers is"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_cache_is_not_gone_on_with(case, finished, written, state, header, word):
+    folder = finished if state == "complete" else written
+    before = tree(folder)
+    with pytest.raises(CacheError) as error:
+        case.writer(folder, **header).begin()
+    assert word in str(error.value) and "delete that folder" in str(error.value)
+    assert tree(folder) == before
+
+
+def test_other_batches_are_not_gone_on_with(case, written):
+    with pytest.raises(CacheError, match="plan is"):
+        case._replace(batches=case.batches[::-1]).writer(written).begin()
+
+
+@pytest.mark.parametrize("num_shards, shard_id", [(2, 2), (1, -1), (0, 0)])
+def test_shards_that_do_not_exist(case, tmp_path, num_shards, shard_id):
+    with pytest.raises(CacheError, match="--shard-id must be from 0 to --num-shards"):
+        case.writer(tmp_path, num_shards, shard_id)
+
+
+# reading
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_one_flipped_bit(cache, name):
+    path = cache / "train" / (name + ".bin")
+    content = bytearray(path.read_bytes())
+    for position in (0, len(content) // 3, len(content) - 1):
+        for bit in (0, 7):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            message = refusal(cache)
+            assert "{} is damaged".format(path) in message and "make the cache again" in message
+    path.write_bytes(content)
+    CachedSubset(str(cache), "train", DATA)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_file_of_another_size_or_missing(cache, name):
+    path = cache / "train" / (name + ".bin")
+    content = path.read_bytes()
+    for wrong in (content[:-1], content + b"\0", b""):
+        path.write_bytes(wrong)
+        message = refusal(cache)
+        assert str(path) in message and "make the cache again" in message
+        assert "expected {} bytes, found {}".format(len(content), len(wrong)) in message
+    path.unlink()
+    assert "{} is missing: make the cache again".format(path) in refusal(cache)
+
+
+def test_no_cache_and_one_that_is_not_finished(cache, tmp_path):
+    assert "no cache of the subset valid" in refusal(cache, subset="valid")
+    assert "fairseq-kd-cache DATA" in refusal(tmp_path / "nowhere")
+    (cache / "train" / "manifest.json").unlink()
+    assert "no cache of the subset train" in refusal(cache)
+    (cache / "train" / "partial").mkdir()
+    assert "is not finished: run the same fairseq-kd-cache again" in refusal(cache)
+
+
+def test_offsets_that_are_none(cache):
+    """With the right checksum: made wrong, not damaged."""
+    path = cache / "train" / "offsets.bin"
+    right = np.fromfile(str(path), "<i8")
+    for position, value in ((0, 1), (-1, right[-1] - 1), (4, right[-1] + 1)):
+        wrong = right.copy()
+        wrong[position] = value
+        wrong.tofile(str(path))
+        checksums = json.loads((cache / "train" / "manifest.json").read_text())["checksums"]
+        change(cache, checksums={**checksums, "offsets": layout.checksum(path)})
+        assert "{} is damaged".format(path) in refusal(cache)
+
+
+def replaced(data, section, key, value):
+    return {**data, section: {**data[section], key: value}}
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (replaced(DATA, "dictionaries", "target", "0" * 64), ["dictionaries: target differs"]),
+        (replaced(DATA, "files", "train.aa-bb.aa.bin", "0" * 64), ["train.aa-bb.aa.bin differs"]),
+        (replaced(DATA, "files", "train1.aa-bb.aa.bin", "0" * 64), ["train1.aa-bb.aa.bin is"]),
+        (replaced(DATA, "settings", "truncate_source", 6), ["truncate_source is 6 here, 7 there"]),
+        (replaced(DATA, "settings", "source_lang", "bb"), ["source_lang is bb here, aa there"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_other_data(finished, data, words):
+    for word in (*words, "made from something else", "Use it with its own"):
+        assert word in refusal(finished, data)
+
+
+def test_another_format(cache):
+    change(cache, version=2)
+    assert "has version 2 of the format, and this kd_plugin reads version 1" in refusal(cache)
+    change(cache, format="something else")
+    assert "is not the manifest of a teacher cache" in refusal(cache)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "1", "\xff\xfe", "[" * 100000, '{"k": ' * 100000]
+)
+def test_a_manifest_that_is_no_json_object(cache, text):
+    (cache / "train" / "manifest.json").write_text(text, encoding="latin-1")
+    assert "manifest.json" in refusal(cache)
+
+
+JSON = st.recursive(
+    st.one_of(
+        *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+        st.sampled_from([10**400, -1, 2**63, 2**64, 1 << 62, 1e308, "\0", "a\0b", "\ud800", {}]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def places(value, path=()):
+    """Where in a JSON value another could stand."""
+    yield path
+    items = value.items() if isinstance(value, dict) else ()
+    items = enumerate(value) if isinstance(value, list) else items
+    for key, part in items:
+        yield from places(part, (*path, key))
+
+
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_value_anywhere_in_the_manifest(finished, tmp_path_factory, data):
+    """Refused, or of no consequence; never any other exception."""
+    manifest = json.loads((finished / "train" / "manifest.json").read_text())
+    options = [path for path in places(manifest) if path]
+    where = data.draw(st.sampled_from(options))
+    value = data.draw(JSON)
+    holder = manifest
+    for key in where[:-1]:
+        holder = holder[key]
+    same = type(holder[where[-1]]) is type(value) and holder[where[-1]] == value
+    if data.draw(st.booleans()) or same:
+        value, same = None, False
+        del holder[where[-1]]
+    else:
+        holder[where[-1]] = value
+    folder = tmp_path_factory.mktemp("manifest")
+    shutil.copytree(str(finished / "train"), str(folder / "train"))
+    (folder / "train" / "manifest.json").write_text(json.dumps(manifest))
+    if not same:
+        assert str(folder) in refusal(folder)
+    if where != ("checksum",):
+        # and with a checksum to match, as an attacker would write it
+        layout.write_manifest(folder / "train", manifest)
+        try:
+            cache = CachedSubset(str(folder), "train", DATA)
+        except CacheError as error:
+            assert str(folder) in str(error)
+        else:
+            assert len(cache) == 17 and len(cache.rows(0)["symbols"]) == cache.lengths()[0]
+    shutil.rmtree(str(folder))
+
+
+def test_another_teacher_is_only_a_warning(case, cache, caplog):
+    (entry,) = case.header["teachers"]
+    changed = cache.parent / "other.pt"
+    for content, warned in ((b"weights", 0), (b"WEIGHTS", 1), (b"weights of more", 1), (None, 0)):
+        if content is None:
+            changed.unlink()
+        else:
+            changed.write_bytes(content)
+        change(cache, teachers=[{**entry, "path": str(changed)}])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            CachedSubset(str(cache), "train", DATA)
+        assert caplog.text.count("no longer the one that the cache") == warned, content
+
+
+def test_one_process_writes_a_shard(case, tmp_path):
+    """A second one would cut off what the first has written since."""
+    first = case.writer(tmp_path)
+    first.begin()
+    with pytest.raises(CacheError, match="another process is writing"):
+        case.writer(tmp_path).begin()
+
+
+def test_a_teacher_that_may_not_be_read_is_left_alone(cache, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(reader, "digest", denied)
+    CachedSubset(str(cache), "train", DATA)
+
+
+def test_pickled_it_opens_its_maps_again(finished):
+    cache = CachedSubset(str(finished), "train", DATA)
+    pickled = pickle.dumps(cache)
+    for array in (cache.offsets, *cache._arrays.values()):
+        assert array.tobytes()[:48] not in pickled
+    twin = pickle.loads(pickled)
+    assert all(isinstance(array, np.memmap) for array in twin._arrays.values())
+    for i in range(len(cache)):
+        for name, array in cache.rows(i).items():
+            assert twin.rows(i)[name].tobytes() == array.tobytes()
+
+
+# joining
+
+
+def dictionary():
+    found = Dictionary()
+    for i in range(V - len(found)):
+        found.add_symbol("w{}".format(i))
+    return found
+
+
+def dataset(case, **how):
+    """Sources as long as targets, in another order: batches are sorted by them."""
+    symbols, lengths = dictionary(), np.maximum(case.lengths, 1)
+    targets = [t if len(t) else torch.tensor([4]) for t in case.targets]
+    sources = [torch.full((1 + (7 * i) % 5,), 5) for i in range(len(targets))]
+    sizes = np.array([len(s) for s in sources])
+    return LanguagePairDataset(sources, sizes, symbols, targets, lengths, symbols, **how)
+
+
+@pytest.fixture(scope="module")
+def numbered(case, tmp_path_factory):
+    """A cache in which each row's reference is the row's number in the data."""
+    starts = np.cumsum(case.lengths) - case.lengths
+    rows = []
+    for batch, part in zip(case.batches, case.rows):
+        numbers = [np.arange(starts[i], starts[i] + case.lengths[i]) for i in batch]
+        rows.append({**part, "reference": np.concatenate(numbers).astype("<f2")})
+    folder = tmp_path_factory.mktemp("numbered")
+    assert case._replace(rows=rows).write(folder)
+    return CachedSubset(str(folder), "train", DATA)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sentences=st.lists(st.integers(0, 16), min_size=1, max_size=12, unique=True),
+    left_source=st.booleans(),
+    left_target=st.booleans(),
+)
+def test_rows_belong_to_their_tokens_in_any_batch(
+    case, numbered, sentences, left_source, left_target
+):
+    plain = dataset(case, left_pad_source=left_source, left_pad_target=left_target)
+    taught = TaughtDataset(plain, numbered, 1)
+    sentences = [i for i in sentences if case.lengths[i]]
+    if not sentences:
+        return
+    batch = taught.collater([taught[i] for i in sentences])
+    real = batch["target"].ne(1)
+    expected, position = {}, {}
+    for b, i in enumerate(batch["id"].tolist()):
+        first = int(numbered.offsets[i])
+        for j, t in enumerate(real[b].nonzero().squeeze(-1).tolist()):
+            expected[b * real.size(1) + t] = first + j
+            position[b * real.size(1) + t] = (i, j)
+    assert batch["teacher"]["reference"].tolist() == list(expected.values())
+    assert {k: str(v.dtype) for k, v in batch["teacher"].items()} == {
+        **{name: "torch.float16" for name in ARRAYS[2:]},
+        "symbols": "torch.int32",
+    }
+    # asked for some rows in any order, it gives theirs
+    signal = CachedSignal(batch["teacher"], real, TEMPERATURES, False)
+    rows = torch.tensor(sorted(expected, key=lambda row: (row * 7919) % 104729))
+    word = signal.about(rows, torch.zeros(1))
+    assert (-word.nll(rows)).tolist() == [expected[row] for row in rows.tolist()]
+    for row, symbols in zip(rows.tolist(), word.symbols.tolist()):
+        i, j = position[row]
+        assert symbols == numbered.rows(i)["symbols"][j].tolist()
+        assert int(batch["target"].flatten()[row]) == int(case.targets[i][j])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_deliver_the_same(case, numbered, workers):
+    taught = TaughtDataset(dataset(case), numbered, 1)
+    batches = [batch.tolist() for batch in case.batches]
+    loader = torch.utils.data.DataLoader(
+        taught, batch_sampler=batches, collate_fn=taught.collater, num_workers=workers
+    )
+    for sentences, batch in zip(batches, loader):
+        expected = taught.collater([taught[i] for i in sentences])
+        assert batch["id"].tolist() == expected["id"].tolist()
+        for name, tensor in expected["teacher"].items():
+            assert torch.equal(batch["teacher"][name], tensor)
+
+
+def test_it_is_the_data_set_in_all_else(case, numbered):
+    plain = dataset(case)
+    taught = TaughtDataset(plain, numbered, 1)
+    assert len(taught) == len(plain)
+    assert taught.tgt_sizes.tolist() == plain.tgt_sizes.tolist()
+    assert taught.src_sizes.tolist() == plain.src_sizes.tolist()
+    assert taught.has_rows.tolist() == (case.lengths > 0).tolist()
+    assert taught.collater([]) == plain.collater([])
+    prefixed = taught.collater([taught[0]], pad_to_length={"source": 9, "target": 9})
+    assert prefixed["target"].size(1) == 9
+
+
+def test_a_cache_of_other_sentences(case, numbered):
+    short = dataset(case._replace(lengths=case.lengths[:-1], targets=case.targets[:-1]))
+    with pytest.raises(CacheError, match="holds 17 sentences, the data 16"):
+        TaughtDataset(short, numbered, 1)
+    longer = dataset(case._replace(lengths=case.lengths + (np.arange(17) == 5)))
+    with pytest.raises(CacheError, match="for 1 sentences, the first is number 5"):
+        TaughtDataset(longer, numbered, 1)
+
+
+def test_padding_inside_a_text(case, numbered):
+    targets = [t.clone() for t in case.targets]
+    targets[2][0] = 1
+    taught = TaughtDataset(dataset(case._replace(targets=targets)), numbered, 1)
+    with pytest.raises(CacheError, match=r"sentences \[2\].*padding symbol in the text"):
+        taught.collater([taught[2]])
+
+
+# what a cache was made from
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("", []), ("1", [1]), ("2,1,2", [1, 2]), (" 0.5 , 4", [0.5, 4]), ("4e0,1.0", [1, 4])],
+)
+def test_temperatures(text, expected):
+    assert _temperatures(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1,0", "nan", "inf", "1 2", "warm"])
+def test_temperatures_that_are_none(text):
+    with pytest.raises(CacheError, match="--temperatures needs numbers above 0"):
+        _temperatures(text)
+
+
+def about(folder, subset="train", combine=True, **more):
+    given = dict(source_lang="aa", target_lang="bb", upsample_primary=1, truncate_source=False)
+    more = {"max_source_positions": 7, "num_batch_buckets": 0, **more}
+    cfg = Namespace(data=str(folder), **{**given, **more})
+    task = Namespace(cfg=cfg, source_dictionary=dictionary(), target_dictionary=dictionary())
+    return describe_data(task, subset, combine)
+
+
+def test_every_file_and_setting_counts(tmp_path):
+    names = ["train.aa-bb.aa.bin", "train.aa-bb.aa.idx", "train.aa-bb.bb.bin", "train.aa-bb.bb.idx"]
+    more = [name.replace("train.", "train1.") for name in names]
+    for name in (*names, *more, "valid.aa-bb.aa.bin", "train3.aa-bb.aa.bin"):
+        (tmp_path / name).write_text(name)
+    alone, together = about(tmp_path, combine=False), about(tmp_path)
+    assert sorted(alone["files"]) == names and sorted(together["files"]) == sorted(names + more)
+    assert sorted(about(tmp_path, "valid")["files"]) == ["valid.aa-bb.aa.bin"]
+    for name in (*names, *more):
+        content = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content.swapcase())
+        found = layout.data_differences(about(tmp_path), together)
+        assert found == ["files: {} differs".format(name)]
+        (tmp_path / name).write_text(content)
+    for setting in (dict(upsample_primary=2), dict(truncate_source=True)):
+        assert len(layout.data_differences(about(tmp_path, **setting), together)) == 1
+    # it means nothing as long as nothing is truncated
+    assert about(tmp_path, max_source_positions=3) == together
+
+
+def test_several_data_folders_and_buckets_are_refused(tmp_path):
+    with pytest.raises(CacheError, match="--num-batch-buckets"):
+        about(tmp_path, num_batch_buckets=2)
+    with pytest.raises(CacheError, match="is for one data folder, and here are 2"):
+        about("{0}:{0}".format(tmp_path))
