@@ -413,7 +413,7 @@ def report(measured: Dict[str, Any]) -> str:
             )
         )
         ratios = [(name, _shown(ratio)) for name, ratio in steps["ratios"].items()]
-        parts.append(_table("", ("seconds of one to those of others",), ratios))
+        parts.append(_table("", ("seconds to seconds",), ratios))
     return "\n".join(parts)
 
 
