@@ -23,12 +23,13 @@ from fairseq.data import Dictionary, LanguagePairDataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kd_plugin import divergences, objective
+from kd_plugin import divergences, files, objective
 from kd_plugin.cache import CachedSubset, CacheError, TaughtDataset, describe_data, reader, writer
 from kd_plugin.cache import format as layout
 from kd_plugin.cache.writer import CacheWriter, teacher_rows
 from kd_plugin.commands.cache import _temperatures
 from kd_plugin.divergences import divergence
+from kd_plugin.files import FileError
 from kd_plugin.objective import Settings
 from kd_plugin.selection import Selection
 from kd_plugin.signal import CachedSignal, Dense, Member, TeacherSignal
@@ -68,7 +69,7 @@ class Case(NamedTuple):
         return shard.finish(self.target)
 
     def append(self, shard):
-        mine = self.rows[shard.shard_id :: shard.num_shards]
+        mine = self.rows[shard.shards.shard_id :: shard.shards.num_shards]
         while shard.done < len(shard.batches):
             shard.append(mine[shard.done])
 
@@ -145,7 +146,7 @@ def change(cache, **fields):
 
 
 def refusal(cache, data=DATA, subset="train"):
-    with pytest.raises(CacheError) as error:
+    with pytest.raises(FileError) as error:
         CachedSubset(str(cache), subset, data)
     return str(error.value)
 
@@ -431,7 +432,7 @@ def test_shards_that_write_at_the_same_time(case, finished, tmp_path):
         shard.begin()
     for row in range(3):
         for shard in both:
-            shard.append(case.rows[2 * row + shard.shard_id])
+            shard.append(case.rows[2 * row + shard.shards.shard_id])
     assert [shard.finish(case.target) for shard in both] == [False, True]
     assert tree(tmp_path) == tree(finished)
 
@@ -454,7 +455,7 @@ def test_two_shards_that_merge_at_the_same_time(case, finished, tmp_path, monkey
     slow, fast = case.writer(tmp_path, 2, 1), case.writer(tmp_path, 2, 0)
     slow.begin()
     case.append(slow)
-    real, calls = layout.all_or_nothing, []
+    real, calls = writer.all_or_nothing, []
 
     @contextlib.contextmanager
     def interrupted(path):
@@ -465,7 +466,7 @@ def test_two_shards_that_merge_at_the_same_time(case, finished, tmp_path, monkey
                 assert fast.finish(case.target)
             yield file
 
-    monkeypatch.setattr(layout, "all_or_nothing", interrupted)
+    monkeypatch.setattr(writer, "all_or_nothing", interrupted)
     assert slow.finish(case.target)
     assert len(calls) > at
     assert tree(tmp_path) == tree(finished)
@@ -487,7 +488,7 @@ def in_a_child(work) -> int:
 
 def at_each_line(do):
     """Call ``do`` before each line that runs in the cache's modules."""
-    ours = {layout.__file__, writer.__file__}
+    ours = {files.__file__, layout.__file__, writer.__file__}
 
     def trace(frame, event, argument):
         if frame.f_code.co_filename not in ours:
@@ -589,7 +590,7 @@ def test_a_full_disk_leaves_what_can_be_gone_on_from(case, finished, tmp_path, m
     """At every write, each cut short by the kernel as a full disk does."""
     failed = 0
     for allowed in range(0, 40, 3):
-        real, left = writer._write_all, [allowed]
+        real, left = writer.write_all, [allowed]
 
         def full(file, block, real=real, left=left):
             left[0] -= 1
@@ -600,7 +601,7 @@ def test_a_full_disk_leaves_what_can_be_gone_on_from(case, finished, tmp_path, m
 
         cache = tmp_path / str(allowed)
         with monkeypatch.context() as patch:
-            patch.setattr(writer, "_write_all", full)
+            patch.setattr(writer, "write_all", full)
             try:
                 case.write(cache)
             except OSError:
@@ -636,7 +637,7 @@ def test_a_merge_that_fails_leaves_no_rubbish(case, finished, tmp_path):
 def test_a_shard_is_written_by_one_process_at_a_time(case, finished, tmp_path):
     first = case.writer(tmp_path)
     first.begin()
-    with pytest.raises(CacheError, match="another process is writing"):
+    with pytest.raises(FileError, match="another process is writing"):
         case.writer(tmp_path).begin()
     case.append(first)
     assert first.finish(case.target)
@@ -685,7 +686,7 @@ def test_other_batches_are_not_gone_on_with(case, written):
 
 @pytest.mark.parametrize("num_shards, shard_id", [(2, 2), (1, -1), (0, 0)])
 def test_shards_that_do_not_exist(case, tmp_path, num_shards, shard_id):
-    with pytest.raises(CacheError, match="--shard-id must be from 0 to --num-shards"):
+    with pytest.raises(FileError, match="--shard-id must be from 0 to --num-shards"):
         case.writer(tmp_path, num_shards, shard_id)
 
 
@@ -827,7 +828,7 @@ def test_any_value_anywhere_in_the_manifest(finished, tmp_path_factory, data):
         layout.write_manifest(folder / "train", manifest)
         try:
             cache = CachedSubset(str(folder), "train", DATA)
-        except CacheError as error:
+        except FileError as error:
             assert str(folder) in str(error)
         else:
             assert len(cache) == 17 and len(cache.rows(0)["symbols"]) == cache.lengths()[0]
@@ -853,7 +854,7 @@ def test_one_process_writes_a_shard(case, tmp_path):
     """A second one would cut off what the first has written since."""
     first = case.writer(tmp_path)
     first.begin()
-    with pytest.raises(CacheError, match="another process is writing"):
+    with pytest.raises(FileError, match="another process is writing"):
         case.writer(tmp_path).begin()
 
 

@@ -20,26 +20,24 @@ file. At temperature 1 the mass outside of the k is one minus theirs (to half pr
 of theirs) unless it is among the manifest's temperatures.
 """
 
-import contextlib
 import glob
 import hashlib
 import json
 import math
 import os
-import uuid
 import zlib
 from itertools import count
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 from fairseq import utils
 
 from ..checkpoint import digest
+from ..files import FileError, differences, read_json, write_json
 
 FORMAT, VERSION = "kd_plugin teacher cache", 1
 MANIFEST, HEADER, PARTIAL = "manifest.json", "header.json", "partial"
-UNFINISHED = ".new"  # what a kill in the middle of writing a whole file leaves behind
 OFFSETS = "offsets"
 # Of all rows, in the manifest; losses in bits
 SUMMARY = (
@@ -56,7 +54,7 @@ _BLOCK = 1 << 22
 _DATA = ("dictionaries", "files", "settings")
 
 
-class CacheError(ValueError):
+class CacheError(FileError):
     """A cache that cannot be used, or not be written; the message says why and what to do."""
 
 
@@ -152,67 +150,11 @@ def _digest_of_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def differences(ours: Any, theirs: Any, keys: Iterable[Any]) -> List[str]:
-    """In words: where the second of two dictionaries says something else than the first."""
-    found = []
-    for key in keys:
-        mine, other = ours.get(key), theirs.get(key)
-        if mine == other:
-            continue
-        if isinstance(mine, list) and isinstance(other, list) and len(mine) == len(other):
-            mine, other = dict(enumerate(mine)), dict(enumerate(other))
-        if isinstance(mine, dict) and isinstance(other, dict):
-            parts = differences(mine, other, sorted({*mine, *other}, key=str))
-            found += ["{}: {}".format(key, part) for part in parts]
-        elif isinstance(mine, str) and isinstance(other, str) and len(mine) == len(other) == 64:
-            found.append("{} differs".format(key))
-        else:
-            found.append("{} is {} here, {} there".format(key, mine, other))
-    return found
-
-
 def data_differences(ours: Dict[str, Any], theirs: Dict[str, Any]) -> List[str]:
     return differences(ours, theirs, _DATA)
 
 
 # Reading and writing
-
-
-def read_json(path: Path) -> Dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CacheError("{} cannot be read ({})".format(path, error)) from None
-    if not isinstance(found, dict):
-        raise CacheError("{} is not a cache's: expected a JSON object".format(path))
-    return found
-
-
-def temporary(path: Path) -> Path:
-    """A name for a file until it is whole; no other process, here or elsewhere, has the same."""
-    return path.with_name("{}.{}{}".format(path.name, uuid.uuid4().hex, UNFINISHED))
-
-
-def write_json(path: Path, content: Dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    with all_or_nothing(path) as file:
-        file.write(text.encode("utf-8"))
-
-
-@contextlib.contextmanager
-def all_or_nothing(path: Path) -> Iterator[Any]:
-    """Write a file under another name first, then rename it."""
-    new = temporary(path)
-    try:
-        with open(new, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
 
 
 def checksum(path: Path) -> str:

@@ -1,7 +1,6 @@
 """Write a cache: in shards that append batch by batch and go on after a kill, merged at the end."""
 
 import contextlib
-import fcntl
 import math
 import os
 import shutil
@@ -13,6 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import (
+    UNFINISHED,
+    Shards,
+    all_or_nothing,
+    differences,
+    read_json,
+    size,
+    write_all,
+    write_json,
+)
 from ..signal import Dense
 from . import format as layout
 from .format import CacheError
@@ -77,16 +86,10 @@ class CacheWriter:
         num_shards: int = 1,
         shard_id: int = 0,
     ) -> None:
-        if not 0 <= shard_id < num_shards:
-            raise CacheError(
-                "--shard-id must be from 0 to --num-shards - 1 = {}, got {}".format(
-                    num_shards - 1, shard_id
-                )
-            )
         self.folder = Path(cache) / header["subset"]
+        self.shards = Shards(self.folder / layout.PARTIAL, num_shards, shard_id)
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.all_batches = list(batches)
-        self.num_shards, self.shard_id = num_shards, shard_id
         self.batches = self.all_batches[shard_id::num_shards]
         plan = zlib.crc32(b"".join(batch.tobytes() + b"|" for batch in self.all_batches))
         self.header = {
@@ -116,18 +119,15 @@ class CacheWriter:
         self._check_space()
         header = self.folder / layout.PARTIAL / layout.HEADER
         if header.is_file():
-            self._same_as(layout.read_json(header), "was begun, but")
+            self._same_as(read_json(header), "was begun, but")
         else:
             header.parent.mkdir(parents=True, exist_ok=True)
-            layout.write_json(header, self.header)
-        shard = self._shard(self.shard_id)
-        shard.mkdir(exist_ok=True)
-        if self._finished(self.shard_id):
+            write_json(header, self.header)
+        if not self.shards.begin():
             self.done = len(self.batches)
             return
-        self._lock = _locked(shard / "lock")
         rows = min(
-            _size(layout.array_file(shard, name)) // array.row_bytes
+            size(layout.array_file(self.shards.own, name)) // array.row_bytes
             for name, array in self.types.items()
         )
         ends = np.cumsum([self.lengths[batch].sum() for batch in self.batches], dtype=np.int64)
@@ -136,7 +136,7 @@ class CacheWriter:
         self._rows = int(ends[-1]) if len(ends) else 0
         for name, array in self.types.items():
             # what a kill left behind the last whole batch is cut off
-            file = open(layout.array_file(shard, name), "ab", buffering=0)
+            file = open(layout.array_file(self.shards.own, name), "ab", buffering=0)
             file.truncate(whole * array.row_bytes)
             self._files[name] = file
 
@@ -146,7 +146,7 @@ class CacheWriter:
         for name, array in self.types.items():
             block = rows[name]
             assert block.shape == (expected, *array.width), (name, block.shape, expected)
-            _write_all(self._files[name], _bytes(block))
+            write_all(self._files[name], _bytes(block))
         self.done += 1
 
     def finish(self, targets: Callable[[int], np.ndarray]) -> bool:
@@ -158,21 +158,20 @@ class CacheWriter:
         if self.complete:
             self._clean_up()
             return True
-        if not self._finished(self.shard_id):
+        if not self.shards.done:
             assert self.done == len(self.batches)
             header = self.folder / layout.PARTIAL / layout.HEADER
-            self._same_as(layout.read_json(header), "was begun, but")
+            self._same_as(read_json(header), "was begun, but")
             for name, file in self._files.items():
                 os.fsync(file.fileno())
                 file.close()
-                if _size(Path(file.name)) != self._rows * self.types[name].row_bytes:
+                if size(Path(file.name)) != self._rows * self.types[name].row_bytes:
                     raise CacheError(
                         "{} was written to by something else: delete {} and run the same command "
-                        "again".format(file.name, self._shard(self.shard_id))
+                        "again".format(file.name, self.shards.own)
                     )
-            (self._shard(self.shard_id) / "done").touch()
-            self._lock.close()
-        if not all(map(self._finished, range(self.num_shards))):
+            self.shards.end()
+        if not self.shards.all_done:
             return False
         try:
             self._merge(targets)
@@ -186,16 +185,9 @@ class CacheWriter:
     def manifest(self) -> Dict[str, Any]:
         return layout.read_manifest(self.folder)
 
-    def _shard(self, i: int) -> Path:
-        name = "shard-{}-of-{}".format(i, self.num_shards)
-        return self.folder / layout.PARTIAL / name
-
-    def _finished(self, i: int) -> bool:
-        return (self._shard(i) / "done").is_file()
-
     def _same_as(self, found: Dict[str, Any], what: str) -> None:
         ours, theirs = _without_paths(self.header), _without_paths(found)
-        different = layout.differences(ours, theirs, ours)
+        different = differences(ours, theirs, ours)
         if different:
             raise CacheError(
                 "the cache {} {} with something else: {}. Repeat the command that made it, choose "
@@ -208,7 +200,7 @@ class CacheWriter:
         """Twice the size: the shards, and what they are merged into."""
         self.folder.mkdir(parents=True, exist_ok=True)
         row = sum(array.row_bytes for array in self.types.values())
-        there = sum(_size(file) for file in self.folder.rglob("*.bin"))
+        there = sum(size(file) for file in self.folder.rglob("*.bin"))
         needed = 2 * row * self.header["rows"] - there
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -229,7 +221,7 @@ class CacheWriter:
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
         for name in (*self.types, layout.OFFSETS):
             final = layout.array_file(self.folder, name)
-            with layout.all_or_nothing(final) as file:
+            with all_or_nothing(final) as file:
                 value = 0
                 blocks = [offsets] if name == layout.OFFSETS else self._merged(name, shards)
                 for block in blocks:
@@ -243,15 +235,15 @@ class CacheWriter:
     def _clean_up(self) -> None:
         """Of a complete cache: the shards, and what a kill left of a merge."""
         shutil.rmtree(self.folder / layout.PARTIAL, ignore_errors=True)
-        for file in self.folder.glob("*" + layout.UNFINISHED):
+        for file in self.folder.glob("*" + UNFINISHED):
             with contextlib.suppress(OSError):
                 file.unlink()
 
     def _locate(self) -> np.ndarray:
         """For each sentence its shard and its first row there, (sentences, 2)."""
         place = np.zeros((len(self.lengths), 2), dtype=np.int64)
-        for i in range(self.num_shards):
-            batches = self.all_batches[i :: self.num_shards]
+        for i in range(self.shards.num_shards):
+            batches = self.all_batches[i :: self.shards.num_shards]
             if batches:
                 order = np.concatenate(batches)
                 ends = np.cumsum(self.lengths[order])
@@ -261,9 +253,7 @@ class CacheWriter:
 
     def _merged(self, name: str, place: np.ndarray) -> Iterator[np.ndarray]:
         array = self.types[name]
-        sources = [
-            _mapped(layout.array_file(self._shard(i), name), array) for i in range(self.num_shards)
-        ]
+        sources = [_mapped(layout.array_file(shard, name), array) for shard in self.shards]
         for sentences in self._blocks():
             lengths = self.lengths[sentences]
             block = np.empty((int(lengths.sum()), *array.width), array.dtype)
@@ -306,7 +296,7 @@ class CacheWriter:
             if with_rows:
                 reference = np.concatenate([targets(i) for i in with_rows])
                 agreeing += int((arrays["symbols"][here][:, 0] == reference).sum())
-        bytes_ = sum(_size(layout.array_file(self.folder, n)) for n in (*self.types, "offsets"))
+        bytes_ = sum(size(layout.array_file(self.folder, n)) for n in (*self.types, "offsets"))
         per_row = 1 / max(rows, 1)
         low = int(np.searchsorted(np.cumsum(histogram), 0.01 * rows))
         values = (
@@ -321,20 +311,6 @@ class CacheWriter:
         return dict(zip(layout.SUMMARY, values))
 
 
-def _locked(path: Path) -> Any:
-    """Hold a shard for this process; its end, however it comes, releases it."""
-    file = open(path, "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CacheError(
-            "another process is writing {}: wait for it, or stop it first".format(path.parent)
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    return file
-
-
 def _without_paths(header: Dict[str, Any]) -> Dict[str, Any]:
     """A teacher is the same wherever its file lies."""
     teachers = header.get("teachers")
@@ -346,15 +322,6 @@ def _without_paths(header: Dict[str, Any]) -> Dict[str, Any]:
 
 def _bytes(block: np.ndarray) -> memoryview:
     return np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
-
-
-def _write_all(file: Any, block: memoryview) -> None:
-    while len(block):
-        block = block[file.write(block) :]
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def _mapped(path: Path, array: layout.Array) -> np.ndarray:

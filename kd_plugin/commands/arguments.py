@@ -1,8 +1,10 @@
 """What the commands share in reading arguments."""
 
 import argparse
+import errno
 import os
-from typing import Any, List, Optional
+import sys
+from typing import Any, Callable, List, Optional
 
 from fairseq import options as fairseq_options
 from fairseq import utils
@@ -41,3 +43,21 @@ def accept_user_dir(arguments: List[str]) -> None:
     if user_dir and os.path.basename(folder) == "kd_plugin":
         imported: Any = getattr(utils.import_user_module, "memo", set())
         utils.import_user_module.memo = imported | {folder}
+
+
+def exit_code(prog: str, work: Callable[[], Any]) -> int:
+    """Do a command's work; what can go wrong with a user's files and flags is one line."""
+    try:
+        work()
+        return 0
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        message = str(error)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        kept = ". What is written is kept: run the same command again to go on." if full else ""
+        message = "{}{}".format(error, kept)
+    except KeyboardInterrupt:
+        print("{}: run the same command again to go on".format(prog), file=sys.stderr)
+        return 130
+    print("{}: {}".format(prog, message), file=sys.stderr)
+    return 1

@@ -1,7 +1,6 @@
 """``fairseq-kd-cache``: run the teacher once and keep its likeliest symbols on disk."""
 
 import argparse
-import errno
 import sys
 from typing import Any, Callable, List, Optional
 
@@ -12,10 +11,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import open_dict
 
 from ..cache import CacheError, fill, summary_lines
-from ..checkpoint import CheckpointError
 from ..teacher import TeacherError
-from ..vocabulary import VocabularyError
-from .arguments import Help, accept_user_dir, parse_like_fairseq
+from .arguments import Help, accept_user_dir, exit_code, parse_like_fairseq
 
 PROG = "fairseq-kd-cache"
 
@@ -44,23 +41,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     accept_user_dir(arguments)
     options = parse_like_fairseq(make_parser(), arguments)
-    try:
-        run(options)
-    except (TeacherError, CacheError, CheckpointError, VocabularyError, RuntimeError) as error:
-        print("{}: {}".format(PROG, error), file=sys.stderr)
-        return 1
-    except FileNotFoundError as error:
-        print("{}: {}".format(PROG, error), file=sys.stderr)
-        return 1
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        kept = ". What is written is kept: run the same command again to go on." if full else ""
-        print("{}: {}{}".format(PROG, error, kept), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("{}: run the same command again to go on".format(PROG), file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(PROG, lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -115,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
         else:
             print(
                 "{}: shard {} of {} is done; the last one to end merges them".format(
-                    writer.folder, writer.shard_id, writer.num_shards
+                    writer.folder, writer.shards.shard_id, writer.shards.num_shards
                 ),
                 flush=True,
             )

@@ -1,0 +1,153 @@
+"""Files that are whole or not there, and work that several processes do in shards."""
+
+import contextlib
+import fcntl
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List
+
+UNFINISHED = ".new"  # what a kill in the middle of writing a whole file leaves behind
+
+
+class FileError(ValueError):
+    """Files that cannot be used, or not be written; the message says why and what to do."""
+
+
+def read_json(path: Path) -> Dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError("{} cannot be read ({})".format(path, error)) from None
+    if not isinstance(found, dict):
+        raise FileError("{}: expected a JSON object".format(path))
+    return found
+
+
+def temporary(path: Path) -> Path:
+    """A name for a file until it is whole; no other process, here or elsewhere, has the same."""
+    return path.with_name("{}.{}{}".format(path.name, uuid.uuid4().hex, UNFINISHED))
+
+
+def write_json(path: Path, content: Dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    with all_or_nothing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def all_or_nothing(path: Path) -> Iterator[Any]:
+    """Write a file under another name first, then rename it."""
+    new = temporary(path)
+    try:
+        with open(new, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+
+
+def differences(ours: Any, theirs: Any, keys: Iterable[Any]) -> List[str]:
+    """In words: where the second of two dictionaries says something else than the first."""
+    found = []
+    for key in keys:
+        mine, other = ours.get(key), theirs.get(key)
+        if mine == other:
+            continue
+        if isinstance(mine, list) and isinstance(other, list) and len(mine) == len(other):
+            mine, other = dict(enumerate(mine)), dict(enumerate(other))
+        if isinstance(mine, dict) and isinstance(other, dict):
+            parts = differences(mine, other, sorted({*mine, *other}, key=str))
+            found += ["{}: {}".format(key, part) for part in parts]
+        elif isinstance(mine, str) and isinstance(other, str) and len(mine) == len(other) == 64:
+            found.append("{} differs".format(key))
+        else:
+            found.append("{} is {} here, {} there".format(key, mine, other))
+    return found
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def write_all(file: Any, block: memoryview) -> None:
+    """To an unbuffered file, which may take less at a time."""
+    while len(block):
+        block = block[file.write(block) :]
+
+
+class Shards:
+    """A folder for each of several processes; who is done leaves a mark, who works holds a lock.
+
+    Args:
+        folder: where they lie.
+
+    Raises:
+        FileError: there is no such shard.
+    """
+
+    def __init__(self, folder: Path, num_shards: int, shard_id: int) -> None:
+        if not 0 <= shard_id < num_shards:
+            raise FileError(
+                "--shard-id must be from 0 to --num-shards - 1 = {}, got {}".format(
+                    num_shards - 1, shard_id
+                )
+            )
+        self.folder, self.num_shards, self.shard_id = folder, num_shards, shard_id
+
+    def __iter__(self) -> Iterator[Path]:
+        return map(self._path, range(self.num_shards))
+
+    @property
+    def own(self) -> Path:
+        return self._path(self.shard_id)
+
+    def _path(self, i: int) -> Path:
+        return self.folder / "shard-{}-of-{}".format(i, self.num_shards)
+
+    def begin(self) -> bool:
+        """Make this process's folder and lock it; False if its work is done already.
+
+        Raises:
+            FileError: another process is at it.
+        """
+        self.own.mkdir(parents=True, exist_ok=True)
+        if self.done:
+            return False
+        self._lock = locked(self.own / "lock")
+        return True
+
+    @property
+    def done(self) -> bool:
+        return (self.own / "done").is_file()
+
+    @property
+    def all_done(self) -> bool:
+        return all((path / "done").is_file() for path in self)
+
+    def end(self) -> None:
+        (self.own / "done").touch()
+        self._lock.close()
+
+
+def locked(path: Path) -> Any:
+    """Hold a file for this process; its end, however it comes, releases it.
+
+    Raises:
+        FileError: another process holds it.
+    """
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileError(
+            "another process is writing {}: wait for it, or stop it first".format(path.parent)
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
