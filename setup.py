@@ -33,6 +33,8 @@ setup(
             # The last official release; it cannot be imported on Python 3.11 and later.
             "fairseq==0.12.2; python_version < '3.11'",
         ],
+        # fairseq-kd-sequences --engine ctranslate2. 4.0: its converters for both ends of fairseq.
+        "ctranslate2": ["ctranslate2>=4.0,<5"],
         # What recipes/corpus.py phrases its sentences with. 2.12: format_compact_decimal for all
         # locales; 0.5.12: number words of all its languages on Python 3.8 and later.
         "recipes": ["Babel>=2.12", "num2words>=0.5.12"],
@@ -44,6 +46,7 @@ setup(
             # 1.14: the last mypy that runs on Python 3.8.
             "mypy>=1.11,<1.15",
             "tensorboardX",
+            "ctranslate2>=4.0,<5",
         ],
     },
     entry_points={
@@ -51,6 +54,7 @@ setup(
             "fairseq-kd-benchmark=kd_plugin.commands.benchmark:main",
             "fairseq-kd-cache=kd_plugin.commands.cache:main",
             "fairseq-kd-export=kd_plugin.commands.export:main",
+            "fairseq-kd-sequences=kd_plugin.commands.sequences:main",
         ],
     },
     classifiers=[

@@ -161,8 +161,10 @@ class _Member:
         self.name, self.overrides = path, overrides
         state = checkpoint.read_checkpoint(path, trust)
         self._check_task(state, student, overrides)
-        source, target, origin = _dictionaries(path, state, student, data, overrides)
-        self._check_sizes(state, source, target, origin)
+        source, target, origin = find_dictionaries(
+            path, state, student.source_lang, student.target_lang, data, overrides
+        ) or (student.source, student.target, "taken from the student")
+        check_sizes(path, state, source, target, origin)
         try:
             source_map = vocabulary.index_map(student.source.symbols, source.symbols, "source")
             target_map = vocabulary.index_map(student.target.symbols, target.symbols, "target")
@@ -175,7 +177,12 @@ class _Member:
         self.missing = None if target_map is None else target_map.eq(MISSING)
         if self.missing is not None and not self.missing.any():
             self.missing = None
-        self.model = _build(path, state, source, target, overrides)
+        self.model = build_model(path, state, _task_for(state, source, target), overrides)
+        if getattr(self.model.decoder, "adaptive_softmax", None) is not None:
+            raise TeacherError(
+                "teacher {} has an adaptive softmax, which gives no distribution over the whole "
+                "vocabulary to distil; train it without --adaptive-softmax-cutoff".format(path)
+            )
         self._projection: Optional[Tuple[Tensor, Optional[Tensor]]] = None
         logger.info(
             "teacher {}: {}, dictionaries {}; source vocabulary {}, target vocabulary {}".format(
@@ -214,23 +221,6 @@ class _Member:
                 "the same languages, say so: --teacher-overrides \"{{'source_lang': '{}', "
                 "'target_lang': '{}'}}\"".format(self.name, *langs, *ours, *ours)
             )
-
-    def _check_sizes(
-        self, state: Dict, source: Dictionary, target: Dictionary, origin: str
-    ) -> None:
-        """The dictionaries found must have as many symbols as the checkpoint has embeddings."""
-        for side, key, symbols in (
-            ("source", "encoder.embed_tokens.weight", source),
-            ("target", "decoder.embed_tokens.weight", target),
-        ):
-            weight = state["model"].get(key)
-            if weight is not None and weight.size(0) != len(symbols):
-                raise TeacherError(
-                    "teacher {} has {} {} embeddings, but the dictionary {} has {} symbols. Point "
-                    "--teacher-data at the folder with the dict.*.txt it was trained with.".format(
-                        self.name, weight.size(0), side, origin, len(symbols)
-                    )
-                )
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.model.to(device=device, dtype=dtype)
@@ -334,21 +324,48 @@ def _fit(index: Optional[Tensor], student: Dictionary, teacher: Dictionary) -> s
     return "mapped (student {} symbols, teacher {})".format(len(student), len(teacher))
 
 
-def _dictionaries(
+def check_sizes(
+    path: str, state: Dict, source: Dictionary, target: Dictionary, origin: str
+) -> None:
+    """A teacher's dictionaries must have as many symbols as its checkpoint has embeddings.
+
+    Raises:
+        TeacherError: they have not.
+    """
+    for side, key, symbols in (
+        ("source", "encoder.embed_tokens.weight", source),
+        ("target", "decoder.embed_tokens.weight", target),
+    ):
+        weight = state["model"].get(key)
+        if weight is not None and weight.size(0) != len(symbols):
+            raise TeacherError(
+                "teacher {} has {} {} embeddings, but the dictionary {} has {} symbols. Point "
+                "--teacher-data at the folder with the dict.*.txt it was trained with.".format(
+                    path, weight.size(0), side, origin, len(symbols)
+                )
+            )
+
+
+def find_dictionaries(
     path: str,
     state: Dict,
-    student: Student,
-    data: Optional[str],
-    overrides: Dict[str, Any],
-) -> Tuple[Dictionary, Dictionary, str]:
-    """A teacher's source and target dictionaries, and where they were found."""
+    source_lang: str,
+    target_lang: str,
+    data: Optional[str] = None,
+    overrides: Optional[Dict[str, Any]] = None,
+) -> Optional[Tuple[Dictionary, Dictionary, str]]:
+    """A teacher's source and target dictionaries, and where they were found.
+
+    In ``data``, or else in its checkpoint (one of our students), beside it, or in the data folder
+    that it names. The languages are those of a checkpoint that names none.
+
+    Raises:
+        TeacherError: there are none in ``data``.
+    """
     task = checkpoint.section(state, "task")
     langs = [
-        overrides.get(key, checkpoint.get(task, key)) or ours
-        for key, ours in (
-            ("source_lang", student.source_lang),
-            ("target_lang", student.target_lang),
-        )
+        (overrides or {}).get(key, checkpoint.get(task, key)) or ours
+        for key, ours in (("source_lang", source_lang), ("target_lang", target_lang))
     ]
 
     def beside(folder: str) -> Optional[List[Dictionary]]:
@@ -381,10 +398,10 @@ def _dictionaries(
         return found[0], found[1], "from " + os.path.abspath(folder)
     logger.warning(
         "teacher {}: no dict.{}.txt and dict.{}.txt found beside it or in the data folder that it "
-        "names, so its vocabulary is TAKEN TO BE THE STUDENT'S and nothing could be verified; "
-        "--teacher-data DIR names the folder that holds them".format(path, *langs)
+        "names, so its vocabulary is TAKEN TO BE THE STUDENT'S (the data's) and nothing could be "
+        "verified; --teacher-data DIR names the folder that holds them".format(path, *langs)
     )
-    return student.source, student.target, "taken from the student"
+    return None
 
 
 def _from_symbols(symbols: Sequence[str]) -> Dictionary:
@@ -399,12 +416,32 @@ def _from_symbols(symbols: Sequence[str]) -> Dictionary:
     return dictionary
 
 
-def _build(
-    path: str, state: Dict, source: Dictionary, target: Dictionary, overrides: Dict[str, Any]
-) -> FairseqEncoderDecoderModel:
-    """Build the checkpoint's model and load its weights, with a task of its own.
+def _task_for(state: Dict, source: Dictionary, target: Dictionary) -> TranslationTask:
+    config = checkpoint.section(state, "model")
+    return TranslationTask(
+        TranslationConfig(
+            max_source_positions=checkpoint.get(config, "max_source_positions") or 1024,
+            max_target_positions=checkpoint.get(config, "max_target_positions") or 1024,
+        ),
+        source,
+        target,
+    )
 
-    Through the student's task, validation BLEU would become the teacher's.
+
+def build_model(
+    path: str, state: Dict, task: Any, overrides: Dict[str, Any]
+) -> FairseqEncoderDecoderModel:
+    """Build a checkpoint's model and load its weights; frozen, in eval mode.
+
+    Args:
+        path: for messages.
+        state: what ``read_checkpoint`` found there.
+        task: a task with the checkpoint's dictionaries. Not the student's: through that one,
+            validation BLEU would become the teacher's.
+        overrides: model arguments to override.
+
+    Raises:
+        TeacherError: it cannot be built, or is no encoder-decoder.
     """
     # pretrained embeddings were read before training; the checkpoint's weights replace them
     embeddings = {"encoder_embed_path": None, "decoder_embed_path": None}
@@ -413,7 +450,7 @@ def _build(
     unknown = set(overrides) - set(known) - {"source_lang", "target_lang"}
     if unknown:
         raise TeacherError(
-            "--teacher-overrides: the model of teacher {} has no {}".format(
+            "--teacher-overrides (--model-overrides): the model of teacher {} has no {}".format(
                 path, ", ".join(sorted(map(repr, unknown)))
             )
         )
@@ -424,34 +461,20 @@ def _build(
         config = OmegaConf.create(config)
         with open_dict(config):
             config.update(changed)
-    task = TranslationTask(
-        TranslationConfig(
-            max_source_positions=checkpoint.get(config, "max_source_positions") or 1024,
-            max_target_positions=checkpoint.get(config, "max_target_positions") or 1024,
-        ),
-        source,
-        target,
-    )
     try:
         model = models.build_model(config, task)
         model.load_state_dict(state["model"], strict=True, model_cfg=config)
     except Exception as error:
         raise TeacherError(
             "teacher {}: its model cannot be rebuilt with this fairseq ({}: {}). Options that "
-            "changed since it was trained can be set with --teacher-overrides.".format(
-                path, type(error).__name__, str(error)[:500]
-            )
+            "changed since it was trained can be set with --teacher-overrides "
+            "(--model-overrides).".format(path, type(error).__name__, str(error)[:500])
         ) from error
     if not isinstance(model, FairseqEncoderDecoderModel):
         raise TeacherError(
             "teacher {} is a {}; expected an encoder-decoder translation model".format(
                 path, type(model).__name__
             )
-        )
-    if getattr(model.decoder, "adaptive_softmax", None) is not None:
-        raise TeacherError(
-            "teacher {} has an adaptive softmax, which gives no distribution over the whole "
-            "vocabulary to distil; train it without --adaptive-softmax-cutoff".format(path)
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -4,8 +4,9 @@ import argparse
 import errno
 import os
 import sys
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, List, Optional, Tuple
 
+import torch
 from fairseq import options as fairseq_options
 from fairseq import utils
 
@@ -43,6 +44,22 @@ def accept_user_dir(arguments: List[str]) -> None:
     if user_dir and os.path.basename(folder) == "kd_plugin":
         imported: Any = getattr(utils.import_user_module, "memo", set())
         utils.import_user_module.memo = imported | {folder}
+
+
+def shard_of_process(options: Any) -> Tuple[int, int, int]:
+    """Number of shards, this one's, and the GPU: of the flags, or of torchrun or srun.
+
+    A batch script that SLURM runs has no step; only what it starts with srun has.
+    """
+    shards, shard, device = options.num_shards, options.shard_id, options.device_id
+    for names in (
+        ("WORLD_SIZE", "RANK", "LOCAL_RANK"),
+        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    ):
+        if shards == 1 and all(name in os.environ for name in names):
+            shards, shard, device = [int(os.environ[name]) for name in names]
+    gpus = torch.cuda.device_count()
+    return shards, shard, device % gpus if gpus else 0
 
 
 def exit_code(prog: str, work: Callable[[], Any]) -> int:

@@ -1,0 +1,507 @@
+"""``fairseq-kd-sequences``: a training set that says what the teacher says.
+
+Decodes the training source with fairseq's generator, chooses one hypothesis for each sentence, and
+writes a complete data-bin (Kim & Rush 2016).
+"""
+
+import argparse
+import ast
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import sentencepiece
+import torch
+from fairseq import options as fairseq_options
+from fairseq import tasks, utils
+from fairseq.data import data_utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from .. import sequences
+from ..checkpoint import digest
+from ..files import FileError
+from .arguments import Help, accept_user_dir, exit_code, parse_like_fairseq, shard_of_process
+
+PROG = "fairseq-kd-sequences"
+_COMPUTE_TYPES = (
+    "int8",
+    "int8_float16",
+    "int8_bfloat16",
+    "int16",
+    "float16",
+    "bfloat16",
+    "float32",
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = fairseq_options.get_generation_parser(default_task="translation")
+    parser.prog, parser.description, parser.formatter_class = PROG, __doc__, Help
+    parser.usage = "%(prog)s DATA --path TEACHER[:MORE] --output DIR [options]"
+    # without a multiple: newer fairseq would leave sentences out
+    parser.set_defaults(gen_subset="train", required_batch_size_multiple=1)
+    add = parser.add_argument_group("sequence-level distillation").add_argument
+    add("--output", required=True, metavar="DIR", help="data-bin to write")
+    add(
+        "--select",
+        default="best",
+        choices=("best", "closest"),
+        help="which of the n best: the likeliest, or the closest to the reference (sequence "
+        "interpolation, Kim & Rush 2016)",
+    )
+    add(
+        "--metric",
+        default="bleu",
+        choices=sequences.METRICS,
+        help="of that closeness: sacreBLEU's, of sentences, on text without subwords",
+    )
+    add(
+        "--hypotheses",
+        metavar="DIR",
+        help="folder of the n-best lists, to choose from them again in another --output "
+        "(default: OUTPUT/hypotheses)",
+    )
+    add(
+        "--source-text",
+        metavar="FILE",
+        help="translate this text instead of a subset: one sentence per line, raw if --bpe says "
+        "how to encode it, else as subwords",
+    )
+    add(
+        "--mix",
+        choices=("original",),
+        help="put the original training set of DATA before the distilled one",
+    )
+    add("--repeat-original", type=int, default=1, metavar="N", help="with --mix: so many times")
+    add(
+        "--student-data",
+        metavar="DIR",
+        help="data-bin of a student with other dictionaries than the teacher's: they, and its "
+        "valid and test, are taken from there",
+    )
+    add(
+        "--student-spm",
+        metavar="MODEL",
+        help="the student's SentencePiece model, to encode with what --remove-bpe or --bpe has "
+        "decoded",
+    )
+    add("--engine", default="fairseq", choices=("fairseq", "ctranslate2"), help="what decodes")
+    add(
+        "--compute-type",
+        choices=_COMPUTE_TYPES,
+        help="CTranslate2's precision (default: int8 on a CPU, float16 on a GPU)",
+    )
+    add("--overwrite", action="store_true", help="replace what another command made in --output")
+    add(
+        "--trust-checkpoint",
+        action="store_true",
+        help="open the teacher's file with the full pickle machinery, which runs whatever code it "
+        "asks for",
+    )
+    add = parser.add_argument_group("filters: what drops a sentence").add_argument
+    defaults = sequences.Filters()
+    add("--no-filters", action="store_true", help="none of the following ones unless named")
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="more subwords on either side (default: {})".format(defaults.max_length),
+    )
+    add(
+        "--max-length-ratio",
+        type=float,
+        metavar="R",
+        help="one side longer than R times the other, in subwords, the end of sentence included "
+        "(default: {})".format(defaults.max_length_ratio),
+    )
+    add(
+        "--max-repeats",
+        type=int,
+        metavar="N",
+        help="the hypothesis's commonest 4-gram occurs more than N times more often than the "
+        "source's commonest does (default: {})".format(defaults.max_repeats),
+    )
+    add(
+        "--keep-copies",
+        action="store_true",
+        help="keep copies of the source, which are dropped otherwise",
+    )
+    add(
+        "--keep-unfinished",
+        action="store_true",
+        help="keep hypotheses that the length limit has cut off, which are dropped otherwise",
+    )
+    add(
+        "--min-closeness",
+        type=float,
+        metavar="X",
+        help="less than this --metric against the reference, 0 to 100",
+    )
+    add(
+        "--min-score-quantile",
+        type=float,
+        default=0.0,
+        metavar="Q",
+        help="this share of the sentences, those with the teacher's lowest score per token",
+    )
+    return parser
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    accept_user_dir(arguments)
+    options = parse_like_fairseq(make_parser(), arguments)
+    return exit_code(PROG, lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    _refuse(options)
+    cfg = convert_namespace_to_omegaconf(options)
+    utils.import_user_module(cfg.common)
+    if cfg.dataset.max_tokens is None and cfg.dataset.batch_size is None:
+        with open_dict(cfg):
+            cfg.dataset.max_tokens = 12000  # as fairseq-generate
+    num_shards, shard_id, device_id = shard_of_process(options)
+    device, dtype = _device(cfg, device_id)
+    task = _set_up(cfg)
+    langs = cfg.task.source_lang, cfg.task.target_lang
+    data = sequences.DataBin(cfg.task.data, *langs)
+    detokenise, to_subwords = _text_functions(task, cfg)
+    student = _student(options, data, detokenise, _wants_text(options))
+
+    overrides = ast.literal_eval(cfg.common_eval.model_overrides)
+    paths = utils.split_paths(cfg.common_eval.path)
+    compute_type = options.compute_type or ("float16" if device.type == "cuda" else "int8")
+    fairseq_engine = options.engine == "fairseq"
+    header = {
+        "teachers": [{"sha256": digest(path), "bytes": os.path.getsize(path)} for path in paths],
+        "overrides": {str(k): repr(v) for k, v in overrides.items()},
+        "task": options.task,
+        **sequences.describe(data, cfg.dataset.gen_subset, options.source_text, cfg.task),
+        "source_text_encoding": _encoding(cfg) if options.source_text else None,
+        "engine": options.engine,
+        "precision": str(dtype) if fairseq_engine else compute_type,
+        "generation": OmegaConf.to_container(cfg.generation),
+        "seed": cfg.common.seed,
+        "max_tokens": cfg.dataset.max_tokens,
+        "batch_size": cfg.dataset.batch_size,
+        "required_batch_size_multiple": cfg.dataset.required_batch_size_multiple,
+    }
+    choice = _choice(options)
+    output = sequences.Output(
+        options.output,
+        {
+            "hypotheses": header,
+            "select": choice.select,
+            "metric": choice.metric if choice.needs_references else None,
+            "filters": dict(choice.filters._asdict()),
+            "min_closeness": choice.min_closeness,
+            "min_score_quantile": choice.min_score_quantile,
+            "text": _encoding(cfg),
+            "original": options.repeat_original if options.mix else 0,
+            "student_spm": digest(options.student_spm) if options.student_spm else None,
+            "student_files": {
+                path.name: digest(str(path)) for path in sequences.carried_files(student.data)
+            },
+        },
+    )
+    folder = Path(options.hypotheses or Path(options.output) / "hypotheses")
+    store = _store(options, output, folder, header, num_shards, shard_id)
+    if output.complete:
+        print("\n".join(sequences.summary_lines(output.record(), output.folder)), flush=True)
+        return
+    if options.source_text:
+        corpus = sequences.Corpus.of_text(task, data, options.source_text, to_subwords, folder)
+    else:
+        corpus = sequences.Corpus.of_subset(task, data, cfg.dataset.gen_subset)
+    if choice.needs_references and corpus.references is None:
+        raise FileError(
+            "--select closest and --min-closeness need references, and {} has none".format(
+                options.source_text or "{}, {}".format(cfg.task.data, cfg.dataset.gen_subset)
+            )
+        )
+    originals = _originals(options, data, corpus)
+
+    if not store.complete:
+        states = sequences.read_teachers(paths, task, overrides, options.trust_checkpoint)
+        models = sequences.build_teachers(states, task, overrides, cfg, device, dtype)
+        plan = sequences.plan(
+            task,
+            corpus,
+            [model.max_positions() for model in models],
+            cfg.dataset.max_tokens,
+            cfg.dataset.batch_size,
+            cfg.dataset.required_batch_size_multiple,
+            cfg.common.seed,
+        )
+        engine: Any
+        if fairseq_engine:
+            engine = sequences.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
+        else:
+            model = sequences.converted(*states[0], str(data.folder), task, folder / "ctranslate2")
+            engine = sequences.CTranslate2Engine(
+                task,
+                model,
+                cfg.generation,
+                device.type,
+                device_id,
+                compute_type,
+                models[0].max_positions()[1],
+            )
+        start = time.perf_counter()
+        sentences, tokens = sequences.decode(corpus, engine, store, plan, cfg.dataset.num_workers)
+        seconds = max(time.perf_counter() - start, 1e-9)
+        print(
+            "Translated {:,} sentences ({:,} tokens) in {:.1f}s ({:.2f} sentences/s, {:.2f} "
+            "tokens/s)".format(sentences, tokens, seconds, sentences / seconds, tokens / seconds),
+            flush=True,
+        )
+        if not store.finish():
+            print(
+                "{}: shard {} of {} is done; the last one to end writes the data".format(
+                    folder, shard_id, num_shards
+                ),
+                flush=True,
+            )
+            return
+    lock = sequences.alone(output.folder)
+    if lock is None:
+        print("{}: another process is writing it".format(output.folder), flush=True)
+        return
+    g = cfg.generation
+    chosen = sequences.choose(corpus, store, student, choice, g.lenpen, g.unnormalized)
+    output.write(corpus, store, chosen, student, originals, options.repeat_original)
+    print("\n".join(sequences.summary_lines(output.record(), output.folder)), flush=True)
+    lock.close()
+
+
+def _refuse(options: argparse.Namespace) -> None:
+    """Flags that mean nothing here, or need others."""
+    unusable = {
+        "lm_path": None,
+        "replace_unk": None,
+        "constraints": None,
+        "print_alignment": None,
+        "score_reference": False,
+        "prefix_size": 0,
+        "retain_dropout": False,
+        "results_path": None,
+        "iter_decode_with_beam": 1,
+    }
+    faults = [
+        "--{} cannot be used here".format(name.replace("_", "-"))
+        for name, default in unusable.items()
+        if getattr(options, name, default) not in (default, None)
+    ]
+    if not options.path:
+        faults.append("--path: expected the teacher's checkpoint, or several with ':' between")
+    if options.nbest > options.beam:
+        faults.append("--nbest {} needs --beam {}".format(options.nbest, options.nbest))
+    if options.select == "closest" and options.nbest < 2:
+        faults.append("--select closest needs --nbest 2 or more, as many as --beam say")
+    if options.source_text and (options.select == "closest" or options.min_closeness is not None):
+        faults.append("--source-text has no references for --select closest or --min-closeness")
+    if options.source_text and not os.path.isfile(options.source_text):
+        faults.append("--source-text {}: no such file".format(options.source_text))
+    if options.student_spm and not options.student_data:
+        faults.append("--student-spm needs --student-data, with the dictionaries that go with it")
+    if options.repeat_original != 1 and not options.mix:
+        faults.append("--repeat-original needs --mix original")
+    if options.repeat_original < 1:
+        faults.append("--repeat-original must be 1 or more")
+    if not 0 <= options.min_score_quantile < 1:
+        faults.append("--min-score-quantile must be from 0 to below 1")
+    if options.min_closeness is not None and not 0 <= options.min_closeness <= 100:
+        faults.append("--min-closeness must be from 0 to 100")
+    if getattr(options, "amp", False):
+        faults.append("--amp is for training: take --fp16, --bf16 or neither")
+    if len(utils.split_paths(options.data or "")) > 1:
+        faults.append("DATA: one folder, not several")
+    if options.engine == "ctranslate2":
+        if options.task != "translation":
+            faults.append("--engine ctranslate2 takes --task translation alone")
+        if len(utils.split_paths(options.path or "")) > 1:
+            faults.append("--engine ctranslate2 takes no ensemble")
+        for name in ("diverse_beam_groups", "diversity_rate", "match_source_len", "unkpen"):
+            if getattr(options, name) not in (-1, -1.0, False, 0):
+                faults.append("--engine ctranslate2 has no --{}".format(name.replace("_", "-")))
+        if options.sampling and options.temperature <= 0:
+            faults.append("--temperature must be above 0")
+        if not options.sampling and options.temperature != 1:
+            faults.append("--engine ctranslate2 has --temperature with --sampling alone")
+    elif options.compute_type:
+        faults.append("--compute-type needs --engine ctranslate2")
+    if faults:
+        raise FileError("; ".join(faults))
+
+
+def _device(cfg: Any, device_id: int) -> Tuple[torch.device, torch.dtype]:
+    cuda = torch.cuda.is_available() and not cfg.common.cpu
+    if cfg.common.fp16 and not cuda:
+        raise FileError("--fp16 needs a GPU; on a CPU take --bf16 or neither")
+    if cuda:
+        torch.cuda.set_device(device_id)
+    dtype = torch.float32
+    if cfg.common.fp16 or cfg.common.bf16:
+        dtype = torch.float16 if cfg.common.fp16 else torch.bfloat16
+    return torch.device("cuda", device_id) if cuda else torch.device("cpu"), dtype
+
+
+def _set_up(cfg: Any) -> Any:
+    try:
+        return tasks.setup_task(cfg.task)
+    except Exception as error:  # fairseq's is a bare Exception, or an assertion
+        raise FileError("the data cannot be read: {}".format(error or repr(error))) from error
+
+
+def _text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[[str], str]]:
+    """From subwords to running text, as fairseq-generate does it, and back, as -interactive."""
+    bpe, tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
+    symbol = cfg.common_eval.post_process
+
+    def to_text(subwords: str) -> str:
+        text = data_utils.post_process(subwords, symbol)
+        text = text if bpe is None else bpe.decode(text)
+        return text if tokenizer is None else tokenizer.decode(text)
+
+    def to_subwords(text: str) -> str:
+        text = text if tokenizer is None else tokenizer.encode(text)
+        return " ".join((text if bpe is None else bpe.encode(text)).split())
+
+    return to_text, to_subwords
+
+
+def _encoding(cfg: Any) -> Dict[str, Any]:
+    """How text and subwords hang together."""
+    found: Dict[str, Any] = {"remove_bpe": cfg.common_eval.post_process}
+    for name in ("bpe", "tokenizer"):
+        part = cfg[name]
+        if part is not None:
+            plain = dict(part) if isinstance(part, DictConfig) else vars(part)
+            found[name] = {str(k): v for k, v in plain.items() if isinstance(v, (str, int, bool))}
+    return found
+
+
+def _wants_text(options: argparse.Namespace) -> Optional[str]:
+    """The flag that needs running text rather than subwords."""
+    if options.student_spm:
+        return "--student-spm"
+    if options.select == "closest":
+        return "--select closest"
+    return None if options.min_closeness is None else "--min-closeness"
+
+
+def _student(
+    options: argparse.Namespace,
+    data: sequences.DataBin,
+    detokenise: Callable[[str], str],
+    wants_text: Optional[str],
+) -> sequences.Student:
+    if wants_text and not (options.post_process or options.bpe or options.tokenizer):
+        for mark, how in (("\u2581", "--remove-bpe sentencepiece"), ("@@", "--remove-bpe")):
+            if any(mark in symbol for symbol in data.target.symbols):
+                raise FileError(
+                    "{} needs text without subwords, and the vocabulary has {!r} in it: add "
+                    "{}".format(wants_text, mark, how)
+                )
+    if not options.student_data:
+        return sequences.Student(data, detokenise, None)
+    theirs = sequences.DataBin(options.student_data, *data.langs)
+    if "valid" not in theirs.splits():
+        raise FileError(
+            "--student-data {}: expected a folder of fairseq-preprocess with a valid subset; it is "
+            "carried over".format(options.student_data)
+        )
+    if options.student_spm:
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_file=options.student_spm)
+        except (OSError, RuntimeError) as error:
+            raise FileError(
+                "--student-spm {}: cannot be read as a SentencePiece model ({})".format(
+                    options.student_spm, error
+                )
+            ) from None
+        return sequences.Student(
+            theirs, detokenise, lambda text: " ".join(model.encode(text, out_type=str))
+        )
+    for mine, other, side in (
+        (data.source, theirs.source, "source"),
+        (data.target, theirs.target, "target"),
+    ):
+        lacking = [s for s in mine.symbols if s not in other.indices and "madeupword" not in s]
+        if lacking:
+            raise FileError(
+                "the {} dictionary of --student-data lacks {} of the teacher's symbols ({}, ...): "
+                "give the student's SentencePiece model with --student-spm, so that the text is "
+                "encoded anew".format(side, len(lacking), ", ".join(map(repr, lacking[:5])))
+            )
+    return sequences.Student(theirs, detokenise, None)
+
+
+def _choice(options: argparse.Namespace) -> sequences.Choice:
+    base = sequences.Filters.off() if options.no_filters else sequences.Filters()
+    named = {
+        name: getattr(options, name)
+        for name in ("max_length", "max_length_ratio", "max_repeats")
+        if getattr(options, name) is not None
+    }
+    return sequences.Choice(
+        options.select,
+        options.metric,
+        base._replace(
+            copies=base.copies and not options.keep_copies,
+            unfinished=base.unfinished and not options.keep_unfinished,
+            **named,
+        ),
+        options.min_closeness,
+        options.min_score_quantile,
+    )
+
+
+def _store(
+    options: argparse.Namespace,
+    output: sequences.Output,
+    folder: Path,
+    header: Dict[str, Any],
+    num_shards: int,
+    shard_id: int,
+) -> sequences.HypothesisStore:
+    """The n-best lists; what is in the way is refused, or removed if that is wanted."""
+    different = output.differences()
+    if different:
+        if not options.overwrite:
+            raise FileError(
+                "--output {} was made with other settings: {}. Choose another folder; --overwrite "
+                "would remove {}.".format(output.folder, "; ".join(different), output.contents())
+            )
+        print("removing {}".format(output.contents()), flush=True)
+        output.remove()
+    try:
+        return sequences.HypothesisStore(folder, header, num_shards, shard_id)
+    except FileError as error:
+        if not options.overwrite or options.hypotheses:
+            raise
+        print("removing {} ({})".format(folder, error), flush=True)
+        sequences.HypothesisStore.remove(folder)
+        return sequences.HypothesisStore(folder, header, num_shards, shard_id)
+
+
+def _originals(
+    options: argparse.Namespace, data: sequences.DataBin, corpus: sequences.Corpus
+) -> Optional[Tuple[Any, Any]]:
+    if not options.mix:
+        return None
+    subset = "train" if options.source_text else options.gen_subset
+    sides = [data.side(subset, lang) for lang in data.langs]
+    if any(side is None for side in sides):
+        raise FileError(
+            "--mix original: {} has no {} of both languages".format(data.folder, subset)
+        )
+    return sides[0], sides[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Sequence-level distillation: data that say what the teacher says (Kim & Rush 2016)."""
+
+from .corpus import Corpus, describe, plan
+from .databin import DataBin, carried_files
+from .distil import Choice, Output, Student, alone, choose, decode, summary_lines
+from .engines import CTranslate2Engine, FairseqEngine, converted
+from .hypotheses import Hypothesis, HypothesisStore
+from .select import METRICS, Filters
+from .teachers import build_teachers, read_teachers
+
+__all__ = [
+    "METRICS",
+    "CTranslate2Engine",
+    "Choice",
+    "Corpus",
+    "DataBin",
+    "FairseqEngine",
+    "Filters",
+    "Hypothesis",
+    "HypothesisStore",
+    "Output",
+    "Student",
+    "alone",
+    "build_teachers",
+    "carried_files",
+    "choose",
+    "converted",
+    "decode",
+    "describe",
+    "plan",
+    "read_teachers",
+    "summary_lines",
+]

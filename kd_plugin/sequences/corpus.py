@@ -1,0 +1,155 @@
+"""What is distilled: a subset of a data-bin, or a text of source sentences alone."""
+
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from fairseq import utils
+from fairseq.data import data_utils
+from fairseq.tasks.translation import TranslationTask
+from omegaconf import DictConfig
+
+from ..checkpoint import digest
+from ..files import FileError, temporary
+from . import databin
+from .databin import DataBin
+
+
+class Corpus(NamedTuple):
+    """Sentences in the teacher's indices, end of sentence included.
+
+    Attributes:
+        dataset: as the teacher's task reads it, to be batched.
+        references: None for source sentences alone.
+        data: the data-bin that the dictionaries are from.
+    """
+
+    dataset: Any
+    source: Sequence[torch.Tensor]
+    references: Optional[Sequence[torch.Tensor]]
+    data: DataBin
+
+    @classmethod
+    def of_subset(cls, task: Any, data: DataBin, subset: str) -> "Corpus":
+        """A subset as fairseq-generate reads it.
+
+        Raises:
+            FileError: there is none.
+        """
+        source, references = [data.side(subset, lang) for lang in data.langs]
+        if source is None:
+            raise FileError(
+                "{}: no subset {!r} for {}-{}; there are {}".format(
+                    data.folder, subset, *data.langs, ", ".join(sorted(data.splits())) or "none"
+                )
+            )
+        if isinstance(task, TranslationTask) and references is not None:
+            task.load_dataset(subset)
+            dataset = task.dataset(subset)
+            return cls(dataset, dataset.src, dataset.tgt, data)
+        # other tasks load a training set to sample from it, or to mix languages
+        inference = task.build_dataset_for_inference(source, source.sizes)
+        return cls(inference, source, references, data)
+
+    @classmethod
+    def of_text(
+        cls, task: Any, data: DataBin, text: str, to_subwords: Callable[[str], str], folder: Path
+    ) -> "Corpus":
+        """Source sentences, one per line; their binarised form is kept in ``folder``."""
+        prefix = folder / "source"
+        if not prefix.with_suffix(".idx").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            cut = None
+            if getattr(task.cfg, "truncate_source", False):
+                cut = task.cfg.max_source_positions
+            _binarise(text, data, to_subwords, cut, prefix)
+        source = data_utils.load_indexed_dataset(str(prefix))
+        if len(source) == 0:
+            raise FileError("--source-text {}: it has no line".format(text))
+        inference = task.build_dataset_for_inference(source, source.sizes)
+        return cls(inference, source, None, data)
+
+
+def _binarise(
+    text: str, data: DataBin, to_subwords: Callable[[str], str], cut: Optional[int], prefix: Path
+) -> None:
+    new = temporary(prefix)
+    writer = databin.Writer(new, len(data.source))
+    with open(text, encoding="utf-8", newline="\n") as file:
+        try:
+            for line in file:
+                tokens = databin.encode(data.source, to_subwords(line.rstrip("\r\n")))
+                if cut is not None and len(tokens) > cut:
+                    tokens = torch.cat([tokens[: cut - 1], tokens[-1:]])
+                writer.add(tokens)
+        except UnicodeDecodeError as error:
+            raise FileError("--source-text {}: not UTF-8 ({})".format(text, error)) from None
+    writer.close()
+    for end in (".bin", ".idx"):  # without the second one there is none
+        os.replace(str(new) + end, str(prefix) + end)
+
+
+def plan(
+    task: Any,
+    corpus: Corpus,
+    max_positions: Sequence[Any],
+    max_tokens: Optional[int],
+    max_sentences: Optional[int],
+    required_multiple: int,
+    seed: int,
+) -> List[np.ndarray]:
+    """The batches of fairseq-generate, in its order; sentences that are too long are left out.
+
+    Args:
+        max_positions: of each model.
+
+    Raises:
+        FileError: fairseq leaves out others, too.
+    """
+    limits = utils.resolve_max_positions(task.max_positions(), *max_positions)
+    batches = task.get_batch_iterator(
+        dataset=corpus.dataset,
+        max_tokens=max_tokens,
+        max_sentences=max_sentences,
+        max_positions=limits,
+        ignore_invalid_inputs=True,
+        required_batch_size_multiple=required_multiple,
+        seed=seed,
+        num_shards=1,
+        shard_id=0,
+    ).frozen_batches
+    found = [np.asarray(batch, dtype=np.int64) for batch in batches]
+    sizes = np.array(
+        [list(np.atleast_1d(corpus.dataset.size(i))) for i in range(len(corpus.source))]
+    )
+    readable = int((sizes <= np.array(limits)[: sizes.shape[1]]).all(axis=1).sum())
+    planned = sum(map(len, found))
+    if planned < readable:
+        raise FileError(
+            "this fairseq leaves {} sentences out with --required-batch-size-multiple {}: take "
+            "1".format(readable - planned, required_multiple)
+        )
+    return found
+
+
+def describe(
+    data: DataBin, subset: str, source_text: Optional[str], task_cfg: Any
+) -> Dict[str, Any]:
+    """What hypotheses depend on, of the data: contents, not paths."""
+    names = {path.name: path for path in data.dictionary_files()}
+    if source_text is None:
+        names.update({path.name: path for path in data.splits().get(subset, [])})
+    files = {name: digest(str(path)) for name, path in names.items()}
+    if source_text is not None:
+        files["source text"] = digest(source_text)
+    options = dict(task_cfg) if isinstance(task_cfg, DictConfig) else vars(task_cfg)
+    cut = options.get("truncate_source", False)
+    return {
+        "subset": subset if source_text is None else None,
+        "files": files,
+        # of a multilingual task, what tells the teacher which language to write
+        "languages": {k: repr(v) for k, v in options.items() if "lang" in str(k)},
+        "truncate_source": options.get("max_source_positions") if cut else None,
+    }

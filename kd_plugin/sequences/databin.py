@@ -1,0 +1,105 @@
+"""fairseq's data-bin folders: find, read and write what fairseq-preprocess would."""
+
+import glob
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from fairseq.data import Dictionary, data_utils, indexed_dataset
+
+from ..files import FileError
+
+
+class DataBin:
+    """A binarised parallel corpus in a folder.
+
+    Args:
+        folder: it, with ``dict.LANG.txt`` and ``SPLIT.SRC-TGT.LANG.{bin,idx}``.
+        source_lang, target_lang: the languages; fairseq takes either order in file names.
+
+    Raises:
+        FileError: it has no dictionaries.
+    """
+
+    def __init__(self, folder: str, source_lang: str, target_lang: str) -> None:
+        self.folder, self.langs = Path(folder), (source_lang, target_lang)
+        missing = [str(path) for path in self.dictionary_files() if not path.is_file()]
+        if missing:
+            raise FileError(
+                "{}: expected a folder of fairseq-preprocess, but {} is not there".format(
+                    folder, " and ".join(missing)
+                )
+            )
+        self.source, self.target = [Dictionary.load(str(f)) for f in self.dictionary_files()]
+
+    def dictionary_files(self) -> List[Path]:
+        return [self.folder / "dict.{}.txt".format(lang) for lang in self.langs]
+
+    def side(self, split: str, lang: str) -> Optional[Any]:
+        """A split's sentences on one side, or None."""
+        for pair in (self.langs, self.langs[::-1]):
+            prefix = str(self.folder / "{}.{}-{}.{}".format(split, *pair, lang))
+            if indexed_dataset.dataset_exists(prefix, impl="mmap"):
+                return data_utils.load_indexed_dataset(prefix)
+        return None
+
+    def splits(self) -> Dict[str, List[Path]]:
+        """The files of each split: train, valid, valid1, ..."""
+        found: Dict[str, List[Path]] = {}
+        for a, b in (self.langs, self.langs[::-1]):
+            for path in sorted(glob.glob(str(self.folder / "*.{}-{}.*".format(a, b)))):
+                match = re.match(r"(.+)\.{}-{}\.".format(a, b), os.path.basename(path))
+                if match:
+                    found.setdefault(match.group(1), []).append(Path(path))
+        return found
+
+
+class Writer:
+    """Writes one side of a split, sentence by sentence."""
+
+    def __init__(self, prefix: Path, vocabulary: int) -> None:
+        self.prefix = str(prefix)
+        self._builder = indexed_dataset.make_builder(
+            self.prefix + ".bin", impl="mmap", vocab_size=vocabulary
+        )
+        self.sentences = self.tokens = 0
+
+    def add(self, tokens: torch.Tensor) -> None:
+        self._builder.add_item(tokens)
+        self.sentences += 1
+        self.tokens += len(tokens)
+
+    def close(self) -> None:
+        self._builder.finalize(self.prefix + ".idx")
+
+
+def words(subwords: str) -> List[str]:
+    """The symbols of a sentence; some may hold whitespace other than the space between them."""
+    return [symbol for symbol in subwords.split(" ") if symbol]
+
+
+def encode(dictionary: Dictionary, subwords: str) -> torch.Tensor:
+    """Indices of symbols with spaces between, and the end of sentence: int32, as fairseq's."""
+    ids = [dictionary.index(symbol) for symbol in words(subwords)]
+    return torch.tensor([*ids, dictionary.eos()], dtype=torch.int32)
+
+
+def decode(dictionary: Dictionary, tokens: Sequence[int]) -> str:
+    """Symbols with spaces between; without the end of sentence."""
+    special = {dictionary.eos(), dictionary.pad()}
+    symbols = dictionary.symbols
+    return " ".join(symbols[int(t)] for t in tokens if int(t) not in special)
+
+
+def carried_files(data: DataBin) -> List[Path]:
+    """Dictionaries, and every split that is not for training."""
+    kept = [files for split, files in data.splits().items() if not split.startswith("train")]
+    return [*data.dictionary_files(), *(path for files in kept for path in files)]
+
+
+def copy(paths: Sequence[Path], to: Path) -> None:
+    for path in paths:
+        shutil.copyfile(str(path), str(to / path.name))

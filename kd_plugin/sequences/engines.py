@@ -1,0 +1,211 @@
+"""What decodes: fairseq's generator, or CTranslate2 with the teacher converted for it."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections import deque
+from pathlib import Path
+from typing import Any, Deque, Dict, Iterable, Iterator, List, Sequence, Tuple
+
+import torch
+from fairseq import utils
+from torch import Tensor
+
+from .. import checkpoint
+from ..files import FileError, temporary
+from .hypotheses import Hypothesis
+
+# Of one batch: the n best of each sentence, by its id
+NBest = Dict[int, List[Hypothesis]]
+
+
+class FairseqEngine:
+    """fairseq's own generator, as ``fairseq-generate`` runs it.
+
+    Args:
+        task: the task that the models were built for.
+        models: one, or an ensemble, on their device.
+        generation: fairseq's ``GenerationConfig``.
+        seed: of sampling. Every batch has a seed of its own, so that what is sampled depends
+            neither on shards nor on interruptions.
+    """
+
+    def __init__(self, task: Any, models: Sequence[Any], generation: Any, seed: int) -> None:
+        self.task, self.models, self.generation, self.seed = task, models, generation, seed
+        self.cuda = next(models[0].parameters()).is_cuda
+        more = {"lm_model": None, "lm_weight": generation.lm_weight}
+        self.generator = task.build_generator(models, generation, extra_gen_cls_kwargs=more)
+        strip = getattr(self.generator, "symbols_to_strip_from_output", {self.generator.eos})
+        self.strip = {*strip, self.generator.eos, task.target_dictionary.pad()}
+
+    def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
+        """The n-best lists of collated batches, one after the other."""
+        for sample in batches:
+            if self.generation.sampling:
+                utils.set_torch_seed(self.seed + int(sample["id"].min()))
+            ids = sample["id"].tolist()
+            if self.cuda:
+                sample = utils.move_to_cuda(sample)
+            longest = self._longest(sample["net_input"]["src_tokens"])
+            found = self.task.inference_step(self.generator, self.models, sample)
+            yield {
+                i: [self._read(one, longest) for one in nbest[: self.generation.nbest]]
+                for i, nbest in zip(ids, found)
+            }
+
+    def _longest(self, src_tokens: Tensor) -> int:
+        """Symbols after which fairseq ends a hypothesis that has not ended by itself."""
+        if self.generation.match_source_len:
+            return src_tokens.size(1) + 1
+        a, b = self.generation.max_len_a, self.generation.max_len_b
+        return min(int(a * src_tokens.size(1) + b), self.generator.max_len - 1)
+
+    def _read(self, found: Dict[str, Any], longest: int) -> Hypothesis:
+        tokens, symbols = found["tokens"].tolist(), self.task.target_dictionary.symbols
+        words = [symbols[token] for token in tokens if token not in self.strip]
+        return Hypothesis(" ".join(words), float(found["score"]), len(tokens) <= longest)
+
+
+class CTranslate2Engine:
+    """CTranslate2, as many batches at a time as there are workers.
+
+    Args:
+        task: a translation task with the teacher's dictionaries.
+        model: a folder with the converted teacher.
+        generation: fairseq's ``GenerationConfig``.
+        device: "cpu" or "cuda".
+        compute_type: CTranslate2's name of the precision.
+        max_positions: symbols of the longest hypothesis.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        model: Path,
+        generation: Any,
+        device: str,
+        device_index: int,
+        compute_type: str,
+        max_positions: int,
+    ) -> None:
+        import ctranslate2
+
+        self.task, self.generation, self.max_positions = task, generation, max_positions
+        # on a CPU two single-threaded workers do more than one with two threads
+        self.workers = max(len(os.sched_getaffinity(0)), 1) if device == "cpu" else 1
+        self.translator = ctranslate2.Translator(
+            str(model),
+            device=device,
+            device_index=device_index,
+            compute_type=compute_type,
+            inter_threads=self.workers,
+            intra_threads=1,
+            max_queued_batches=-1,
+        )
+
+    def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
+        waiting: Deque[Tuple[List[int], Any]] = deque()
+        for sample in batches:
+            waiting.append((sample["id"].tolist(), self._begin(sample["net_input"]["src_tokens"])))
+            if len(waiting) > 2 * self.workers:
+                yield self._end(*waiting.popleft())
+        while waiting:
+            yield self._end(*waiting.popleft())
+
+    def _begin(self, src_tokens: Tensor) -> Any:
+        g, dictionary = self.generation, self.task.source_dictionary
+        special = {dictionary.pad(), dictionary.eos()}
+        symbols = dictionary.symbols
+        sources = [
+            [symbols[token] for token in row if token not in special] for row in src_tokens.tolist()
+        ]
+        longest = min(int(g.max_len_a * src_tokens.size(1) + g.max_len_b), self.max_positions - 1)
+        how: Dict[str, Any] = {"beam_size": g.beam, "num_hypotheses": g.nbest}
+        if g.sampling:
+            how = {
+                "beam_size": 1,
+                "num_hypotheses": g.nbest,
+                "sampling_topk": max(g.sampling_topk, 0),
+                "sampling_topp": g.sampling_topp if g.sampling_topp > 0 else 1.0,
+                "sampling_temperature": g.temperature,
+            }
+        return self.translator.translate_batch(
+            sources,
+            asynchronous=True,
+            return_scores=True,
+            return_end_token=True,
+            length_penalty=0 if g.unnormalized else g.lenpen,
+            no_repeat_ngram_size=g.no_repeat_ngram_size,
+            max_decoding_length=longest + 1,
+            min_decoding_length=max(g.min_len, 1),
+            max_input_length=0,
+            **how,
+        )
+
+    def _end(self, ids: List[int], results: Sequence[Any]) -> NBest:
+        end = self.task.target_dictionary[self.task.target_dictionary.eos()]
+        found = {}
+        for i, waiting in zip(ids, results):
+            result = waiting.result()
+            found[i] = [
+                Hypothesis(
+                    " ".join(symbol for symbol in symbols if symbol != end),
+                    float(score),
+                    symbols[-1:] == [end],
+                )
+                for symbols, score in zip(result.hypotheses, result.scores)
+            ]
+        return found
+
+
+def converted(path: str, state: Dict[str, Any], data: str, task: Any, folder: Path) -> Path:
+    """A teacher as CTranslate2 reads it, kept in ``folder`` for the next time.
+
+    Args:
+        path: the checkpoint, for messages.
+        state: what ``read_checkpoint`` found there.
+        data: folder with its dictionaries.
+
+    Raises:
+        FileError: CTranslate2 is not installed, or takes no such model.
+    """
+    try:
+        import ctranslate2
+        from ctranslate2.converters import FairseqConverter
+    except ImportError:
+        raise FileError("--engine ctranslate2 needs CTranslate2: pip install ctranslate2") from None
+    if (folder / "model.bin").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = temporary(folder)
+    # The converter reads files of fairseq's older format, and with a full unpickler: it gets a
+    # copy of what was read safely, and nothing else of the file.
+    with tempfile.TemporaryDirectory(dir=str(folder.parent)) as passing:
+        plain = os.path.join(passing, "teacher.pt")
+        torch.save({"args": _plain_args(state), "model": state["model"]}, plain)
+        try:
+            converter = FairseqConverter(
+                plain, data, source_lang=task.cfg.source_lang, target_lang=task.cfg.target_lang
+            )
+            converter.convert(str(new), quantization=None)
+        except Exception as error:
+            shutil.rmtree(new, ignore_errors=True)
+            raise FileError(
+                "CTranslate2 {} cannot take the teacher {}: {}. --engine fairseq takes any.".format(
+                    ctranslate2.__version__, path, str(error).strip() or type(error).__name__
+                )
+            ) from error
+    with contextlib.suppress(OSError):  # another process was first
+        os.replace(new, folder)
+    shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def _plain_args(state: Dict[str, Any]) -> Namespace:
+    """A checkpoint's model arguments as the flat ones of a translation task."""
+    config = checkpoint.section(state, "model")
+    args = dict(vars(config) if isinstance(config, Namespace) else config)
+    args["arch"] = args.get("arch") or args.get("_name")
+    return Namespace(**{**args, "_name": args["arch"], "task": "translation"})

@@ -1,0 +1,239 @@
+"""A teacher's n-best lists on disk: written batch by batch in shards, merged in the data's order.
+
+They lie in a folder::
+
+    header.json         all that they depend on
+    plan.npz            the batches: planned once, so that all shards and resumptions repeat them
+    hypotheses.jsonl    a line for each sentence that was decoded, in the order of the data:
+                        {"id": 7, "nbest": [{"score": -0.4, "finished": true, "subwords": "a b"}]}
+    shards/             until then: a folder for each shard, with lines in the order of its batches
+
+The likeliest hypothesis is the first one. A score is fairseq's: the sum of the log-probabilities in
+nats, divided by the length (end of sentence included) to the power of ``--lenpen``.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from ..files import (
+    FileError,
+    Shards,
+    all_or_nothing,
+    differences,
+    read_json,
+    size,
+    write_all,
+    write_json,
+)
+
+_HEADER, _PLAN, _LINES, _SHARDS = "header.json", "plan.npz", "hypotheses.jsonl", "shards"
+_VERSION = 1
+
+
+class Hypothesis(NamedTuple):
+    """One translation: symbols with spaces between, and whether it ended by itself."""
+
+    subwords: str
+    score: float
+    finished: bool
+
+
+class HypothesisStore:
+    """The n-best lists in a folder; one process writes one shard of them.
+
+    Args:
+        folder: where they lie.
+        header: all that the lists depend on, as plain types.
+
+    Raises:
+        FileError: the folder holds others.
+    """
+
+    def __init__(
+        self, folder: Path, header: Dict[str, Any], num_shards: int = 1, shard_id: int = 0
+    ) -> None:
+        self.folder = Path(folder)
+        self.header = {"format": "kd_plugin hypotheses", "version": _VERSION, **header}
+        self.shards = Shards(self.folder / _SHARDS, num_shards, shard_id)
+        found = self.folder / _HEADER
+        if found.is_file():
+            self._same_as(read_json(found))
+        self.done = 0  # batches of this shard that are on disk
+        self.batches: List[np.ndarray] = []  # of this shard
+        self._all_batches: List[np.ndarray] = []
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / _LINES).is_file()
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """What lies there of this class, and nothing else."""
+        for name in (_LINES, _PLAN, _HEADER, "source.bin", "source.idx"):
+            if (folder / name).is_file():
+                (folder / name).unlink()
+        for name in (_SHARDS, "ctranslate2"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+    def begin(self, plan: Sequence[np.ndarray]) -> None:
+        """Find out where this shard stopped: ``done`` of its ``batches`` are on disk already.
+
+        Args:
+            plan: the sentences of each batch, of all shards together. Shard I of N has the batches
+                I, I + N, ... of the plan that was made first.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / _PLAN).is_file():
+            _write_plan(self.folder / _PLAN, plan)
+        self._all_batches = _read_plan(self.folder / _PLAN)
+        if not (self.folder / _HEADER).is_file():
+            write_json(self.folder / _HEADER, self.header)
+        self.batches = self._all_batches[self.shards.shard_id :: self.shards.num_shards]
+        if not self.shards.begin():
+            self.done = len(self.batches)
+            return
+        # what a kill left behind the last whole batch is cut off
+        self._file = open(self.shards.own / _LINES, "ab", buffering=0)
+        ends = _line_ends(self.shards.own / _LINES)
+        lines = np.cumsum([len(batch) for batch in self.batches], dtype=np.int64)
+        self.done = int(np.searchsorted(lines, len(ends), side="right"))
+        self._file.truncate(int(ends[lines[self.done - 1] - 1]) if self.done else 0)
+
+    def append(self, nbest: Dict[int, List[Hypothesis]]) -> None:
+        """Write the lists of this shard's next batch, by sentence."""
+        lines = [_line(int(i), nbest[int(i)]) for i in self.batches[self.done]]
+        write_all(self._file, memoryview(b"".join(lines)))
+        self.done += 1
+
+    def finish(self) -> bool:
+        """Close this shard; if it was the last one, merge all. True if the lists are complete.
+
+        Raises:
+            FileError: a shard does not hold what it should.
+        """
+        if not self.shards.done:
+            assert self.done == len(self.batches)
+            self._same_as(read_json(self.folder / _HEADER))
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self.shards.end()
+        if not self.shards.all_done:
+            return False
+        try:
+            self._merge()
+        except FileNotFoundError:
+            # another shard ended at the same moment, merged the same lines, and cleaned up
+            if not self.complete:
+                raise
+        shutil.rmtree(self.folder / _SHARDS, ignore_errors=True)
+        return True
+
+    def __iter__(self) -> Iterator[Tuple[int, List[Hypothesis]]]:
+        """Sentences with their lists, in the order of the data.
+
+        Raises:
+            FileError: the file is damaged.
+        """
+        with open(self.folder / _LINES, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield _read_line(line)
+                except (ValueError, KeyError, TypeError):
+                    raise FileError(
+                        "{}: line {} is damaged. Delete {} and decode again.".format(
+                            file.name, number, self.folder
+                        )
+                    ) from None
+
+    def _same_as(self, found: Dict[str, Any]) -> None:
+        different = differences(self.header, found, self.header)
+        if different:
+            raise FileError(
+                "{} holds hypotheses made with something else: {}. Repeat the command that made "
+                "them, choose another folder, or delete that one (--overwrite does).".format(
+                    self.folder, "; ".join(different)
+                )
+            )
+
+    def _merge(self) -> None:
+        """Sort lines by sentence; only where each begins is held in memory."""
+        sentences, where, files = [], [], []
+        try:
+            for i, shard in enumerate(self.shards):
+                batches = self._all_batches[i :: self.shards.num_shards]
+                ends = _line_ends(shard / _LINES)
+                ids = np.concatenate([np.zeros(0, np.int64), *batches])
+                if len(ids) != len(ends):
+                    raise FileError(
+                        "{} holds {} sentences, expected {}: delete that folder and run its shard "
+                        "again".format(shard, len(ends), len(ids))
+                    )
+                begins = np.concatenate([np.zeros(1, np.int64), ends])[: len(ids)]
+                sentences.append(ids)
+                where.append(np.stack([np.full(len(ids), i), begins], axis=1))
+                files.append(open(shard / _LINES, "rb"))
+            ids = np.concatenate(sentences)
+            place = np.concatenate(where)
+            with all_or_nothing(self.folder / _LINES) as merged:
+                for at in np.argsort(ids, kind="stable"):
+                    file = files[place[at, 0]]
+                    file.seek(int(place[at, 1]))
+                    line = file.readline()
+                    if not line.startswith(b'{"id": %d,' % ids[at]):
+                        raise FileError(
+                            "{} is damaged: delete its folder and run that shard again".format(
+                                file.name
+                            )
+                        )
+                    merged.write(line)
+        finally:
+            for file in files:
+                file.close()
+
+
+def _line(sentence: int, nbest: Sequence[Hypothesis]) -> bytes:
+    content = {"id": sentence, "nbest": [dict(one._asdict()) for one in nbest]}
+    return json.dumps(content, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def _read_line(line: bytes) -> Tuple[int, List[Hypothesis]]:
+    found = json.loads(line.decode("utf-8"))
+    nbest = [
+        Hypothesis(str(one["subwords"]), float(one["score"]), bool(one["finished"]))
+        for one in found["nbest"]
+    ]
+    return int(found["id"]), nbest
+
+
+def _line_ends(path: Path) -> np.ndarray:
+    """Where each whole line of a file ends, in bytes."""
+    if size(path) == 0:
+        return np.zeros(0, dtype=np.int64)
+    content = np.memmap(path, np.uint8, mode="r")
+    block = 1 << 24
+    parts = [
+        np.flatnonzero(content[start : start + block] == 10) + start + 1
+        for start in range(0, len(content), block)
+    ]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _write_plan(path: Path, plan: Sequence[np.ndarray]) -> None:
+    sentences = np.concatenate([np.zeros(0, np.int64), *plan]).astype(np.int64)
+    lengths = np.array([len(batch) for batch in plan], dtype=np.int64)
+    with all_or_nothing(path) as file:
+        np.savez(file, sentences=sentences, lengths=lengths)
+
+
+def _read_plan(path: Path) -> List[np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            ends = np.cumsum(found["lengths"])
+            return np.split(found["sentences"], ends[:-1]) if len(ends) else []
+    except (OSError, ValueError, KeyError) as error:
+        raise FileError("{} cannot be read ({})".format(path, error)) from None

@@ -1,0 +1,82 @@
+"""Teachers that translate: any task, any vocabulary, checked against the data they will read."""
+
+import logging
+from typing import Any, Dict, List, Sequence, Tuple
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.tasks.translation import TranslationTask
+
+from .. import checkpoint
+from ..teacher import TeacherError, build_model, check_sizes, find_dictionaries
+
+logger = logging.getLogger(__name__)
+
+
+def read_teachers(
+    paths: Sequence[str], task: Any, overrides: Dict[str, Any], trust: bool
+) -> List[Tuple[str, Dict[str, Any]]]:
+    """Read checkpoints whose dictionaries are the task's.
+
+    Raises:
+        TeacherError: they are not; CheckpointError: a file cannot be read.
+    """
+    found = []
+    for path in paths:
+        state = checkpoint.read_checkpoint(path, trust)
+        # other tasks add language symbols to the dictionaries' files
+        if isinstance(task, TranslationTask):
+            _check_dictionaries(path, state, task, overrides)
+        found.append((path, state))
+    return found
+
+
+def _check_dictionaries(
+    path: str, state: Dict[str, Any], task: Any, overrides: Dict[str, Any]
+) -> None:
+    langs = (task.cfg.source_lang, task.cfg.target_lang)
+    ours = (task.source_dictionary, task.target_dictionary)
+    found = find_dictionaries(path, state, *langs, overrides=overrides)
+    if found is None:
+        check_sizes(path, state, *ours, "of the data")
+        return
+    for side, mine, theirs in zip(("source", "target"), ours, found):
+        different = _differing(mine, theirs)
+        if different:
+            raise TeacherError(
+                "teacher {}: its {} dictionary ({}, {} symbols) is not the data's ({} symbols); "
+                "{}. Decode data that was binarised with the teacher's own dictionaries and "
+                "subwords (fairseq-preprocess --srcdict --tgtdict), and name the student's with "
+                "--student-data DIR --student-spm MODEL. If the dictionaries found are not the "
+                "teacher's, put its own beside the checkpoint.".format(
+                    path, side, found[2], len(theirs), len(mine), different
+                )
+            )
+    check_sizes(path, state, *ours, "of the data")
+
+
+def _differing(mine: Dictionary, theirs: Dictionary) -> str:
+    if mine.symbols == theirs.symbols:
+        return ""
+    for i, (a, b) in enumerate(zip(mine.symbols, theirs.symbols)):
+        if a != b:
+            return "number {} is {!r} in the data and {!r} there".format(i, a, b)
+    return "one is the beginning of the other"
+
+
+def build_teachers(
+    states: Sequence[Tuple[str, Dict[str, Any]]],
+    task: Any,
+    overrides: Dict[str, Any],
+    cfg: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> List[Any]:
+    """The models of checkpoints, placed and prepared as fairseq-generate does."""
+    models = []
+    for path, state in states:
+        model = build_model(path, state, task, overrides)
+        model = model.to(device=device, dtype=dtype)
+        model.prepare_for_inference_(cfg)
+        models.append(model)
+    return models
