@@ -35,7 +35,10 @@ _MODULES = {
     "fairseq-validate": "fairseq_cli.validate",
     "fairseq-preprocess": "fairseq_cli.preprocess",
 }
-_COMMANDS = {"fairseq-kd-cache": "kd_plugin.commands.cache"}
+_COMMANDS = {
+    "fairseq-kd-cache": "kd_plugin.commands.cache",
+    "fairseq-kd-sequences": "kd_plugin.commands.sequences",
+}
 _forked = multiprocessing.get_context("forkserver")
 _forked.set_forkserver_preload(["pytest", *_MODULES.values()])
 
@@ -288,6 +291,16 @@ def write_cache(data: Any, teacher: Any, cache: Any, *more: Any, **how: Any) -> 
         "fairseq-kd-cache",
         *(data, "--path", teacher, "--cache", cache, "--cpu", *LANGUAGES, "--num-workers", 0),
         *more,
+        **how,
+    )
+
+
+def write_sequences(data: Any, teacher: Any, output: Any, *more: Any, **how: Any) -> Run:
+    """Run ``fairseq-kd-sequences``; later arguments override earlier ones."""
+    return fairseq(
+        "fairseq-kd-sequences",
+        *(data, "--path", teacher, "--output", output, "--cpu", *LANGUAGES, "--num-workers", 0),
+        *("--batch-size", 64, *more),
         **how,
     )
 

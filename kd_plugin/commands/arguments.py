@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from typing import Any, Callable, List, Optional, Tuple
@@ -64,6 +65,7 @@ def shard_of_process(options: Any) -> Tuple[int, int, int]:
 
 def exit_code(prog: str, work: Callable[[], Any]) -> int:
     """Do a command's work; what can go wrong with a user's files and flags is one line."""
+    _log_like_fairseq()
     try:
         work()
         return 0
@@ -78,3 +80,14 @@ def exit_code(prog: str, work: Callable[[], Any]) -> int:
         return 130
     print("{}: {}".format(prog, message), file=sys.stderr)
     return 1
+
+
+def _log_like_fairseq() -> None:
+    logging.basicConfig(
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        level=os.environ.get("LOGLEVEL", "INFO").upper(),
+        force=True,
+    )
+    for noisy in ("hydra", "fairseq.data.data_utils", "fairseq.tasks.fairseq_task"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -184,7 +184,15 @@ def converted(path: str, state: Dict[str, Any], data: str, task: Any, folder: Pa
     # copy of what was read safely, and nothing else of the file.
     with tempfile.TemporaryDirectory(dir=str(folder.parent)) as passing:
         plain = os.path.join(passing, "teacher.pt")
-        torch.save({"args": _plain_args(state), "model": state["model"]}, plain)
+        history = {"criterion_name": "none", "optimizer_name": "none", "num_updates": 0}
+        copy = {
+            "args": _plain_args(state),
+            "model": state["model"],
+            "optimizer_history": [{**history, "lr_scheduler_state": {}}],
+            "last_optimizer_state": None,
+            "extra_state": {},
+        }
+        torch.save(copy, plain)
         try:
             converter = FairseqConverter(
                 plain, data, source_lang=task.cfg.source_lang, target_lang=task.cfg.target_lang

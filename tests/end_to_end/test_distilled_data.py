@@ -1,0 +1,468 @@
+"""fairseq-kd-sequences: what the teacher says, as a data-bin that trains."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Tuple
+
+import pytest
+import sacrebleu
+import support
+from conftest import binarise, dictionary_lines, train_teacher, write_dictionaries
+from support import (
+    LANGUAGES,
+    SOURCE,
+    STOCK,
+    STUDENT,
+    TARGET,
+    TRAINING,
+    USER_DIR,
+    fairseq,
+    transformer,
+    write_sequences,
+)
+
+BEAM = ("--beam", 4, "--nbest", 4)
+
+
+def tree(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in Path(folder).rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+def lists(folder) -> Dict[int, List[Tuple[str, float]]]:
+    lines = (Path(folder) / "hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
+    found = map(json.loads, lines)
+    return {one["id"]: [(n["subwords"], n["score"]) for n in one["nbest"]] for one in found}
+
+
+def generated(text: str) -> Dict[int, List[Tuple[str, float]]]:
+    """fairseq-generate's n best, scores in nats."""
+    found: Dict[int, List[Tuple[str, float]]] = {}
+    for i, score, said in re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", text, re.MULTILINE):
+        found.setdefault(int(i), []).append((said, float(score) * 0.6931471805599453))
+    return found
+
+
+def assert_same_lists(ours, theirs, count):
+    assert len(theirs) == count and ours.keys() == theirs.keys()
+    for i in theirs:
+        assert [said for said, _ in ours[i]] == [said for said, _ in theirs[i]], i
+        assert [score for _, score in ours[i]] == pytest.approx([x for _, x in theirs[i]], rel=1e-5)
+
+
+def text_of(output, lang, kind="") -> List[str]:
+    return (output / "text" / "train{}.{}".format(kind, lang)).read_text().splitlines()
+
+
+def record(output):
+    return json.loads((output / "record.json").read_text())
+
+
+def refused(run) -> str:
+    assert run.code == 1 and "Traceback" not in run.text, run.text[-3000:]
+    return run.text.strip().splitlines()[-1]
+
+
+class Made(NamedTuple):
+    output: Path
+    run: support.Run
+
+
+@pytest.fixture(scope="module")
+def weak(data, tmp_path_factory) -> Path:
+    """A teacher that makes mistakes, so that its n best differ."""
+    folder = tmp_path_factory.mktemp("weak")
+    return train_teacher(data, folder, transformer(32), 160)
+
+
+@pytest.fixture(scope="module")
+def made(data, weak, tmp_path_factory) -> Made:
+    """Of the 4 best the closest one; not to be changed."""
+    output = tmp_path_factory.mktemp("made") / "data"
+    options = ("--select", "closest", "--metric", "chrf", *BEAM)
+    return Made(output, write_sequences(data, weak, output, *options).ok())
+
+
+def test_the_hypotheses_are_those_of_fairseq_generate(data, weak, made):
+    run = fairseq(
+        "fairseq-generate",
+        *(data, *USER_DIR, "--path", weak, "--gen-subset", "train", "--cpu", *LANGUAGES, *BEAM),
+        *("--batch-size", 64, "--required-batch-size-multiple", 1),
+    ).ok()
+    assert_same_lists(lists(made.output / "hypotheses"), generated(run.text), 640)
+
+
+def test_the_closest_is_the_one_that_sacrebleu_says(corpus, made):
+    sources = (corpus.text / ("train." + SOURCE)).read_text().splitlines()
+    references = (corpus.text / ("train." + TARGET)).read_text().splitlines()
+    expected = []
+    for i, nbest in sorted(lists(made.output / "hypotheses").items()):
+        scores = [sacrebleu.sentence_chrf(said, [references[i]]).score for said, _ in nbest]
+        expected.append((sources[i], nbest[scores.index(max(scores))][0]))
+    kept = list(zip(text_of(made.output, SOURCE), text_of(made.output, TARGET)))
+    dropped = [pair for pair in expected if pair not in set(kept)]
+    assert len(kept) + len(dropped) == 640 == len(expected)
+    assert [pair for pair in expected if pair in set(kept)] == kept
+    counts = record(made.output)["counts"]
+    assert counts["distilled"] == len(kept) and sum(counts["dropped"].values()) == len(dropped)
+    assert len(dropped) < 64
+    # some of them are not the likeliest: there was something to choose
+    likeliest = [nbest[0][0] for _, nbest in sorted(lists(made.output / "hypotheses").items())]
+    assert sum(a != b for (_, a), b in zip(expected, likeliest)) > 20
+
+
+def test_it_is_what_fairseq_preprocess_would_make_of_the_text(data, made, tmp_path):
+    fairseq(
+        "fairseq-preprocess",
+        *("--source-lang", SOURCE, "--target-lang", TARGET, "--destdir", tmp_path),
+        *("--trainpref", made.output / "text" / "train.subwords", "--workers", 1),
+        *("--srcdict", data / "dict.{}.txt".format(SOURCE)),
+        *("--tgtdict", data / "dict.{}.txt".format(TARGET)),
+    ).ok()
+    for lang in (SOURCE, TARGET):
+        for end in ("bin", "idx"):
+            name = "train.{}-{}.{}.{}".format(SOURCE, TARGET, lang, end)
+            assert (made.output / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    for path in data.iterdir():
+        if path.name.startswith(("valid", "test", "dict")):
+            assert (made.output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_it_trains(made, tmp_path):
+    run = fairseq(
+        "fairseq-train",
+        *(made.output, *STOCK, *TRAINING, *STUDENT, "--save-dir", tmp_path, "--max-epoch", 2),
+    ).ok()
+    losses = run.series("train_inner", "nll_loss")
+    assert losses[-1] < 0.9 * losses[0]
+    assert run.series("valid", "valid_nll_loss")
+
+
+def test_a_finished_command_again_changes_nothing(data, weak, made):
+    before = {p: p.stat().st_mtime_ns for p in made.output.rglob("*")}
+    options = ("--select", "closest", "--metric", "chrf", *BEAM)
+    again = write_sequences(data, weak, made.output, *options).ok()
+    assert before == {p: p.stat().st_mtime_ns for p in made.output.rglob("*")}
+    summary = [line for line in made.run.text.splitlines() if "distilled sentences" in line]
+    assert len(summary) == 1 and summary[0] in again.text
+
+
+def test_choosing_again_decodes_nothing(data, weak, made, tmp_path):
+    """Another selection from the same lists, of a teacher whose file is somewhere else by now."""
+    moved = tmp_path / "elsewhere.pt"
+    shutil.copy(str(weak), str(moved))
+    best = tmp_path / "best"
+    folder = made.output / "hypotheses"
+    run = write_sequences(data, moved, best, "--hypotheses", folder, *BEAM, "--no-filters").ok()
+    assert "Translated" not in run.text and not (best / "hypotheses").exists()
+    expected = [nbest[0][0] for _, nbest in sorted(lists(folder).items())]
+    assert text_of(best, TARGET) == [said for said in expected if said]
+
+
+def test_shards_and_a_kill_change_no_byte(data, weak, made, tmp_path):
+    """One of three is killed in the middle, more than once, and goes on."""
+    options = ("--select", "closest", "--metric", "chrf", *BEAM, "--num-shards", 3)
+    output = tmp_path / "data"
+    write_sequences(data, weak, output, *options, "--shard-id", 2).ok()
+    lines = output / "hypotheses" / "shards" / "shard-0-of-3" / "hypotheses.jsonl"
+    seen = 0
+    for _ in range(2):
+        arguments = (data, "--path", weak, "--output", output, "--cpu", *LANGUAGES)
+        run = support.start(
+            "fairseq-kd-sequences", *arguments, "--batch-size", 64, *options, "--shard-id", 0
+        )
+        deadline = time.monotonic() + 120
+        while (lines.stat().st_size if lines.exists() else 0) <= seen:
+            assert time.monotonic() < deadline and run.process.is_alive(), run.text
+            time.sleep(0.01)
+        run.process.kill()
+        run.process.join()
+        assert run.process.exitcode == -signal.SIGKILL
+        seen = lines.stat().st_size
+    write_sequences(data, weak, output, *options, "--shard-id", 0).ok()
+    assert not (output / "record.json").exists()
+    last = write_sequences(data, weak, output, *options, "--shard-id", 1).ok()
+    assert "distilled sentences" in last.text
+    assert tree(output) == tree(made.output)
+
+
+def test_sampling_depends_on_neither_shards_nor_interruptions(data, weak, tmp_path):
+    options = ("--sampling", "--sampling-topk", 5, "--beam", 2, "--nbest", 2, "--seed", 7)
+    write_sequences(data, weak, tmp_path / "one", *options).ok()
+    for i in (1, 0):
+        write_sequences(
+            data, weak, tmp_path / "two", *options, "--num-shards", 2, "--shard-id", i
+        ).ok()
+    write_sequences(data, weak, tmp_path / "other", *options, "--seed", 8).ok()
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert lists(tmp_path / "one" / "hypotheses") != lists(tmp_path / "other" / "hypotheses")
+
+
+def test_an_ensemble(data, weak, teacher, tmp_path):
+    pair = "{}:{}".format(weak, teacher)
+    write_sequences(data, pair, tmp_path / "data", "--gen-subset", "valid").ok()
+    run = fairseq(
+        "fairseq-generate",
+        *(data, *USER_DIR, "--path", pair, "--gen-subset", "valid", "--cpu", *LANGUAGES),
+        *("--batch-size", 64, "--required-batch-size-multiple", 1),
+    ).ok()
+    assert_same_lists(lists(tmp_path / "data" / "hypotheses"), generated(run.text), 48)
+
+
+def test_both_engines(data, weak, made, tmp_path):
+    """CTranslate2 in float32 finds what fairseq finds, with the same scores."""
+    pytest.importorskip("ctranslate2")
+    options = ("--engine", "ctranslate2", "--compute-type", "float32", *BEAM)
+    run = write_sequences(data, weak, tmp_path, *options).ok()
+    assert "distilled sentences" in run.text
+    fast, slow = lists(tmp_path / "hypotheses"), lists(made.output / "hypotheses")
+    assert fast.keys() == slow.keys()
+    same = [i for i in slow if fast[i][0][0] == slow[i][0][0]]
+    assert len(same) > 0.98 * len(slow)
+    for i in same:
+        assert fast[i][0][1] == pytest.approx(slow[i][0][1], abs=3e-3)
+
+
+def test_ctranslate2_refuses_what_it_cannot_take(data, tmp_path):
+    pytest.importorskip("ctranslate2")
+    lstm = train_teacher(data, tmp_path / "lstm", support.ARCHITECTURES["lstm"], 2)
+    run = write_sequences(data, lstm, tmp_path / "data", "--engine", "ctranslate2")
+    assert "lstm" in refused(run) and "--engine fairseq takes any" in run.text
+
+
+def test_a_text_without_references(data, corpus, weak, made, tmp_path):
+    """Its sentences are translated as those of a subset, and can follow the original ones."""
+    lines = (corpus.text / ("train." + SOURCE)).read_text().splitlines()[:40]
+    mono = tmp_path / "mono.txt"
+    mono.write_text("\n".join(lines) + "\n")
+    options = ("--source-text", mono, *BEAM, "--no-filters")
+    mixed = tmp_path / "mixed"
+    write_sequences(data, weak, mixed, *options, "--mix", "original", "--repeat-original", 2).ok()
+    original = (corpus.text / ("train." + TARGET)).read_text().splitlines()
+    assert text_of(mixed, TARGET)[:1280] == 2 * original
+    assert text_of(mixed, SOURCE)[1280:] == lines
+    translated = [nbest[0][0] for nbest in list(lists(made.output / "hypotheses").values())[:40]]
+    agreeing = sum(a == b for a, b in zip(text_of(mixed, TARGET)[1280:], translated))
+    assert agreeing >= 39  # another padding moves scores by rounding
+    assert record(mixed)["counts"]["original"] == 1280
+    run = write_sequences(data, weak, tmp_path / "no", *options, "--select", "closest")
+    assert "--source-text has no references" in refused(run)
+
+
+@pytest.fixture(scope="module")
+def other_subwords(corpus, tmp_path_factory):
+    """A student with a SentencePiece model of its own: that model and its data."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("student")
+    sentencepiece.SentencePieceTrainer.train(
+        input=[str(corpus.text / ("train." + lang)) for lang in (SOURCE, TARGET)],
+        model_prefix=str(folder / "spm"),
+        vocab_size=34,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+    for split in ("train", "valid"):
+        for lang in (SOURCE, TARGET):
+            lines = (corpus.text / "{}.{}".format(split, lang)).read_text().splitlines()
+            encoded = [" ".join(model.encode(line, out_type=str)) for line in lines]
+            (folder / "{}.{}".format(split, lang)).write_text("\n".join(encoded) + "\n")
+    return folder / "spm.model", binarise(folder, folder / "data", "--joined-dictionary")
+
+
+def test_a_student_with_other_subwords(data, weak, made, other_subwords, tmp_path):
+    import sentencepiece
+
+    spm, student = other_subwords
+    output = tmp_path / "data"
+    options = ("--hypotheses", made.output / "hypotheses", *BEAM)
+    given = ("--student-data", student, "--student-spm", spm)
+    write_sequences(data, weak, output, *options, *given).ok()
+    model = sentencepiece.SentencePieceProcessor(model_file=str(spm))
+    for lang in (SOURCE, TARGET):
+        running, subwords = text_of(output, lang), text_of(output, lang, ".subwords")
+        assert [model.decode(line.split()) for line in subwords] == running
+        assert subwords == [" ".join(model.encode(line, out_type=str)) for line in running]
+        name = "dict.{}.txt".format(lang)
+        assert (output / name).read_bytes() == (student / name).read_bytes()
+    assert record(output)["counts"]["unknown_tokens"] == 0
+    fairseq(
+        "fairseq-train",
+        *(output, *STOCK, *TRAINING, *STUDENT, "--save-dir", tmp_path / "s", "--max-update", 2),
+    ).ok()
+    run = write_sequences(data, weak, tmp_path / "no", *options, "--student-data", student)
+    assert "lacks" in refused(run) and "--student-spm" in run.text
+
+
+def test_a_multilingual_teacher(corpus, tmp_path):
+    """Of another task, which tells the target language with a symbol."""
+    joined = binarise(corpus.text, tmp_path / "data", "--joined-dictionary")
+    task = ("--task", "translation_multi_simple_epoch", "--decoder-langtok")
+    pairs = ("--lang-pairs", "{}-{}".format(SOURCE, TARGET))
+    training = [a for a in TRAINING if a not in LANGUAGES]
+    fairseq(
+        "fairseq-train",
+        *(joined, *STOCK, *training, *transformer(32), "--save-dir", tmp_path / "teacher"),
+        *(*task, *pairs, "--max-update", 60, "--log-interval", 50),
+    ).ok()
+    teacher = tmp_path / "teacher" / "checkpoint_last.pt"
+    output = tmp_path / "distilled"
+    write_sequences(joined, teacher, output, *task, *pairs, "--gen-subset", "valid").ok()
+    run = fairseq(
+        "fairseq-generate",
+        *(joined, *USER_DIR, "--path", teacher, "--gen-subset", "valid", "--cpu", *LANGUAGES),
+        *(*task, *pairs, "--batch-size", 64, "--required-batch-size-multiple", 1),
+    ).ok()
+    theirs, ours = generated(run.text), lists(output / "hypotheses")
+    assert len(theirs) == 48 and ours.keys() == theirs.keys()
+    assert sum(ours[i][0][0] == theirs[i][0][0] for i in theirs) >= 47
+    assert "__{}__".format(TARGET) not in (output / "hypotheses" / "hypotheses.jsonl").read_text()
+    fairseq(
+        "fairseq-train",
+        *(output, *STOCK, *TRAINING, *STUDENT, "--save-dir", tmp_path / "s", "--max-update", 2),
+    ).ok()
+
+
+def test_sources_that_are_too_long(corpus, data, tmp_path):
+    """For the teacher's positions: left out and counted, or cut."""
+    short = transformer(16)
+    limits = ("--max-source-positions", 7, "--max-target-positions", 64)
+    arguments = (*limits, "--skip-invalid-size-inputs-valid-test")
+    teacher = train_teacher(data, tmp_path / "t", short, 2, *arguments)
+    lengths = [len(line.split()) + 1 for line in (corpus.text / "train.aa").open()]
+    too_long = sum(length > 7 for length in lengths)
+    assert too_long > 50
+    write_sequences(data, teacher, tmp_path / "left", "--no-filters").ok()
+    counts = record(tmp_path / "left")["counts"]
+    assert counts["dropped"]["not_decoded"] == too_long
+    options = ("--no-filters", "--truncate-source", "--max-source-positions", 7)
+    write_sequences(data, teacher, tmp_path / "cut", *options).ok()
+    counts = record(tmp_path / "cut")["counts"]
+    assert counts["dropped"]["not_decoded"] == 0
+    assert max(len(line.split()) for line in text_of(tmp_path / "cut", SOURCE)) == 6
+
+
+def test_an_output_of_other_settings(data, weak, made, tmp_path):
+    output = tmp_path / "data"
+    shutil.copytree(str(made.output), str(output))
+    (output / "notes.txt").write_text("mine")
+    before = tree(output)
+    closest = ("--select", "closest", "--metric", "chrf")
+    for options, word in (
+        ((*closest, *BEAM, "--max-length", 5), "max_length is 5 here, 250 there"),
+        ((*closest, "--beam", 3, "--nbest", 3), "beam is 3 here, 4 there"),
+    ):
+        run = write_sequences(data, weak, output, *options)
+        message = refused(run)
+        assert word in message and "--overwrite would remove" in message
+        assert "train.aa-bb.aa.bin" in message
+        assert tree(output) == before
+    # the lists stay: they are still the right ones
+    options = (*closest, *BEAM, "--max-length", 5)
+    run = write_sequences(data, weak, output, *options, "--overwrite").ok()
+    assert "Translated" not in run.text and "removing" in run.text
+    assert record(output)["counts"]["dropped"]["too_long"] > 0
+    run = write_sequences(data, weak, output, "--overwrite", "--beam", 2).ok()
+    assert "Translated" in run.text
+    assert all(len(nbest) == 1 for nbest in lists(output / "hypotheses").values())
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_is_not_its_own(data, weak, tmp_path):
+    """The data itself, for example: with --overwrite, too."""
+    copy = tmp_path / "data"
+    shutil.copytree(str(data), str(copy))
+    before = tree(copy)
+    for more in ((), ("--overwrite",)):
+        message = refused(write_sequences(copy, weak, copy, *more))
+        assert "holds files that this command did not write" in message
+    (tmp_path / "file").write_text("")
+    message = refused(write_sequences(data, weak, tmp_path / "file"))
+    assert "expected a folder, found a file" in message
+    assert tree(copy) == before
+
+
+def test_dictionaries_that_are_not_the_teachers(corpus, data, weak, tmp_path):
+    both = [dictionary_lines(data, lang) for lang in (SOURCE, TARGET)]
+    for lines in both:
+        random.Random(1).shuffle(lines)
+    options = write_dictionaries(tmp_path / "dictionaries", *both)
+    shuffled = binarise(corpus.text, tmp_path / "data", *options)
+    message = refused(write_sequences(shuffled, weak, tmp_path / "no"))
+    assert "dictionary" in message and "--student-data" in message and "number 4 is" in message
+
+
+def test_bad_flags_are_named_together(data, weak, tmp_path):
+    message = refused(
+        write_sequences(
+            *(data, weak, tmp_path, "--nbest", 7, "--repeat-original", 3, "--student-spm", "x"),
+            *("--min-closeness", 120, "--min-score-quantile", 1, "--prefix-size", 2),
+            *("--compute-type", "int8"),
+        )
+    )
+    for part in (
+        "--nbest 7 needs --beam 7",
+        "--repeat-original needs --mix",
+        "--student-spm needs --student-data",
+        "--min-closeness must be from 0 to 100",
+        "--min-score-quantile must be from 0 to below 1",
+        "--prefix-size cannot be used",
+        "--compute-type needs --engine ctranslate2",
+    ):
+        assert part in message
+    message = refused(write_sequences(data, weak, tmp_path, "--select", "closest"))
+    assert "--select closest needs --nbest 2 or more" in message
+    message = refused(write_sequences(data, weak, tmp_path, "--gen-subset", "nothing"))
+    assert "no subset 'nothing'" in message and "train" in message
+    message = refused(write_sequences(tmp_path / "none", weak, tmp_path / "no"))
+    assert "data cannot be read" in message or "expected a folder of fairseq" in message
+    message = refused(write_sequences(data, tmp_path / "none.pt", tmp_path / "no"))
+    assert "none.pt" in message
+
+
+def test_without_references(data, weak, tmp_path):
+    lonely = tmp_path / "data"
+    shutil.copytree(str(data), str(lonely))
+    for path in lonely.glob("train.*.bb.*"):
+        path.unlink()
+    message = refused(write_sequences(lonely, weak, tmp_path / "no", "--select", "closest", *BEAM))
+    assert "need references" in message and "has none" in message
+    write_sequences(lonely, weak, tmp_path / "yes", *BEAM).ok()
+    assert record(tmp_path / "yes")["counts"]["distilled"] > 600
+
+
+def test_nothing_left_after_filtering(data, weak, made, tmp_path):
+    options = ("--hypotheses", made.output / "hypotheses", *BEAM, "--max-length", 0)
+    message = refused(write_sequences(data, weak, tmp_path / "no", *options))
+    assert "nothing is left: of 640 sentences" in message and "too long" in message
+    assert "--no-filters" in message
+    assert not (tmp_path / "no" / "dict.aa.txt").exists()
+
+
+def test_subwords_that_would_be_compared_as_words(data, weak, corpus, tmp_path):
+    pieces = [["\u2581" + line for line in dictionary_lines(data, lang)] for lang in ("aa", "bb")]
+    marked = binarise(corpus.text, tmp_path / "data", *write_dictionaries(tmp_path / "d", *pieces))
+    run = write_sequences(marked, weak, tmp_path / "no", "--select", "closest", *BEAM)
+    assert "add --remove-bpe sentencepiece" in refused(run)
+
+
+def test_a_full_disk(data, weak, made, tmp_path):
+    """As a limit on the size of files: what is decoded is kept, and it goes on."""
+    options = ("--select", "closest", "--metric", "chrf", *BEAM)
+    output = tmp_path / "data"
+    run = write_sequences(data, weak, output, *options, file_limit=100000)
+    assert run.code == 1 and "run the same command again" in run.text
+    assert not (output / "record.json").exists()
+    kept = output / "hypotheses" / "shards" / "shard-0-of-1" / "hypotheses.jsonl"
+    assert kept.stat().st_size > 50000
+    write_sequences(data, weak, output, *options).ok()
+    assert tree(output) == tree(made.output)
