@@ -37,7 +37,7 @@ setup(
         "ctranslate2": ["ctranslate2>=4.0,<5"],
         # What recipes/corpus.py phrases its sentences with. 2.12: format_compact_decimal for all
         # locales; 0.5.12: number words of all its languages on Python 3.8 and later.
-        "recipes": ["Babel>=2.12", "num2words>=0.5.12"],
+        "recipes": ["Babel>=2.12", "num2words>=0.5.12", "ctranslate2>=4.0,<5"],
         "test": [
             "pytest",
             "hypothesis",
@@ -46,7 +46,6 @@ setup(
             # 1.14: the last mypy that runs on Python 3.8.
             "mypy>=1.11,<1.15",
             "tensorboardX",
-            "ctranslate2>=4.0,<5",
         ],
     },
     entry_points={

@@ -75,6 +75,8 @@ model teacher 6 "${TEACHER_UPDATES:-60000}" $(plain_flags) ${TEACHER_FLAGS:-}
 model plain 2 "${STUDENT_UPDATES:-60000}" $(plain_flags) ${STUDENT_FLAGS:-}
 cache_teacher "$WORK/models/teacher/$best"
 model distilled 2 "${STUDENT_UPDATES:-60000}" $(distil_flags "$WORK/models/teacher/$best") ${STUDENT_FLAGS:-}
+distil_sequences closest "$WORK/models/teacher/$best" --select closest
+DATA_BIN=data-closest model sequences 2 "${STUDENT_UPDATES:-60000}" $(plain_flags) ${STUDENT_FLAGS:-}
 
-for name in teacher plain distilled; do evaluate $name "$WORK/models/$name/$best"; done
-print_table teacher plain distilled
+for name in teacher plain distilled sequences; do evaluate $name "$WORK/models/$name/$best"; done
+print_table teacher plain distilled sequences

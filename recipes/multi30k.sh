@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Multi30k German to English: a student of a tenth of its teacher's size, without and with word-level distillation.
+# Multi30k German to English: a student of a tenth of its teacher's size, without and with word-level distillation, and
+# on data that the teacher has translated.
 #
 # Prepare:  the raw text of Multi30k (multi30k/dataset, task 1, raw) in one folder: train.de, val.de,
 #           test_2016_flickr.de, and the same in .en.
@@ -19,6 +20,10 @@
 #   KD_WEIGHT, KD_TEMPERATURE, KD_FLAGS    0.9, 1, none    the distillation
 #   DISTILLED      distilled        name of the distilled student; another one for another try beside the first:
 #                  DISTILLED=t2 KD_TEMPERATURE=2 bash recipes/multi30k.sh CORPUS_DIR
+#   STUDENTS       all              which rows: plain, $DISTILLED (word-level), and of sequence level best (the teacher's
+#                                   likeliest hypothesis), closest (to the reference, of 5) and closest_word (that, and
+#                                   word-level on top)
+#   ENGINE         fairseq          decodes the training set; ctranslate2 is faster (pip install ctranslate2)
 #   KD_CACHE       none             run the teacher once and keep its K likeliest symbols: worth it from the second
 #                                   or third epoch on (8 is a good K; --temperatures of CACHE_FLAGS for T other than 1)
 set -euo pipefail
@@ -70,10 +75,27 @@ student() { # NAME FLAGS...
         --max-tokens 2048 --max-epoch 10 --seed 1 --num-workers 0 \
         --required-batch-size-multiple 8 ${STUDENT_FLAGS:-}
 }
-student plain $(plain_flags)
-cache_teacher "$teacher"
-student "$DISTILLED" $(distil_flags "$teacher")
+GREEDY=1
+STUDENTS=${STUDENTS:-plain $DISTILLED best closest closest_word}
+for name in $STUDENTS; do
+    case $name in
+        plain) student plain $(plain_flags) ;;
+        best | closest)
+            distil_sequences "$name" "$teacher" --select "$name"
+            DATA_BIN=data-$name student "$name" $(plain_flags)
+            ;;
+        closest_word)
+            distil_sequences closest "$teacher" --select closest
+            DATA_BIN=data-closest cache_teacher "$teacher"
+            DATA_BIN=data-closest student closest_word $(DATA_BIN=data-closest distil_flags "$teacher")
+            ;;
+        *)
+            cache_teacher "$teacher"
+            student "$name" $(distil_flags "$teacher")
+            ;;
+    esac
+done
 
 evaluate teacher "$teacher"
-for name in plain "$DISTILLED"; do evaluate "$name" "$WORK/models/$name/checkpoint_best.pt"; done
-print_table teacher plain "$DISTILLED"
+for name in $STUDENTS; do evaluate "$name" "$WORK/models/$name/checkpoint_best.pt"; done
+print_table teacher $STUDENTS

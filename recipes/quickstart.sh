@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A whole distillation from nothing: environment, corpus, teacher, a student without it and a student with it, table.
+# A whole distillation from nothing: environment, corpus, teacher; a student without it, and with it at word level, at
+# sequence level, and at both; table.
 #
 # Prepare:  nothing but Python 3.8, 3.11 or 3.12.
 # Run:      bash recipes/quickstart.sh
@@ -63,11 +64,19 @@ student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-48}" "${STUDENT_LR:-0.006
     "${STUDENT_UPDATES:-${UPDATES:-1200}}")
 
 best=checkpoint_best.pt
+teacher_checkpoint=$WORK/models/teacher/$best
 train teacher $teacher --dropout 0.1 $(plain_flags)
+if python -c 'import ctranslate2' 2>/dev/null; then ENGINE=${ENGINE:-ctranslate2}; fi # a small model's is the CPU's
+distil_sequences closest "$teacher_checkpoint" --select closest
 train plain_student $student --dropout 0 $(plain_flags)
-cache_teacher "$WORK/models/teacher/$best"
-train distilled_student $student --dropout 0 $(distil_flags "$WORK/models/teacher/$best")
-for name in teacher plain_student distilled_student; do evaluate $name "$WORK/models/$name/$best"; done
+cache_teacher "$teacher_checkpoint"
+train word_level_student $student --dropout 0 $(distil_flags "$teacher_checkpoint")
+export DATA_BIN=data-closest
+train sequence_level_student $student --dropout 0 $(plain_flags)
+cache_teacher "$teacher_checkpoint"
+train sequence_and_word_level_student $student --dropout 0 $(distil_flags "$teacher_checkpoint")
 
-print_table teacher plain_student distilled_student
+models="teacher plain_student word_level_student sequence_level_student sequence_and_word_level_student"
+for name in $models; do evaluate $name "$WORK/models/$name/$best"; done
+print_table $models
 say "All of it is in $WORK ($SECONDS s)."

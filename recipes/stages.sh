@@ -10,9 +10,12 @@
 #   REFERENCES  to score against (text/test.$TGT)          BLEU_TOKENIZE  sacreBLEU's --tokenize (13a)
 #   REMOVE_BPE  fairseq's --remove-bpe (sentencepiece)     SUBWORDS    what the names of subword text end in (.spm)
 #   USER_DIR    the plugin (kd_plugin of this checkout)    KD_CACHE    read the teacher from a cache of its top K
+#   DATA_BIN    what is trained on (data-bin)              ENGINE      of decoding: fairseq, or ctranslate2
+#   GREEDY      1: evaluate with beam 1, too
 #
 # $WORK afterwards:  text/  raw sentences, and the same as subwords      spm.model   SentencePiece
 #                    data-bin/  binarised       models/NAME/  checkpoints and train.log      cache-K/  of the teacher
+#                    hypotheses/  n-best lists of the teacher            data-NAME/  data-bin made of them
 #                    eval/NAME.txt  translations of test; eval/NAME.json  their scores; table.md
 
 USER_DIR=${USER_DIR:-$REPO/kd_plugin}
@@ -97,7 +100,7 @@ train() { # NAME FLAGS...
     mkdir -p "$folder"
     tools resumable "$folder"
     # shellcheck disable=SC2086  # LAUNCH and the flags are lists of words
-    set -- ${LAUNCH:-} fairseq-train "$WORK/data-bin" --user-dir "$USER_DIR" --save-dir "$folder" \
+    set -- ${LAUNCH:-} fairseq-train "$WORK/${DATA_BIN:-data-bin}" --user-dir "$USER_DIR" --save-dir "$folder" \
         --source-lang "$SRC" --target-lang "$TGT" --best-checkpoint-metric nll_loss ${KEEP:---no-epoch-checkpoints} \
         $ALL_DATA --log-format json --log-interval 50 $DEVICE_FLAGS "$@" ${TRAIN_FLAGS:-}
     say "training $name (log: $folder/train.log)"
@@ -110,22 +113,41 @@ $(tail -n 15 "$folder/train.log")
     touch "$folder/done"
 }
 
+# data-NAME/: the training set as the teacher translates it, chosen from the n best of hypotheses/. Interrupted, it goes
+# on where it was. SEQUENCES_FLAGS adds to its flags.
+distil_sequences() { # NAME TEACHER FLAGS...
+    local name=$1 teacher=$2
+    shift 2
+    if done_already "$WORK/data-$name/record.json"; then return; fi
+    device_flags
+    say "translating the training set with the teacher: $name"
+    # shellcheck disable=SC2086
+    PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" python -W ignore -m kd_plugin.commands.sequences "$WORK/data-bin" \
+        --path "$teacher" --output "$WORK/data-$name" --hypotheses "$WORK/hypotheses" --beam 5 --nbest 5 \
+        --source-lang "$SRC" --target-lang "$TGT" --remove-bpe "${REMOVE_BPE:-sentencepiece}" \
+        --engine "${ENGINE:-fairseq}" --max-tokens 4096 $DEVICE_FLAGS "$@" ${SEQUENCES_FLAGS:-} ||
+        die "distilling at sequence level failed. Run the recipe again to go on."
+}
+
 # With KD_CACHE=K, cache-K/: the teacher's K likeliest symbols for train and valid, which distil_flags then reads
-# instead of the teacher. Interrupted, it continues where it was. CACHE_FLAGS adds to its flags.
+# instead of the teacher. Interrupted, it continues where it was. CACHE_FLAGS adds to its flags. Of a data-NAME/ that
+# DATA_BIN names, cache-K-data-NAME/.
 cache_teacher() { # TEACHER
     if [ -z "${KD_CACHE:-}" ]; then return; fi
     device_flags
     say "caching the teacher's $KD_CACHE likeliest symbols"
     # shellcheck disable=SC2086
-    PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" python -W ignore -m kd_plugin.commands.cache "$WORK/data-bin" \
-        --path "$1" --cache "$WORK/cache-$KD_CACHE" --top-k "$KD_CACHE" --source-lang "$SRC" --target-lang "$TGT" \
-        --max-tokens 4096 $DEVICE_FLAGS ${CACHE_FLAGS:-} || die "caching failed. Run the recipe again to go on."
+    PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" python -W ignore -m kd_plugin.commands.cache \
+        "$WORK/${DATA_BIN:-data-bin}" --path "$1" --cache "$(cache_folder)" --top-k "$KD_CACHE" \
+        --source-lang "$SRC" --target-lang "$TGT" --max-tokens 4096 $DEVICE_FLAGS ${CACHE_FLAGS:-} || die "caching failed. Run the recipe again to go on."
 }
+
+cache_folder() { echo "$WORK/cache-$KD_CACHE${DATA_BIN:+-$DATA_BIN}"; }
 
 # The flags that turn a student's training into a distillation. KD_FLAGS adds to them.
 distil_flags() { # TEACHER
     local teacher="--teacher-checkpoint-path $1"
-    if [ -n "${KD_CACHE:-}" ]; then teacher="--teacher-cache $WORK/cache-$KD_CACHE"; fi
+    if [ -n "${KD_CACHE:-}" ]; then teacher="--teacher-cache $(cache_folder)"; fi
     echo "--task kd_translation $teacher
         --criterion kd_label_smoothed_cross_entropy --label-smoothing ${LABEL_SMOOTHING:-0.1}
         --kd-weight ${KD_WEIGHT:-0.5} --kd-temperature ${KD_TEMPERATURE:-1} ${KD_FLAGS:-}"
@@ -149,14 +171,19 @@ average() { # NAME COUNT
 
 # Translates test; scores against the raw references; notes size and speed.
 evaluate() { # NAME CHECKPOINT
+    translate_and_score "$1" "$2" "$BEAM"
+    [ -z "${GREEDY:-}" ] || translate_and_score "$1.greedy" "$2" 1
+}
+
+translate_and_score() { # NAME CHECKPOINT BEAM
     local name=$1 checkpoint=$2 out=$WORK/eval/$1
     if done_already "$out.json"; then return; fi
     device_flags
     mkdir -p "$WORK/eval"
-    say "translating test with $name (beam $BEAM)"
+    say "translating test with $name (beam $3)"
     # shellcheck disable=SC2086
     quietly "$out.log" "" fairseq-generate "$WORK/data-bin" --user-dir "$USER_DIR" --path "$checkpoint" \
-        --source-lang "$SRC" --target-lang "$TGT" --gen-subset test --beam "$BEAM" --max-tokens 4096 \
+        --source-lang "$SRC" --target-lang "$TGT" --gen-subset test --beam "$3" --max-tokens 4096 \
         --remove-bpe "${REMOVE_BPE:-sentencepiece}" $ALL_DATA $DEVICE_FLAGS
     tools score "$USER_DIR" "$checkpoint" "$out.log" "${REFERENCES:-$WORK/text/test.$TGT}" "$out" \
         "${BLEU_TOKENIZE:-13a}"

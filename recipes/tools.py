@@ -179,17 +179,33 @@ def score(user_dir, checkpoint, log, references, out, tokenize="13a"):
     complete(out + ".json", json.dumps(result, indent=2) + "\n")
 
 
+def result(work, name):
+    """What `score` found, or None."""
+    try:
+        with open(os.path.join(work, "eval", name + ".json"), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+
+
 def table(work, *names):
     """Prints what `score` found for all names as one Markdown table."""
-    print("| model | parameters | BLEU | chrF2 | tokens/s | sentences/s |")
-    print("|---|---:|---:|---:|---:|---:|")
+    results = {name: result(work, name) for name in names}
+    greedy = {name: result(work, name + ".greedy") for name in names}
+    with_greedy = all(greedy.values())
+    print(
+        "| model | parameters | BLEU | chrF2 |{} tokens/s | sentences/s |".format(
+            " BLEU greedy | chrF2 greedy |" if with_greedy else ""
+        )
+    )
+    print("|---|---:|---:|---:|---:|---:|" + "---:|---:|" * with_greedy)
     notes = []
     for name in names:
-        with open(os.path.join(work, "eval", name + ".json"), encoding="utf-8") as file:
-            r = json.load(file)
+        r, g = results[name], greedy[name]
         print(
-            "| {} | {:,} | {:.2f} | {:.2f} | {:,.0f} | {:,.1f} |".format(
+            "| {} | {:,} | {:.2f} | {:.2f} |{} {:,.0f} | {:,.1f} |".format(
                 name.replace("_", " "), r["parameters"], r["bleu"], r["chrf"],
+                " {:.2f} | {:.2f} |".format(g["bleu"], g["chrf"]) if with_greedy else "",
                 r["tokens_per_second"], r["sentences_per_second"],
             )
         )  # fmt: skip

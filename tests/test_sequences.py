@@ -125,7 +125,7 @@ def test_killed_at_any_line(finished, tmp_path, shards):
     finally:
         sys.settrace(before)
     assert len(lines) > 100
-    for last in range(1, len(lines), 7):
+    for last in range(1, len(lines), 17):
         folder, left = prepared(tmp_path / str(last)), [last]
 
         def work(folder=folder, left=left):
