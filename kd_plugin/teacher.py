@@ -178,6 +178,8 @@ class _Member:
         if self.missing is not None and not self.missing.any():
             self.missing = None
         self.model = build_model(path, state, _task_for(state, source, target), overrides)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
         if getattr(self.model.decoder, "adaptive_softmax", None) is not None:
             raise TeacherError(
                 "teacher {} has an adaptive softmax, which gives no distribution over the whole "
@@ -431,7 +433,7 @@ def _task_for(state: Dict, source: Dictionary, target: Dictionary) -> Translatio
 def build_model(
     path: str, state: Dict, task: Any, overrides: Dict[str, Any]
 ) -> FairseqEncoderDecoderModel:
-    """Build a checkpoint's model and load its weights; frozen, in eval mode.
+    """Build a checkpoint's model and load its weights; in eval mode.
 
     Args:
         path: for messages.
@@ -476,8 +478,6 @@ def build_model(
                 path, type(model).__name__
             )
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     return model.eval()
 
 

@@ -93,8 +93,10 @@ class CTranslate2Engine:
         import ctranslate2
 
         self.task, self.generation, self.max_positions = task, generation, max_positions
-        # on a CPU two single-threaded workers do more than one with two threads
-        self.workers = max(len(os.sched_getaffinity(0)), 1) if device == "cpu" else 1
+        cpu = device == "cpu"
+        # A CPU does more with a single-threaded worker per core, and with what fits its caches
+        self.workers = len(os.sched_getaffinity(0)) if cpu else 1
+        self.split = {"max_batch_size": 512, "batch_type": "tokens"} if cpu else {}
         self.translator = ctranslate2.Translator(
             str(model),
             device=device,
@@ -141,6 +143,7 @@ class CTranslate2Engine:
             max_decoding_length=longest + 1,
             min_decoding_length=max(g.min_len, 1),
             max_input_length=0,
+            **self.split,
             **how,
         )
 
