@@ -38,7 +38,7 @@ class FairseqEngine:
         more = {"lm_model": None, "lm_weight": generation.lm_weight}
         self.generator = task.build_generator(models, generation, extra_gen_cls_kwargs=more)
         strip = getattr(self.generator, "symbols_to_strip_from_output", {self.generator.eos})
-        self.strip = {*strip, self.generator.eos, task.target_dictionary.pad()}
+        self.strip = {*strip, self.generator.eos, task.target_dictionary.bos()}
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
         """The n-best lists of collated batches, one after the other."""
@@ -148,13 +148,14 @@ class CTranslate2Engine:
         )
 
     def _end(self, ids: List[int], results: Sequence[Any]) -> NBest:
-        end = self.task.target_dictionary[self.task.target_dictionary.eos()]
+        dictionary = self.task.target_dictionary
+        begin, end = dictionary[dictionary.bos()], dictionary[dictionary.eos()]
         found = {}
         for i, waiting in zip(ids, results):
             result = waiting.result()
             found[i] = [
                 Hypothesis(
-                    " ".join(symbol for symbol in symbols if symbol != end),
+                    " ".join(symbol for symbol in symbols if symbol not in (begin, end)),
                     float(score),
                     symbols[-1:] == [end],
                 )
