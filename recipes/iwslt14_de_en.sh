@@ -34,7 +34,8 @@
 #   TEACHER_FLAGS, STUDENT_FLAGS, TRAIN_FLAGS    added to the trainings: of the teacher, of both students, of all.
 #                      A toy run, on some 1000 lines; a teacher that is worse than a guess would be refused, so it
 #                      has to learn fast: AVERAGE=2 MAX_TOKENS=500 TEACHER_UPDATES=60 STUDENT_UPDATES=60 \
-#                      TRAIN_FLAGS="--encoder-embed-dim 32 --decoder-embed-dim 32 --lr 0.01 --warmup-updates 10"
+#                      TRAIN_FLAGS="--encoder-embed-dim 32 --decoder-embed-dim 32 --lr 0.01 --warmup-updates 10" \
+#                      SEQUENCES_FLAGS=--no-filters
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

@@ -8,7 +8,8 @@
 # Adapt:    your own text, in dir/{train,valid,test}.{de,en} (val and dev also do), one sentence per line:
 #               DATA=dir SRC=de TGT=en WORK=my-work bash recipes/quickstart.sh
 #           everything below is an environment variable. A toy run, one minute, to see that all works:
-#               SIZE=1000 HELD_OUT=100 VOCAB=400 UPDATES=40 TEACHER_DIM=32 STUDENT_DIM=16 WORK=toy-work bash ...
+#               SIZE=1000 HELD_OUT=100 VOCAB=400 UPDATES=40 TEACHER_DIM=32 STUDENT_DIM=16 WORK=toy-work \
+#               SEQUENCES_FLAGS=--no-filters bash ...    (what such a teacher writes, the filters would drop)
 #
 # Environment (see also setup.sh and stages.sh):
 #   WORK             quickstart-work   results; delete it to start again
