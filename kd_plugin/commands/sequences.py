@@ -225,7 +225,9 @@ def run(options: argparse.Namespace) -> None:
         )
     originals = _originals(options, data, corpus)
 
-    if not store.complete:
+    if store.complete:
+        store.clean_up()
+    else:
         states = sequences.read_teachers(paths, task, overrides, options.trust_checkpoint)
         models = sequences.build_teachers(states, task, overrides, cfg, device, dtype)
         plan = sequences.plan(
@@ -270,6 +272,9 @@ def run(options: argparse.Namespace) -> None:
     lock = sequences.alone(output.folder)
     if lock is None:
         print("{}: another process is writing it".format(output.folder), flush=True)
+        return
+    output = sequences.Output(options.output, output.settings)  # by now, another may have
+    if output.complete:
         return
     g = cfg.generation
     chosen = sequences.choose(corpus, store, student, choice, g.lenpen, g.unnormalized)

@@ -12,7 +12,7 @@ import torch
 from fairseq.data import Dictionary
 from tqdm import tqdm
 
-from ..files import FileError, differences, locked, read_json, temporary, write_json
+from ..files import UNFINISHED, FileError, differences, locked, read_json, temporary, write_json
 from . import databin
 from .corpus import Corpus
 from .databin import DataBin
@@ -186,11 +186,15 @@ class Output:
         elif self.folder.exists() and not self.folder.is_dir():
             raise FileError("--output {}: expected a folder, found a file".format(folder))
         elif self.folder.is_dir() and set(os.listdir(self.folder)) - {"hypotheses", ".lock"}:
-            if not list(self.folder.glob("*.new")):
+            if not self._unfinished():
                 raise FileError(
                     "--output {} holds files that this command did not write: choose another "
                     "folder".format(folder)
                 )
+
+    def _unfinished(self) -> List[Path]:
+        """What a kill has left; it is removed last, so without it nothing of ours is there."""
+        return list(self.folder.glob("data.*" + UNFINISHED))
 
     def differences(self) -> List[str]:
         """Where what is there was made with other settings."""
@@ -254,6 +258,10 @@ class Output:
                     len(corpus.source), said(chosen.dropped) or "none was decoded"
                 )
             )
+        for left in self._unfinished():
+            shutil.rmtree(left)
+        for left in self.folder.glob(_RECORD + ".*" + UNFINISHED):
+            left.unlink()
         new = temporary(self.folder / "data")
         new.mkdir(parents=True)
         try:
@@ -265,12 +273,14 @@ class Output:
                 "means": chosen.means,
                 "files": sorted(path.name for path in new.iterdir() if path.is_file()),
             }
-            shutil.rmtree(self.folder / _TEXT, ignore_errors=True)
-            for path in new.iterdir():
-                os.replace(path, self.folder / path.name)
-            write_json(self.folder / _RECORD, record)
-        finally:
+        except BaseException:
             shutil.rmtree(new, ignore_errors=True)
+            raise
+        shutil.rmtree(self.folder / _TEXT, ignore_errors=True)
+        for path in list(new.iterdir()):
+            os.replace(path, self.folder / path.name)
+        write_json(self.folder / _RECORD, record)
+        shutil.rmtree(new, ignore_errors=True)
         self.found = record
 
     def _write_split(

@@ -12,6 +12,7 @@ The likeliest hypothesis is the first one. A score is fairseq's: the sum of the 
 nats, divided by the length (end of sentence included) to the power of ``--lenpen``.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from ..files import (
+    UNFINISHED,
     FileError,
     Shards,
     all_or_nothing,
@@ -130,8 +132,15 @@ class HypothesisStore:
             # another shard ended at the same moment, merged the same lines, and cleaned up
             if not self.complete:
                 raise
-        shutil.rmtree(self.folder / _SHARDS, ignore_errors=True)
+        self.clean_up()
         return True
+
+    def clean_up(self) -> None:
+        """Of complete lists: the shards, and what a kill left of a merge."""
+        shutil.rmtree(self.folder / _SHARDS, ignore_errors=True)
+        for file in self.folder.glob("*" + UNFINISHED):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def __iter__(self) -> Iterator[Tuple[int, List[Hypothesis]]]:
         """Sentences with their lists, in the order of the data.
