@@ -273,7 +273,7 @@ def run(options: argparse.Namespace) -> None:
     if lock is None:
         print("{}: another process is writing it".format(output.folder), flush=True)
         return
-    output = sequences.Output(options.output, output.settings)  # by now, another may have
+    output.look()  # another process may have written it
     if output.complete:
         return
     g = cfg.generation

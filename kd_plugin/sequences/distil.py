@@ -179,11 +179,10 @@ class Output:
     def __init__(self, folder: str, settings: Dict[str, Any]) -> None:
         self.folder, self.settings = Path(folder), settings
         self.found: Optional[Dict[str, Any]] = None
-        if (self.folder / _RECORD).is_file():
-            self.found = read_json(self.folder / _RECORD)
-            if not isinstance(self.found.get("settings"), dict):
-                raise FileError("{} is not a record of this command".format(folder))
-        elif self.folder.exists() and not self.folder.is_dir():
+        self.look()
+        if self.complete:
+            return
+        if self.folder.exists() and not self.folder.is_dir():
             raise FileError("--output {}: expected a folder, found a file".format(folder))
         elif self.folder.is_dir() and set(os.listdir(self.folder)) - {"hypotheses", ".lock"}:
             if not self._unfinished():
@@ -191,6 +190,13 @@ class Output:
                     "--output {} holds files that this command did not write: choose another "
                     "folder".format(folder)
                 )
+
+    def look(self) -> None:
+        """Read the record, if by now there is one."""
+        if (self.folder / _RECORD).is_file():
+            self.found = read_json(self.folder / _RECORD)
+            if not isinstance(self.found.get("settings"), dict):
+                raise FileError("{} is not a record of this command".format(self.folder))
 
     def _unfinished(self) -> List[Path]:
         """What a kill has left; it is removed last, so without it nothing of ours is there."""
