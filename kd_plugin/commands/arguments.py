@@ -63,6 +63,31 @@ def shard_of_process(options: Any) -> Tuple[int, int, int]:
     return shards, shard, device % gpus if gpus else 0
 
 
+def useless_for_decoding(options: Any) -> List[str]:
+    """What is wrong with flags of fairseq-generate that none of our commands can do."""
+    without = {
+        "lm_path": None,
+        "replace_unk": None,
+        "constraints": None,
+        "print_alignment": None,
+        "score_reference": False,
+        "prefix_size": 0,
+        "retain_dropout": False,
+        "results_path": None,
+        "iter_decode_with_beam": 1,
+    }
+    faults = [
+        "--{} cannot be used here".format(name.replace("_", "-"))
+        for name, default in without.items()
+        if getattr(options, name, default) not in (default, None)
+    ]
+    if getattr(options, "amp", False):
+        faults.append("--amp is for training: take --fp16, --bf16 or neither")
+    if len(utils.split_paths(options.data or "")) > 1:
+        faults.append("DATA: one folder, not several")
+    return faults
+
+
 def exit_code(prog: str, work: Callable[[], Any]) -> int:
     """Do a command's work; what can go wrong with a user's files and flags is one line."""
     _log_like_fairseq()

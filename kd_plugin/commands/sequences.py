@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import sentencepiece
-import torch
 from fairseq import options as fairseq_options
-from fairseq import tasks, utils
-from fairseq.data import data_utils
+from fairseq import utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from .. import sequences
 from ..checkpoint import digest
 from ..files import FileError
-from .arguments import Help, accept_user_dir, exit_code, parse_like_fairseq, shard_of_process
+from .arguments import (
+    Help,
+    accept_user_dir,
+    exit_code,
+    parse_like_fairseq,
+    shard_of_process,
+    useless_for_decoding,
+)
 
 PROG = "fairseq-kd-sequences"
 _COMPUTE_TYPES = (
@@ -165,11 +170,11 @@ def run(options: argparse.Namespace) -> None:
         with open_dict(cfg):
             cfg.dataset.max_tokens = 12000  # as fairseq-generate
     num_shards, shard_id, device_id = shard_of_process(options)
-    device, dtype = _device(cfg, device_id)
-    task = _set_up(cfg)
+    device, dtype = sequences.placement(cfg, device_id)
+    task = sequences.set_up_task(cfg)
     langs = cfg.task.source_lang, cfg.task.target_lang
     data = sequences.DataBin(cfg.task.data, *langs)
-    detokenise, to_subwords = _text_functions(task, cfg)
+    detokenise, to_subwords = sequences.text_functions(task, cfg)
     student = _student(options, data, detokenise, _wants_text(options))
 
     overrides = ast.literal_eval(cfg.common_eval.model_overrides)
@@ -285,22 +290,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _refuse(options: argparse.Namespace) -> None:
     """Flags that mean nothing here, or need others."""
-    unusable = {
-        "lm_path": None,
-        "replace_unk": None,
-        "constraints": None,
-        "print_alignment": None,
-        "score_reference": False,
-        "prefix_size": 0,
-        "retain_dropout": False,
-        "results_path": None,
-        "iter_decode_with_beam": 1,
-    }
-    faults = [
-        "--{} cannot be used here".format(name.replace("_", "-"))
-        for name, default in unusable.items()
-        if getattr(options, name, default) not in (default, None)
-    ]
+    faults = useless_for_decoding(options)
     if not options.path:
         faults.append("--path: expected the teacher's checkpoint, or several with ':' between")
     if options.nbest > options.beam:
@@ -321,10 +311,6 @@ def _refuse(options: argparse.Namespace) -> None:
         faults.append("--min-score-quantile must be from 0 to below 1")
     if options.min_closeness is not None and not 0 <= options.min_closeness <= 100:
         faults.append("--min-closeness must be from 0 to 100")
-    if getattr(options, "amp", False):
-        faults.append("--amp is for training: take --fp16, --bf16 or neither")
-    if len(utils.split_paths(options.data or "")) > 1:
-        faults.append("DATA: one folder, not several")
     if options.engine == "ctranslate2":
         if options.task != "translation":
             faults.append("--engine ctranslate2 takes --task translation alone")
@@ -343,40 +329,7 @@ def _refuse(options: argparse.Namespace) -> None:
         raise FileError("; ".join(faults))
 
 
-def _device(cfg: Any, device_id: int) -> Tuple[torch.device, torch.dtype]:
-    cuda = torch.cuda.is_available() and not cfg.common.cpu
-    if cfg.common.fp16 and not cuda:
-        raise FileError("--fp16 needs a GPU; on a CPU take --bf16 or neither")
-    if cuda:
-        torch.cuda.set_device(device_id)
-    dtype = torch.float32
-    if cfg.common.fp16 or cfg.common.bf16:
-        dtype = torch.float16 if cfg.common.fp16 else torch.bfloat16
-    return torch.device("cuda", device_id) if cuda else torch.device("cpu"), dtype
 
-
-def _set_up(cfg: Any) -> Any:
-    try:
-        return tasks.setup_task(cfg.task)
-    except Exception as error:  # fairseq's is a bare Exception, or an assertion
-        raise FileError("the data cannot be read: {}".format(error or repr(error))) from error
-
-
-def _text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[[str], str]]:
-    """From subwords to running text, as fairseq-generate does it, and back, as -interactive."""
-    bpe, tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
-    symbol = cfg.common_eval.post_process
-
-    def to_text(subwords: str) -> str:
-        text = data_utils.post_process(subwords, symbol)
-        text = text if bpe is None else bpe.decode(text)
-        return text if tokenizer is None else tokenizer.decode(text)
-
-    def to_subwords(text: str) -> str:
-        text = text if tokenizer is None else tokenizer.encode(text)
-        return " ".join((text if bpe is None else bpe.encode(text)).split())
-
-    return to_text, to_subwords
 
 
 def _encoding(cfg: Any) -> Dict[str, Any]:

@@ -1,12 +1,12 @@
 """Sequence-level distillation: data that say what the teacher says (Kim & Rush 2016)."""
 
-from .corpus import Corpus, describe, plan
+from .corpus import Corpus, describe, plan, text_functions
 from .databin import DataBin, carried_files
 from .distil import Choice, Output, Student, alone, choose, decode, summary_lines
 from .engines import CTranslate2Engine, FairseqEngine, converted
 from .hypotheses import Hypothesis, HypothesisStore
 from .select import METRICS, Filters
-from .teachers import build_teachers, read_teachers
+from .teachers import build_teachers, placement, read_teachers, set_up_task
 
 __all__ = [
     "METRICS",
@@ -27,7 +27,10 @@ __all__ = [
     "converted",
     "decode",
     "describe",
+    "placement",
     "plan",
     "read_teachers",
+    "set_up_task",
     "summary_lines",
+    "text_functions",
 ]

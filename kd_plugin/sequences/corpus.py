@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -89,6 +89,23 @@ def _binarise(
     writer.close()
     for end in (".bin", ".idx"):  # without the second one there is none
         os.replace(str(new) + end, str(prefix) + end)
+
+
+def text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[[str], str]]:
+    """From subwords to running text, as fairseq-generate does it, and back, as -interactive."""
+    bpe, tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
+    symbol = cfg.common_eval.post_process
+
+    def to_text(subwords: str) -> str:
+        text = data_utils.post_process(subwords, symbol)
+        text = text if bpe is None else bpe.decode(text)
+        return text if tokenizer is None else tokenizer.decode(text)
+
+    def to_subwords(text: str) -> str:
+        text = text if tokenizer is None else tokenizer.encode(text)
+        return " ".join((text if bpe is None else bpe.encode(text)).split())
+
+    return to_text, to_subwords
 
 
 def plan(

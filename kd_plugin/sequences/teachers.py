@@ -4,13 +4,44 @@ import logging
 from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
+from fairseq import tasks
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationTask
 
 from .. import checkpoint
+from ..files import FileError
 from ..teacher import TeacherError, build_model, check_sizes, find_dictionaries
 
 logger = logging.getLogger(__name__)
+
+
+def placement(cfg: Any, device_id: int) -> Tuple[torch.device, torch.dtype]:
+    """Where fairseq's flags have models run, and in which precision.
+
+    Raises:
+        FileError: in one that the device has not.
+    """
+    cuda = torch.cuda.is_available() and not cfg.common.cpu
+    if cfg.common.fp16 and not cuda:
+        raise FileError("--fp16 needs a GPU; on a CPU take --bf16 or neither")
+    if cuda:
+        torch.cuda.set_device(device_id)
+    dtype = torch.float32
+    if cfg.common.fp16 or cfg.common.bf16:
+        dtype = torch.float16 if cfg.common.fp16 else torch.bfloat16
+    return torch.device("cuda", device_id) if cuda else torch.device("cpu"), dtype
+
+
+def set_up_task(cfg: Any) -> Any:
+    """The task of fairseq's flags, with the dictionaries of its data.
+
+    Raises:
+        FileError: they cannot be read.
+    """
+    try:
+        return tasks.setup_task(cfg.task)
+    except Exception as error:  # fairseq's is a bare Exception, or an assertion
+        raise FileError("the data cannot be read: {}".format(error or repr(error))) from error
 
 
 def read_teachers(
