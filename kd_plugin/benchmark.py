@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from copy import deepcopy
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -31,21 +31,9 @@ from .divergences import NAMES, divergence
 from .objective import Settings, distillation_objective
 from .signal import Member, TeacherSignal
 from .task import RUN_TEACHER, KDTranslationConfig, KDTranslationTask
+from .timing import Spread
 
 STOCK = "label_smoothed_cross_entropy"
-
-
-class Spread(NamedTuple):
-    """Median and quartiles over the rounds."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        low, median, high = np.percentile(values, (25, 50, 75))
-        return cls(float(median), float(low), float(high))
 
 
 class Timings:

@@ -16,7 +16,7 @@ import sentencepiece
 from fairseq import options as fairseq_options
 from fairseq import utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 
 from .. import sequences
 from ..checkpoint import digest
@@ -186,7 +186,7 @@ def run(options: argparse.Namespace) -> None:
         "overrides": {str(k): repr(v) for k, v in overrides.items()},
         "task": options.task,
         **sequences.describe(data, cfg.dataset.gen_subset, options.source_text, cfg.task),
-        "source_text_encoding": _encoding(cfg) if options.source_text else None,
+        "source_text_encoding": sequences.describe_text(cfg) if options.source_text else None,
         "engine": options.engine,
         "precision": str(dtype) if fairseq_engine else compute_type,
         "generation": OmegaConf.to_container(cfg.generation),
@@ -205,7 +205,7 @@ def run(options: argparse.Namespace) -> None:
             "filters": dict(choice.filters._asdict()),
             "min_closeness": choice.min_closeness,
             "min_score_quantile": choice.min_score_quantile,
-            "text": _encoding(cfg),
+            "text": sequences.describe_text(cfg),
             "original": options.repeat_original if options.mix else 0,
             "student_spm": digest(options.student_spm) if options.student_spm else None,
             "student_files": {
@@ -327,20 +327,6 @@ def _refuse(options: argparse.Namespace) -> None:
         faults.append("--compute-type needs --engine ctranslate2")
     if faults:
         raise FileError("; ".join(faults))
-
-
-
-
-
-def _encoding(cfg: Any) -> Dict[str, Any]:
-    """How text and subwords hang together."""
-    found: Dict[str, Any] = {"remove_bpe": cfg.common_eval.post_process}
-    for name in ("bpe", "tokenizer"):
-        part = cfg[name]
-        if part is not None:
-            plain = dict(part) if isinstance(part, DictConfig) else vars(part)
-            found[name] = {str(k): v for k, v in plain.items() if isinstance(v, (str, int, bool))}
-    return found
 
 
 def _wants_text(options: argparse.Namespace) -> Optional[str]:

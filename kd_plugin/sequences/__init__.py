@@ -1,6 +1,6 @@
 """Sequence-level distillation: data that say what the teacher says (Kim & Rush 2016)."""
 
-from .corpus import Corpus, describe, plan, text_functions
+from .corpus import Corpus, describe, describe_text, plan, text_functions
 from .databin import DataBin, carried_files
 from .distil import Choice, Output, Student, alone, choose, decode, summary_lines
 from .engines import CTranslate2Engine, FairseqEngine, converted
@@ -27,6 +27,7 @@ __all__ = [
     "converted",
     "decode",
     "describe",
+    "describe_text",
     "placement",
     "plan",
     "read_teachers",

@@ -170,3 +170,14 @@ def describe(
         "languages": {k: repr(v) for k, v in options.items() if "lang" in str(k)},
         "truncate_source": options.get("max_source_positions") if cut else None,
     }
+
+
+def describe_text(cfg: Any) -> Dict[str, Any]:
+    """How text and subwords hang together."""
+    found: Dict[str, Any] = {"remove_bpe": cfg.common_eval.post_process}
+    for name in ("bpe", "tokenizer"):
+        part = cfg[name]
+        if part is not None:
+            plain = dict(part) if isinstance(part, DictConfig) else vars(part)
+            found[name] = {str(k): v for k, v in plain.items() if isinstance(v, (str, int, bool))}
+    return found

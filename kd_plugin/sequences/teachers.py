@@ -44,10 +44,24 @@ def set_up_task(cfg: Any) -> Any:
         raise FileError("the data cannot be read: {}".format(error or repr(error))) from error
 
 
+_TO_DISTIL = (
+    "Decode data that was binarised with the teacher's own dictionaries and subwords "
+    "(fairseq-preprocess --srcdict --tgtdict), and name the student's with --student-data DIR "
+    "--student-spm MODEL."
+)
+
+
 def read_teachers(
-    paths: Sequence[str], task: Any, overrides: Dict[str, Any], trust: bool
+    paths: Sequence[str],
+    task: Any,
+    overrides: Dict[str, Any],
+    trust: bool,
+    otherwise: str = _TO_DISTIL,
 ) -> List[Tuple[str, Dict[str, Any]]]:
     """Read checkpoints whose dictionaries are the task's.
+
+    Args:
+        otherwise: what to do if they are not.
 
     Raises:
         TeacherError: they are not; CheckpointError: a file cannot be read.
@@ -57,13 +71,13 @@ def read_teachers(
         state = checkpoint.read_checkpoint(path, trust)
         # other tasks add language symbols to the dictionaries' files
         if isinstance(task, TranslationTask):
-            _check_dictionaries(path, state, task, overrides)
+            _check_dictionaries(path, state, task, overrides, otherwise)
         found.append((path, state))
     return found
 
 
 def _check_dictionaries(
-    path: str, state: Dict[str, Any], task: Any, overrides: Dict[str, Any]
+    path: str, state: Dict[str, Any], task: Any, overrides: Dict[str, Any], otherwise: str
 ) -> None:
     langs = (task.cfg.source_lang, task.cfg.target_lang)
     ours = (task.source_dictionary, task.target_dictionary)
@@ -76,11 +90,9 @@ def _check_dictionaries(
         if different:
             raise TeacherError(
                 "teacher {}: its {} dictionary ({}, {} symbols) is not the data's ({} symbols); "
-                "{}. Decode data that was binarised with the teacher's own dictionaries and "
-                "subwords (fairseq-preprocess --srcdict --tgtdict), and name the student's with "
-                "--student-data DIR --student-spm MODEL. If the dictionaries found are not the "
-                "teacher's, put its own beside the checkpoint.".format(
-                    path, side, found[2], len(theirs), len(mine), different
+                "{}. {} If the dictionaries found are not its own, put those beside the "
+                "checkpoint.".format(
+                    path, side, found[2], len(theirs), len(mine), different, otherwise
                 )
             )
     check_sizes(path, state, *ours, "of the data")
