@@ -1,5 +1,6 @@
 """Models without the plugin: plain checkpoints for stock fairseq, folders for CTranslate2."""
 
+import json
 import os
 import re
 import tempfile
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from . import checkpoint
+from .files import FileError, read_json
 
 QUANTIZATIONS = (
     "float32",
@@ -28,6 +30,7 @@ QUANTIZATIONS = (
     "int8_float16",
     "int8_bfloat16",
 )
+RECORD = "kd_export.json"  # in a CTranslate2 folder: what it was made of
 _TASKS = ("translation", "kd_translation")
 
 # fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
@@ -281,6 +284,30 @@ def convert(path: str, stock: Dict[str, Any], folder: Path, quantization: str = 
             converter.convert(str(folder), quantization=quantization)
         except Exception as error:
             raise _not_taken(path, str(error).strip() or type(error).__name__) from error
+
+
+def read_record(folder: Path) -> Dict[str, Any]:
+    """What a CTranslate2 folder was made of; empty for one that another tool has made."""
+    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+
+
+def symbols_of(folder: Path) -> Tuple[Set[str], Set[str]]:
+    """The source and target symbols that a CTranslate2 folder knows.
+
+    Raises:
+        FileError: its vocabularies cannot be read.
+    """
+    shared = folder / "shared_vocabulary.json"
+    files = [folder / "source_vocabulary.json", folder / "target_vocabulary.json"]
+    if shared.is_file():
+        files = [shared, shared]
+    try:
+        source, target = [set(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    except (OSError, ValueError, TypeError) as error:
+        raise FileError(
+            "{}: expected a model of CTranslate2 4 with its vocabularies ({})".format(folder, error)
+        ) from None
+    return source, target
 
 
 def _ctranslate2() -> Any:

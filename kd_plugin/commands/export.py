@@ -20,14 +20,13 @@ from fairseq.data import Dictionary, data_utils
 
 from .. import export, verification
 from ..checkpoint import average, digest, get, read_checkpoint, section
-from ..export import ExportError
+from ..export import RECORD, ExportError
 from ..files import temporary, write_json
 from ..sequences import DataBin
 from ..teacher import find_dictionaries
 from .arguments import Help, exit_code
 
 PROG = "fairseq-kd-export"
-RECORD = "kd_export.json"
 logger = logging.getLogger("kd_plugin.export")
 
 
