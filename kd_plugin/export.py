@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Set, Tuple
 import torch
 from fairseq import models
 from fairseq.data import Dictionary
-from fairseq.dataclass.configs import GenerationConfig
+from fairseq.dataclass.configs import DatasetConfig, GenerationConfig
 from fairseq.modules import SinusoidalPositionalEmbedding
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
@@ -169,7 +169,8 @@ def stock_state(
             "task": _task_section(path, state, langs),
             "model": {k: _plain(path, k, v) for k, v in sorted(vars(args).items())},
             "criterion": None,
-            # read by fairseq's hub interface
+            # read by fairseq's hub interface; fields of the task refer to its dataset's
+            "dataset": OmegaConf.to_container(OmegaConf.structured(DatasetConfig)),
             "generation": OmegaConf.to_container(OmegaConf.structured(GenerationConfig)),
             "bpe": None,
             "tokenizer": None,
