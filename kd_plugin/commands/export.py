@@ -297,7 +297,7 @@ def _write_stock(
         lines.append(
             "| verified in stock fairseq: {} sentences of {} translated the same (beam {}), "
             "scores within {:.1g} per token".format(
-                len(text), options.gen_subset, options.beam, difference
+                text.sentences, options.gen_subset, options.beam, difference
             )
         )
     return lines
