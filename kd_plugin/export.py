@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Set, Tuple
 import torch
 from fairseq import models
 from fairseq.data import Dictionary
-from fairseq.dataclass.configs import GenerationConfig
+from fairseq.dataclass.configs import DatasetConfig, GenerationConfig
 from fairseq.modules import SinusoidalPositionalEmbedding
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
@@ -172,7 +172,8 @@ def stock_state(
             "task": _task_section(path, state, langs),
             "model": {k: _plain(path, k, v) for k, v in sorted(vars(args).items())},
             "criterion": None,
-            # read by fairseq's hub interface
+            # read by fairseq's hub interface; fields of the task refer to its dataset's
+            "dataset": OmegaConf.to_container(OmegaConf.structured(DatasetConfig)),
             "generation": OmegaConf.to_container(OmegaConf.structured(GenerationConfig)),
             "bpe": None,
             "tokenizer": None,
@@ -194,6 +195,21 @@ def stock_state(
         "extra_state": {},
         "last_optimizer_state": None,
     }
+
+
+def shortened(stock: Dict[str, Any], longest: int) -> Dict[str, Any]:
+    """A ``stock_state`` for sentences of at most so many tokens, with no positions beyond.
+
+    CTranslate2 writes them all down in float32, sinusoidal ones too: a fifth of a small model.
+    """
+    model, weights = dict(stock["cfg"]["model"]), dict(stock["model"])
+    for side, module in (("source", "encoder"), ("target", "decoder")):
+        name = "max_{}_positions".format(side)
+        model[name] = min(model[name], longest)
+        table = module + ".embed_positions.weight"
+        if table in weights:  # learned; fairseq counts from after the padding's index
+            weights[table] = weights[table][: model[name] + Dictionary().pad() + 1]
+    return {**stock, "cfg": {**stock["cfg"], "model": model}, "model": weights}
 
 
 def _task_section(path: str, state: Dict[str, Any], langs: Tuple[str, str]) -> Dict[str, Any]:

@@ -165,8 +165,7 @@ average() { # NAME COUNT
         sed "s|.*|$folder/checkpoint&.pt|" | paste -sd: -)
     [ -n "$paths" ] || die "expected at least one whole epoch's checkpoint in $folder; train for longer."
     quietly "$folder/average.log" "" env PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" \
-        python -m kd_plugin.commands.export --path "$paths" --average --output "$folder/averaged.new.pt"
-    mv "$folder/averaged.new.pt" "$folder/averaged.pt"
+        python -m kd_plugin.commands.export --path "$paths" --average --output "$folder/averaged.pt"
 }
 
 # Translates test; scores against the raw references; notes size and speed.

@@ -53,6 +53,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="SentencePiece model to put into CTranslate2's folder; implies --remove-bpe "
         "sentencepiece",
     )
+    add(
+        "--max-positions",
+        type=int,
+        metavar="N",
+        help="longest sentence, in subwords, that CTranslate2's model takes; a small model gets "
+        "smaller by what is left out (default: the checkpoint's)",
+    )
     add("-s", "--source-lang", metavar="SRC", help="(default: the checkpoint's)")
     add("-t", "--target-lang", metavar="TRG", help="(default: the checkpoint's)")
     add("--overwrite", action="store_true", help="replace what is there, once the new one is good")
@@ -111,6 +118,8 @@ def run(options: argparse.Namespace) -> None:
     langs = _languages(options, path, state)
     data, source, target = _dictionaries(options, path, state, langs)
     stock = export.stock_state(path, state, source, target, langs)
+    if options.max_positions:
+        stock = export.shortened(stock, options.max_positions)
     with _text(options, path, data, stock) as text, _replacing(output, options.overwrite) as new:
         if to_ctranslate2:
             record = _write_ctranslate2(options, paths, state, stock, text, new)
@@ -132,9 +141,12 @@ def _refuse(options: argparse.Namespace, paths: List[str], output: Path) -> None
             "be exported".format(len(paths))
         )
     if options.format == "fairseq":
-        for name in ("quantization", "spm"):
-            if getattr(options, name):
-                faults.append("--{} needs --format ctranslate2".format(name))
+        for name in ("quantization", "spm", "max_positions"):
+            if getattr(options, name) is not None:
+                flag = name.replace("_", "-")
+                faults.append("--{} needs --format ctranslate2".format(flag))
+    if options.max_positions is not None and options.max_positions < 2:
+        faults.append("--max-positions must be 2 or more")
     if options.beam < 1:
         faults.append("--beam must be 1 or more")
     if options.verify_sentences is not None and options.verify_sentences < 0:
@@ -284,7 +296,7 @@ def _write_stock(
         lines.append(
             "| verified in stock fairseq: {} sentences of {} translated the same (beam {}), "
             "scores within {:.1g} per token".format(
-                len(text), options.gen_subset, options.beam, difference
+                text.sentences, options.gen_subset, options.beam, difference
             )
         )
     return lines
