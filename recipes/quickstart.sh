@@ -19,7 +19,7 @@
 #   VOCAB            2000              joint SentencePiece vocabulary
 #   TEACHER_LAYERS, TEACHER_DIM        2, 128    of encoder and decoder each; the ffn is 4 times as wide
 #   STUDENT_LAYERS, STUDENT_DIM        1, 48
-#   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 800 and 1200
+#   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 700 and 900
 #   MAX_TOKENS       2048              per batch
 #   TEACHER_LR, STUDENT_LR             0.004, 0.006
 #   KD_WEIGHT, KD_TEMPERATURE          0.5, 1
@@ -60,9 +60,9 @@ model() { # LAYERS DIM LR UPDATES
 }
 set -f # the flags are split into words, and nothing else
 teacher=$(model "${TEACHER_LAYERS:-2}" "${TEACHER_DIM:-128}" "${TEACHER_LR:-0.004}" \
-    "${TEACHER_UPDATES:-${UPDATES:-800}}")
+    "${TEACHER_UPDATES:-${UPDATES:-700}}")
 student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-48}" "${STUDENT_LR:-0.006}" \
-    "${STUDENT_UPDATES:-${UPDATES:-1200}}")
+    "${STUDENT_UPDATES:-${UPDATES:-900}}")
 
 best=checkpoint_best.pt
 teacher_checkpoint=$WORK/models/teacher/$best
@@ -77,7 +77,11 @@ train sequence_level_student $student --dropout 0 $(plain_flags)
 cache_teacher "$teacher_checkpoint"
 train sequence_and_word_level_student $student --dropout 0 $(distil_flags "$teacher_checkpoint")
 
-models="teacher plain_student word_level_student sequence_level_student sequence_and_word_level_student"
-for name in $models; do evaluate $name "$WORK/models/$name/$best"; done
-print_table $models
+unset DATA_BIN
+export_int8 sequence_and_word_level_student "$WORK/models/sequence_and_word_level_student/$best"
+models=
+for name in teacher plain_student word_level_student sequence_level_student sequence_and_word_level_student; do
+    models="$models $name=$WORK/models/$name/$best"
+done
+REPORT_FLAGS="--baseline plain_student ${REPORT_FLAGS:-}" judge $models
 say "All of it is in $WORK ($SECONDS s)."

@@ -243,12 +243,12 @@ class _Decoder:
                     record.get("max_target_positions", 1024),
                 )
             ]
-            size = sum(file.stat().st_size for file in self.model.iterdir() if file.is_file())
+            files = [file for file in self.model.iterdir() if file.is_file()]
             self.about = {
                 "parameters": record.get("parameters"),
                 "parameters_without_embeddings": record.get("parameters_without_embeddings"),
-                "bytes": size,
-                "file_bytes": size,
+                "bytes": (self.model / "model.bin").stat().st_size,
+                "file_bytes": sum(file.stat().st_size for file in files),
                 "precision": record.get("quantization"),
             }
         else:

@@ -155,8 +155,8 @@ def _cost(report: Dict[str, Any]) -> Table:
         "source symbols to target symbols.".format(
             report["repeats"], report["device"], report["threads"]
         ),
-        "MB: what inference needs, without optimizer state. Peak memory: of decoding, beyond what "
-        "the process held before the model was opened.",
+        "MB: the model alone, without optimizer state or vocabulary; file MB: all that is there. "
+        "Peak memory: of decoding, beyond what the process held before the model was opened.",
         "Speed-up: sentences/s over those of {}, beam {}.".format(
             report["teacher"], report["beam"]
         ),
