@@ -203,7 +203,7 @@ def _settings(asked: Asked, data: _Data) -> Dict[str, Any]:
 
 def _about(model: Model, data: _Data) -> Dict[str, Any]:
     own = {}
-    if model.data != str(data.corpus.data.folder):
+    if Path(model.data) != data.corpus.data.folder:
         bins = sequences.DataBin(model.data, *data.corpus.data.langs)
         own = sequences.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
     return {"model": model.fingerprint(), "model_data": own}
@@ -353,7 +353,7 @@ def _differences(
             why[model.name] = "it failed"
         elif model.kind == CTRANSLATE2:
             why[model.name] = "CTranslate2 tells no distributions"
-        elif model.data != str(data.corpus.data.folder):
+        elif Path(model.data) != data.corpus.data.folder:
             why[model.name] = "it has a vocabulary of its own"
         elif data.binarised is None:
             why[model.name] = "the data-bin has no references"

@@ -225,7 +225,8 @@ class _Decoder:
         cfg = configuration(options, model)
         utils.import_user_module(cfg.common)
         self.device, dtype = sequences.placement(cfg, cfg.distributed_training.device_id)
-        self.task, self.generation, self.seed = sequences.set_up_task(cfg), cfg.generation, 1
+        self.task = sequences.set_up_task(cfg)
+        self.generation, self.seed = cfg.generation, cfg.common.seed
         langs = self.task.cfg.source_lang, self.task.cfg.target_lang
         data = sequences.DataBin(model.data, *langs)
         corpus = sequences.Corpus.of_subset(self.task, data, cfg.dataset.gen_subset)
@@ -278,9 +279,7 @@ class _Decoder:
             cfg.common.seed,
         )
         dataset = corpus.dataset
-        self.batches = [
-            dataset.collater([dataset[int(i)] for i in batch if i < len(dataset)]) for batch in plan
-        ]
+        self.batches = [dataset.collater([dataset[int(i)] for i in batch]) for batch in plan]
         gc.collect()
         _forget_peak()
 

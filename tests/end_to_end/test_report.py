@@ -63,7 +63,7 @@ def judged(corpus, teacher, distilled, int8, tmp_path_factory) -> Judged:
     log = folder.parent / "train.log"
     log.write_text(distilled.run.text)
     run = judge(
-        *(corpus.data, folder),
+        *("{}/".format(corpus.data), folder),
         {"teacher": teacher, "student": distilled.checkpoint, "int8": int8},
         *("--greedy", "--reference", corpus.text / "test.bb", "--logs", "student={}".format(log)),
     ).ok()
