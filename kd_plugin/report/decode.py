@@ -129,11 +129,12 @@ def measure(
     try:
         for model in dict.fromkeys(system.model for _, system in missing):
             print("opening {}".format(model.name), flush=True)
-            worker = workers[model.name] = _Worker(model, options)
+            workers[model.name] = _Worker(model, options)
+        for name, worker in workers.items():
             try:
-                measured[model.name].about = worker.about()
+                measured[name].about = worker.about()
             except FileError as error:
-                failures[model.name] = str(error)
+                failures[name] = str(error)
         for number, system in missing:
             name = system.model.name
             if name in failures:
