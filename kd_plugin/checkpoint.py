@@ -75,6 +75,10 @@ _TORCH_GLOBALS = (
     *(("torch", kind + "Storage") for kind in ("Byte", "Char", "Short", "Int", "Long")),
 )
 
+# fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
+# later ones do not know them
+SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$")
+
 # Since 2.6 torch.load has weights_only by default, with an allow-list that can name aliases.
 _TORCH_CHECKS_GLOBALS = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) >= (2, 6)
 
