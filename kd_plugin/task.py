@@ -19,6 +19,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import II
 
 from .cache import CachedSubset, CacheError, TaughtDataset, describe_data
 from .configuration import CRITERION, choice_value
@@ -82,6 +83,8 @@ class KDTranslationConfig(TranslationConfig):
             "whatever code the file asks for; only for files you trust"
         },
     )
+    # fairseq's own, which tasks are not told otherwise
+    disable_validation: bool = II("dataset.disable_validation")
 
 
 # The fields that are about a teacher that is run, as opposed to one in a cache
@@ -156,16 +159,7 @@ class KDTranslationTask(TranslationTask):
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)
-        kept = _kept(dataset, max_positions)
-        if isinstance(dataset, TaughtDataset):
-            untaught = kept & ~dataset.has_rows
-            if untaught.any():
-                self._cache_fault = self._cache_fault or _untaught(dataset, untaught)
-        elif kept.any():
-            self._longest = (
-                max(self._longest[0], int(dataset.src_sizes[kept].max())),
-                max(self._longest[1], int(dataset.tgt_sizes[kept].max())),
-            )
+        self._look_over(dataset, max_positions)
         # Newer fairseq draws the order of equally long sentences from seed + epoch and keeps the
         # batches that come of it: a run resumed later than in epoch 1 would get other batches.
         epoch, cached = kwargs.get("epoch", 1), self.dataset_to_epoch_iter.get(dataset)
@@ -177,11 +171,30 @@ class KDTranslationTask(TranslationTask):
             _remember(iterator, self._queue)
         return iterator
 
+    def _look_over(self, dataset: Any, max_positions: Any) -> None:
+        """Note what the sentences within these limits will ask of the teacher or the cache."""
+        kept = _kept(dataset, max_positions)
+        if isinstance(dataset, TaughtDataset):
+            untaught = kept & ~dataset.has_rows
+            if untaught.any():
+                self._cache_fault = self._cache_fault or _untaught(dataset, untaught)
+        elif kept.any():
+            self._longest = (
+                max(self._longest[0], int(dataset.src_sizes[kept].max())),
+                max(self._longest[1], int(dataset.tgt_sizes[kept].max())),
+            )
+
     # training and validation
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         super().begin_epoch(epoch, model)
         self._training = True
+        if not self.cfg.disable_validation:
+            # fairseq 0.12.2 asks for validation's batches only when it is too late to refuse them
+            limits = utils.resolve_max_positions(self.max_positions(), model.max_positions())
+            for split, dataset in self.datasets.items():
+                if split != self.cfg.train_subset:
+                    self._look_over(dataset, limits)
         if self._cache_fault is not None:
             raise self._cache_fault
         if self.cfg.teacher_cache:
@@ -291,6 +304,7 @@ class KDTranslationTask(TranslationTask):
         if paths and all(os.path.isfile(path) for path in paths):
             parameter = next(model.parameters())
             self.teacher = self.open_teacher(parameter.device, parameter.dtype)
+            self._check_lengths(self.teacher)
         else:
             logger.warning(
                 "no teacher at {}: validating the student alone, without kd_loss, teacher_nll_loss "
