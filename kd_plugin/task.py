@@ -109,7 +109,7 @@ class KDTranslationTask(TranslationTask):
     def __init__(self, cfg: KDTranslationConfig, src_dict: Any, tgt_dict: Any) -> None:
         super().__init__(cfg, src_dict, tgt_dict)
         self.teacher: Optional[Teacher] = None  # opened when training begins
-        self._training = False
+        self._training = self._stepped = False
         # once there is one, this is a training or a validation, and datasets bring the teacher
         self._criterion: Any = None
         # of any subset: they are alike
@@ -208,6 +208,14 @@ class KDTranslationTask(TranslationTask):
     def train_step(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs
     ):
+        if self._queue is not None and not self._stepped:
+            self._stepped = True
+            if update_num > 0 and not self._queue.scores.numel():
+                logger.warning(
+                    "this training goes on without the scores of earlier tokens for "
+                    "--kd-selection, which the checkpoint lacks or --reset-dataloader drops: every "
+                    "token is distilled until the first update is done"
+                )
         sample = self._ask(
             sample,
             amp=isinstance(optimizer, AMPOptimizer),
@@ -414,11 +422,6 @@ def _remember(iterator: Any, queue: ScoreQueue) -> None:
         load(state)
         if "kd_queue" in state:
             queue.load_state_dict(state["kd_queue"])
-        else:
-            logger.warning(
-                "the checkpoint holds no scores of earlier tokens for --kd-selection: it begins "
-                "anew and distils every token until the first update is done"
-            )
 
     iterator.state_dict, iterator.load_state_dict = state_dict, load_state_dict
 
