@@ -322,7 +322,6 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         """
         if not reduce:
             raise NotImplementedError("this criterion gives sums only (reduce=True)")
-        _refuse_adaptive_softmax(model)
         net_output = model(**sample["net_input"])
         target = model.get_targets(sample, net_output)  # B x T
         signal = sample.get("teacher")
@@ -434,11 +433,3 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
-
-
-def _refuse_adaptive_softmax(model: Any) -> None:
-    if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
-        raise ValueError(
-            "the student has an adaptive softmax, which gives no distribution over the whole "
-            "vocabulary to distil into; train it without --adaptive-softmax-cutoff"
-        )

@@ -189,6 +189,7 @@ class KDTranslationTask(TranslationTask):
     def begin_epoch(self, epoch: int, model: Any) -> None:
         super().begin_epoch(epoch, model)
         self._training = True
+        _refuse_adaptive_softmax(model)
         if not self.cfg.disable_validation:
             # fairseq 0.12.2 asks for validation's batches only when it is too late to refuse them
             limits = utils.resolve_max_positions(self.max_positions(), model.max_positions())
@@ -406,6 +407,15 @@ class KDTranslationTask(TranslationTask):
                     len(chosen), nll / count / math.log(2), len(self.tgt_dict), guess / math.log(2)
                 )
             )
+
+
+def _refuse_adaptive_softmax(student: Any) -> None:
+    # the built model tells; arguments name a cutoff for models that have none
+    if getattr(getattr(student, "decoder", None), "adaptive_softmax", None) is not None:
+        raise ValueError(
+            "the student has an adaptive softmax, which gives no distribution over the whole "
+            "vocabulary to distil into; train it without --adaptive-softmax-cutoff"
+        )
 
 
 def _remember(iterator: Any, queue: ScoreQueue) -> None:

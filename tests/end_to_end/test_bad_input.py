@@ -15,7 +15,7 @@ def refused(run, folder, *words):
     for word in words:
         assert word in message, "{!r} not in: {}".format(word, message)
     assert not run.records("train_inner")
-    assert not list(folder.glob("**/checkpoint*.pt"))
+    assert not [*folder.glob("**/checkpoint*.pt"), *folder.glob("**/crash.pt")]
 
 
 @pytest.mark.parametrize(
