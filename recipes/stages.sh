@@ -156,7 +156,8 @@ distil_flags() { # TEACHER
     if [ -n "${KD_CACHE:-}" ]; then teacher="--teacher-cache $(cache_folder)"; fi
     echo "--task kd_translation $teacher
         --criterion kd_label_smoothed_cross_entropy --label-smoothing ${LABEL_SMOOTHING:-0.1}
-        --kd-weight ${KD_WEIGHT:-0.5} --kd-temperature ${KD_TEMPERATURE:-1} ${KD_FLAGS:-}"
+        ${KD_WEIGHT:+--kd-weight $KD_WEIGHT} ${KD_TEMPERATURE:+--kd-temperature $KD_TEMPERATURE}
+        ${KD_FLAGS:-}"
 }
 
 plain_flags() {
