@@ -252,13 +252,6 @@ def average(states: Sequence[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
     return mean
 
 
-def write_for_inference(state: Dict[str, Any], path: str) -> None:
-    """Write a checkpoint without optimizer state: under a temporary name first, then renamed."""
-    temporary = path + ".writing"
-    torch.save({**state, "last_optimizer_state": None}, temporary)
-    os.replace(temporary, path)
-
-
 def symbols_in(state: Dict[str, Any]) -> Optional[Tuple[List[str], List[str]]]:
     """The (source, target) symbols that a student of this plugin saved in its checkpoint."""
     saved = state.get("task_state") or {}

@@ -103,25 +103,12 @@ def progress(name):
 def parameters(user_dir, checkpoint):
     """How many parameters a checkpoint holds, shared ones counted once."""
     logging.disable(logging.INFO)  # fairseq's advice on what else could be installed
-    sys.path.insert(0, os.path.dirname(os.path.abspath(user_dir)))
-    # Allow-lists what fairseq checkpoints hold: torch >= 2.6 opens none otherwise.
-    importlib.import_module(os.path.basename(os.path.abspath(user_dir)))
-    from fairseq.checkpoint_utils import load_checkpoint_to_cpu
-
-    # fairseq 0.12.2's encoder layers hold their weights twice; the others are no parameters at all.
-    extra = re.compile(
-        r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$|_float_tensor$|coder\.version$"
-    )
-    shared = re.compile(r"(embed_tokens|output_projection)\.weight$")
-    state = load_checkpoint_to_cpu(checkpoint)["model"]
-    counted = []
-    for name, tensor in state.items():
-        # Embeddings that share storage in the model may be copies of each other in the file.
-        if not extra.search(name) and not (
-            shared.search(name) and any(shared.search(n) and t.equal(tensor) for n, t in counted)
-        ):
-            counted.append((name, tensor))
-    return sum(tensor.numel() for _, tensor in counted)
+    plugin = os.path.abspath(user_dir)
+    sys.path.insert(0, os.path.dirname(plugin))
+    name = os.path.basename(plugin)
+    reader = importlib.import_module(name + ".checkpoint")
+    export = importlib.import_module(name + ".export")
+    return export.parameters(reader.read_checkpoint(checkpoint))[0]
 
 
 def device():

@@ -15,7 +15,6 @@ from fairseq.logging.meters import AverageMeter
 from omegaconf import OmegaConf
 
 from kd_plugin.checkpoint import CheckpointError, average, get, read_checkpoint, section
-from kd_plugin.commands import export
 
 
 def fairseq_like(**more):
@@ -203,17 +202,3 @@ def test_stock_torch_load_opens_fairseq_checkpoints_once_the_plugin_is_imported(
 
     buffer = io.BytesIO(open(save(fairseq_like()), "rb").read())
     assert "model" in torch.load(buffer, map_location="cpu")
-
-
-def test_the_export_command_averages(tmp_path, capsys):
-    for i in (1, 3):
-        state = fairseq_like(model=OrderedDict(w=torch.full((2,), float(i))))
-        torch.save(state, str(tmp_path / "checkpoint{}.pt".format(i)))
-    paths = ":".join(str(tmp_path / "checkpoint{}.pt".format(i)) for i in (1, 3))
-    output = str(tmp_path / "averaged.pt")
-    assert export.main(["--path", paths, "--average", "--output", output]) == 0
-    state = read_checkpoint(output)
-    assert state["model"]["w"].tolist() == [2.0, 2.0]
-    assert state["last_optimizer_state"] is None
-    assert export.main(["--path", paths + ":absent.pt", "--average", "--output", output]) == 1
-    assert "absent.pt: no such checkpoint" in capsys.readouterr().err

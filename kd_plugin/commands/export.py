@@ -1,37 +1,368 @@
-"""``fairseq-kd-export``: average checkpoints into one without optimizer state."""
+"""``fairseq-kd-export``: a model that goes without the plugin, and is proved to be the same one.
+
+Writes a checkpoint for stock fairseq, or a folder for CTranslate2; averages checkpoints first if
+wanted. What it has written is compared with the checkpoint before it gets its name.
+"""
 
 import argparse
+import contextlib
+import logging
+import os
+import shutil
 import sys
-from typing import List, Optional
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from ..checkpoint import CheckpointError, average, read_checkpoint, write_for_inference
+import torch
+from fairseq import utils
+from fairseq.data import Dictionary, data_utils
+
+from .. import export, verification
+from ..checkpoint import average, digest, get, read_checkpoint, section
+from ..export import ExportError
+from ..files import temporary, write_json
+from ..sequences import DataBin
+from ..teacher import find_dictionaries
+from .arguments import Help, exit_code
+
+PROG = "fairseq-kd-export"
+RECORD = "kd_export.json"
+logger = logging.getLogger("kd_plugin.export")
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(prog="fairseq-kd-export", description=__doc__)
-    parser.add_argument(
-        "--path", required=True, help="checkpoints to average, with ':' between them"
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(PROG, description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add(
+        "--path",
+        required=True,
+        metavar="S.pt[:MORE]",
+        help="the checkpoint; several with --average",
     )
-    parser.add_argument(
-        "--average", action="store_true", help="average the checkpoints' weights", required=True
+    add("--average", action="store_true", help="average the checkpoints' weights first")
+    add("--output", required=True, metavar="OUT", help="the file or, of CTranslate2, the folder")
+    add("--format", default="fairseq", choices=("fairseq", "ctranslate2"), help="whose it will be")
+    add(
+        "--quantization",
+        choices=export.QUANTIZATIONS,
+        help="of CTranslate2's weights (default: float32)",
     )
-    parser.add_argument("--output", required=True, help="the checkpoint to write")
-    parser.add_argument(
+    add(
+        "--spm",
+        metavar="MODEL",
+        help="SentencePiece model to put into CTranslate2's folder; implies --remove-bpe "
+        "sentencepiece",
+    )
+    add("-s", "--source-lang", metavar="SRC", help="(default: the checkpoint's)")
+    add("-t", "--target-lang", metavar="TRG", help="(default: the checkpoint's)")
+    add("--overwrite", action="store_true", help="replace what is there, once the new one is good")
+    add(
         "--trust-checkpoint",
         action="store_true",
         help="open the checkpoints with the full pickle machinery, which runs whatever code they "
         "ask for",
     )
-    options = parser.parse_args(arguments)
+    add = parser.add_argument_group("verification").add_argument
+    add(
+        "--data",
+        metavar="DIR",
+        help="data-bin to verify on, with the model's dictionaries (default: the one that the "
+        "checkpoint names)",
+    )
+    add("--gen-subset", default="valid", metavar="SPLIT", help="which sentences")
+    add(
+        "--verify-sentences",
+        type=int,
+        metavar="N",
+        help="only the first N; 0 for all (default: 200, or all for CTranslate2's BLEU)",
+    )
+    add("--beam", type=int, default=5, metavar="N", help="of the translations that are compared")
+    add(
+        "--remove-bpe",
+        "--post-process",
+        nargs="?",
+        const="@@ ",
+        dest="post_process",
+        metavar="SYMBOL",
+        help="what BLEU is scored without, as fairseq-generate has it",
+    )
+    add("--no-verify", action="store_true", help="compare nothing")
+    return parser
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    options = make_parser().parse_args(arguments)
+    return exit_code(PROG, lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    paths: List[str] = utils.split_paths(options.path)
+    output = Path(options.output)
+    _refuse(options, paths, output)
+    path = paths[-1]
+    states = [read_checkpoint(name, options.trust_checkpoint) for name in paths]
+    state = states[-1]
+    to_ctranslate2 = options.format == "ctranslate2"
+    if to_ctranslate2:
+        export.check_ctranslate2(path, state)
+    if options.average:
+        state = {**state, "model": average(states)}
+        logger.info("averaged {} checkpoints".format(len(states)))
+    langs = _languages(options, path, state)
+    data, source, target = _dictionaries(options, path, state, langs)
+    stock = export.stock_state(path, state, source, target, langs)
+    with _text(options, path, data, stock) as text, _replacing(output, options.overwrite) as new:
+        if to_ctranslate2:
+            record = _write_ctranslate2(options, paths, state, stock, text, new)
+        else:
+            record = _write_stock(options, path, state, stock, text, new)
+    if text is None:
+        logger.warning(
+            "{} is UNVERIFIED: nobody has compared it with {}".format(output, options.path)
+        )
+    print("\n".join(["exported {}".format(output), *record]), flush=True)
+
+
+def _refuse(options: argparse.Namespace, paths: List[str], output: Path) -> None:
+    """Flags that mean nothing together, and an output that would destroy something."""
+    faults = []
+    if len(paths) > 1 and not options.average:
+        faults.append(
+            "--path names {} checkpoints: --average makes one model of them; an ensemble cannot "
+            "be exported".format(len(paths))
+        )
+    if options.format == "fairseq":
+        for name in ("quantization", "spm"):
+            if getattr(options, name):
+                faults.append("--{} needs --format ctranslate2".format(name))
+    if options.beam < 1:
+        faults.append("--beam must be 1 or more")
+    if options.verify_sentences is not None and options.verify_sentences < 0:
+        faults.append("--verify-sentences must be 0 (all) or more")
+    if options.spm and not os.path.isfile(options.spm):
+        faults.append("--spm {}: no such file".format(options.spm))
+    if not output.resolve().parent.is_dir():
+        faults.append("--output {}: there is no folder {}".format(output, output.parent))
+    ours = os.path.realpath(str(output))
+    for name in (*paths, options.data, options.spm):
+        if name and (os.path.realpath(name) + os.sep).startswith(ours + os.sep):
+            faults.append("--output {} would overwrite {}".format(output, name))
+    if output.exists():
+        folder = output.is_dir()
+        if not options.overwrite:
+            faults.append(
+                "--output {} is there already; choose another, or --overwrite".format(output)
+            )
+        elif folder != (options.format == "ctranslate2") or (
+            folder and not (output / RECORD).is_file() and any(output.iterdir())
+        ):
+            faults.append(
+                "--output {}: --overwrite replaces only what {} --format {} has made".format(
+                    output, PROG, options.format
+                )
+            )
+    if faults:
+        raise ExportError("; ".join(faults))
+
+
+def _languages(options: argparse.Namespace, path: str, state: Dict[str, Any]) -> Tuple[str, str]:
+    named = export.languages(state)
+    langs = options.source_lang or named[0], options.target_lang or named[1]
+    if not all(langs):
+        raise ExportError("{} names no languages: say --source-lang and --target-lang".format(path))
+    return langs
+
+
+def _dictionaries(
+    options: argparse.Namespace, path: str, state: Dict[str, Any], langs: Tuple[str, str]
+) -> Tuple[Optional[DataBin], Dictionary, Dictionary]:
+    """The data to verify on, if there are any, and the model's dictionaries."""
+    found = find_dictionaries(path, state, *langs)
+    data = None
+    named = utils.split_paths(get(section(state, "task"), "data") or "")
+    if options.data:
+        data = DataBin(options.data, *langs)
+    elif named and not options.no_verify:
+        # what is missing there is told when it is needed
+        with contextlib.suppress(ValueError):
+            data = DataBin(named[0], *langs)
+    if found is None:
+        if data is None:
+            raise ExportError(
+                "{}: its dictionaries were found nowhere; --data DIR names a folder with "
+                "dict.{}.txt and dict.{}.txt".format(path, *langs)
+            )
+        return data, data.source, data.target
+    source, target, origin = found
+    if data is not None:
+        for lang, mine, other in zip(langs, (source, target), (data.source, data.target)):
+            if mine.symbols != other.symbols:
+                raise ExportError(
+                    "{}: dict.{}.txt in {} ({} symbols) is not the model's, {} ({} symbols); "
+                    "--data names a data-bin that was made with the model's dictionaries".format(
+                        path, lang, data.folder, len(other), origin, len(mine)
+                    )
+                )
+    return data, source, target
+
+
+@contextlib.contextmanager
+def _text(
+    options: argparse.Namespace, path: str, data: Optional[DataBin], stock: Dict[str, Any]
+) -> Iterator[Optional[verification.Text]]:
+    """The sentences to verify on; None if that is not wanted."""
+    if options.no_verify:
+        yield None
+        return
+    if data is None:
+        raise ExportError(
+            "no data to prove the export on: {} names no data-bin that is there. --data DIR names "
+            "one; --no-verify exports without a proof".format(path)
+        )
+    count = options.verify_sentences
+    if count is None:
+        count = 0 if options.format == "ctranslate2" else 200
+    with tempfile.TemporaryDirectory() as folder:
+        text = verification.Text.cut(
+            data, options.gen_subset, count, _max_positions(stock), Path(folder)
+        )
+        if options.format == "ctranslate2" and text.corpus.references is None:
+            raise ExportError(
+                "{}: {} has no references, and they are what CTranslate2 is compared on".format(
+                    data.folder, options.gen_subset
+                )
+            )
+        yield text
+
+
+def _max_positions(stock: Dict[str, Any]) -> Tuple[int, int]:
+    model = stock["cfg"]["model"]
+    return model["max_source_positions"], model["max_target_positions"]
+
+
+@contextlib.contextmanager
+def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Where to write; it becomes ``output`` if all goes well, and leaves nothing otherwise."""
+    new = temporary(output)
     try:
-        paths = options.path.split(":")
-        states = [read_checkpoint(path, options.trust_checkpoint) for path in paths]
-        write_for_inference({**states[-1], "model": average(states)}, options.output)
-    except (CheckpointError, OSError) as error:
-        print("fairseq-kd-export: {}".format(error), file=sys.stderr)
-        return 1
-    print("averaged {} checkpoints into {}".format(len(states), options.output))
-    return 0
+        yield new
+        if output.exists() and not overwrite:
+            raise ExportError("{} has come into being meanwhile".format(output))
+        if output.is_dir():
+            old = temporary(output)
+            os.replace(output, old)
+            os.replace(new, output)
+            shutil.rmtree(old)
+        else:
+            os.replace(new, output)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new)
+        elif new.exists():
+            new.unlink()
+
+
+def _size(stock: Dict[str, Any], files: List[Path]) -> str:
+    total, rest = export.parameters(stock)
+    return "| {:,} parameters, {:,} without embeddings, {:,} bytes".format(
+        total, rest, sum(file.stat().st_size for file in files)
+    )
+
+
+def _write_stock(
+    options: argparse.Namespace,
+    path: str,
+    state: Dict[str, Any],
+    stock: Dict[str, Any],
+    text: Optional[verification.Text],
+    new: Path,
+) -> List[str]:
+    torch.save(stock, str(new))
+    lines = [_size(stock, [new])]
+    if text is not None:
+        difference = verification.compare_with_stock(path, state, text, new, options.beam)
+        lines.append(
+            "| verified in stock fairseq: {} sentences of {} translated the same (beam {}), "
+            "scores within {:.1g} per token".format(
+                len(text), options.gen_subset, options.beam, difference
+            )
+        )
+    return lines
+
+
+def _write_ctranslate2(
+    options: argparse.Namespace,
+    paths: List[str],
+    state: Dict[str, Any],
+    stock: Dict[str, Any],
+    text: Optional[verification.Text],
+    new: Path,
+) -> List[str]:
+    import ctranslate2
+
+    path, quantization = paths[-1], options.quantization or "float32"
+    logger.info("converting {} to {}".format(path, quantization))
+    export.convert(path, stock, new, quantization)
+    if options.spm:
+        shutil.copyfile(options.spm, str(new / "spm.model"))
+    task = stock["cfg"]["task"]
+    langs = task["source_lang"], task["target_lang"]
+    readme = export.readme(langs, quantization, bool(options.spm), RECORD)
+    (new / "README.md").write_text(readme, encoding="utf-8")
+    lines = [_size(stock, sorted(new.iterdir()))]
+    total, rest = export.parameters(stock)
+    positions = _max_positions(stock)
+    record: Dict[str, Any] = {
+        "source_lang": langs[0],
+        "target_lang": langs[1],
+        "checkpoints": [{"path": os.path.abspath(p), "sha256": digest(p)} for p in paths],
+        "quantization": quantization,
+        "parameters": total,
+        "parameters_without_embeddings": rest,
+        "max_source_positions": positions[0],
+        "max_target_positions": positions[1],
+        "sentencepiece": "spm.model" if options.spm else None,
+        "ctranslate2": ctranslate2.__version__,
+        "verification": None,
+    }
+    if text is not None:
+        found = verification.compare_with_ctranslate2(
+            *(path, state, stock, text, new, quantization, options.beam, _detokenise(options))
+        )
+        found.update(subset=text.subset, beam=options.beam, remove_bpe=_symbol(options))
+        record["verification"] = found
+        lines += [
+            "| verified in CTranslate2 {}: tokens of {} references scored within {:.1g} before "
+            "quantization, {:.2g} ({:.2g} on average) as {}".format(
+                ctranslate2.__version__,
+                found["sentences"],
+                found["max_token_difference_float32"],
+                found["max_token_difference"],
+                found["mean_token_difference"],
+                found["compute_type"],
+            ),
+            "| BLEU {:.2f} in fairseq, {:.2f} in CTranslate2: drop {:.2f} ({}, {} sentences of {}, "
+            "beam {})".format(
+                found["bleu_fairseq"],
+                found["bleu"],
+                found["bleu_drop"],
+                found["bleu_signature"],
+                found["sentences"],
+                found["subset"],
+                found["beam"],
+            ),
+        ]
+    write_json(new / RECORD, record)
+    return lines
+
+
+def _symbol(options: argparse.Namespace) -> Optional[str]:
+    return options.post_process or ("sentencepiece" if options.spm else None)
+
+
+def _detokenise(options: argparse.Namespace) -> Callable[[str], str]:
+    return lambda subwords: data_utils.post_process(subwords, _symbol(options))
 
 
 if __name__ == "__main__":

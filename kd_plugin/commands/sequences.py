@@ -248,7 +248,7 @@ def run(options: argparse.Namespace) -> None:
         if fairseq_engine:
             engine = sequences.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
         else:
-            model = sequences.converted(*states[0], str(data.folder), task, folder / "ctranslate2")
+            model = sequences.converted(*states[0], task, folder / "ctranslate2")
             engine = sequences.CTranslate2Engine(
                 task,
                 model,

@@ -3,17 +3,14 @@
 import contextlib
 import os
 import shutil
-import tempfile
-from argparse import Namespace
 from collections import deque
 from pathlib import Path
 from typing import Any, Deque, Dict, Iterable, Iterator, List, Sequence, Tuple
 
-import torch
 from fairseq import utils
 from torch import Tensor
 
-from .. import checkpoint
+from .. import export
 from ..files import FileError, temporary
 from .hypotheses import Hypothesis
 
@@ -164,60 +161,32 @@ class CTranslate2Engine:
         return found
 
 
-def converted(path: str, state: Dict[str, Any], data: str, task: Any, folder: Path) -> Path:
+def converted(path: str, state: Dict[str, Any], task: Any, folder: Path) -> Path:
     """A teacher as CTranslate2 reads it, kept in ``folder`` for the next time.
 
     Args:
         path: the checkpoint, for messages.
         state: what ``read_checkpoint`` found there.
-        data: folder with its dictionaries.
+        task: a translation task with its dictionaries.
 
     Raises:
         FileError: CTranslate2 is not installed, or takes no such model.
     """
-    try:
-        import ctranslate2
-        from ctranslate2.converters import FairseqConverter
-    except ImportError:
-        raise FileError("--engine ctranslate2 needs CTranslate2: pip install ctranslate2") from None
     if (folder / "model.bin").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = temporary(folder)
-    # The converter reads files of fairseq's older format, and with a full unpickler: it gets a
-    # copy of what was read safely, and nothing else of the file.
-    with tempfile.TemporaryDirectory(dir=str(folder.parent)) as passing:
-        plain = os.path.join(passing, "teacher.pt")
-        history = {"criterion_name": "none", "optimizer_name": "none", "num_updates": 0}
-        copy = {
-            "args": _plain_args(state),
-            "model": state["model"],
-            "optimizer_history": [{**history, "lr_scheduler_state": {}}],
-            "last_optimizer_state": None,
-            "extra_state": {},
-        }
-        torch.save(copy, plain)
-        try:
-            converter = FairseqConverter(
-                plain, data, source_lang=task.cfg.source_lang, target_lang=task.cfg.target_lang
-            )
-            converter.convert(str(new), quantization=None)
-        except Exception as error:
-            shutil.rmtree(new, ignore_errors=True)
-            raise FileError(
-                "CTranslate2 {} cannot take the teacher {}: {}. --engine fairseq takes any.".format(
-                    ctranslate2.__version__, path, str(error).strip() or type(error).__name__
-                )
-            ) from error
-    with contextlib.suppress(OSError):  # another process was first
-        os.replace(new, folder)
-    shutil.rmtree(new, ignore_errors=True)
+    langs = task.cfg.source_lang, task.cfg.target_lang
+    try:
+        export.check_ctranslate2(path, state)
+        dictionaries = task.source_dictionary, task.target_dictionary
+        export.convert(path, export.stock_state(path, state, *dictionaries, langs), new)
+        with contextlib.suppress(OSError):  # another process was first
+            os.replace(new, folder)
+    except export.ExportError as error:
+        raise FileError(
+            "--engine ctranslate2: {}. --engine fairseq takes any.".format(error)
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return folder
-
-
-def _plain_args(state: Dict[str, Any]) -> Namespace:
-    """A checkpoint's model arguments as the flat ones of a translation task."""
-    config = checkpoint.section(state, "model")
-    args = dict(vars(config) if isinstance(config, Namespace) else config)
-    args["arch"] = args.get("arch") or args.get("_name")
-    return Namespace(**{**args, "_name": args["arch"], "task": "translation"})

@@ -1,0 +1,348 @@
+"""Models without the plugin: plain checkpoints for stock fairseq, folders for CTranslate2."""
+
+import os
+import re
+import tempfile
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any, Dict, List, Set, Tuple
+
+import torch
+from fairseq import models
+from fairseq.data import Dictionary
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.modules import SinusoidalPositionalEmbedding
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from . import checkpoint
+
+QUANTIZATIONS = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "int16",
+    "int8",
+    "int8_float32",
+    "int8_float16",
+    "int8_bfloat16",
+)
+_TASKS = ("translation", "kd_translation")
+
+# fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
+# later ones refuse them.
+_SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$")
+_NO_PARAMETERS = re.compile(r"_float_tensor$|coder\.version$")
+_TABLES = re.compile(
+    r"\.(embed_tokens|embed_positions|output_projection)\.|decoder\.(fc_out|fc3)\."
+)
+
+
+class ExportError(ValueError):
+    """A model that cannot be exported; the message says why and what to do."""
+
+
+def parameters(state: Dict[str, Any]) -> Tuple[int, int]:
+    """How many parameters a checkpoint holds; shared ones are counted once.
+
+    Returns:
+        all; and those outside the tables of the vocabulary and of positions: token and position
+        embeddings and the projection to the vocabulary, tied or not.
+    """
+    total = rest = 0
+    tables: List[Tensor] = []
+    for name, tensor in state["model"].items():
+        if _SECOND_COPIES.search(name) or _NO_PARAMETERS.search(name):
+            continue
+        if _TABLES.search(name):
+            # what shares storage in the model may be a copy in the file
+            if any(tensor.shape == other.shape and tensor.equal(other) for other in tables):
+                continue
+            tables.append(tensor)
+        else:
+            rest += tensor.numel()
+        total += tensor.numel()
+    return total, rest
+
+
+def languages(state: Dict[str, Any]) -> Tuple[Any, Any]:
+    """A checkpoint's source and target language; None where it names none."""
+    task = checkpoint.section(state, "task")
+    return checkpoint.get(task, "source_lang"), checkpoint.get(task, "target_lang")
+
+
+def model_arguments(path: str, state: Dict[str, Any]) -> Namespace:
+    """What building a checkpoint's model reads of its configuration, defaults filled in.
+
+    Raises:
+        ExportError: the model or its task is none that stock fairseq could translate with.
+    """
+    task, model = checkpoint.section(state, "task"), checkpoint.section(state, "model")
+    name = checkpoint.get(task, "_name") or checkpoint.get(task, "task")
+    if name not in _TASKS:
+        raise ExportError(
+            "{} was trained for the task {!r}; expected one of {}".format(
+                path, name, " and ".join(_TASKS)
+            )
+        )
+    arch = checkpoint.get(model, "_name") or checkpoint.get(model, "arch")
+    if arch not in models.ARCH_MODEL_REGISTRY:
+        raise ExportError(
+            "{}: this fairseq has no architecture {!r} of a translation model".format(path, arch)
+        )
+    parser = ArgumentParser()
+    models.ARCH_MODEL_REGISTRY[arch].add_args(parser)
+    names = {action.dest for action in parser._actions}
+    positions = {"max_source_positions", "max_target_positions"}
+    found = {
+        name: _plain(path, name, checkpoint.get(model, name))
+        for name in sorted(names)
+        if checkpoint.get(model, name, parser) is not parser
+    }
+    for name in positions:
+        found[name] = checkpoint.get(model, name) or checkpoint.get(task, name) or 1024
+    # pretrained embeddings were read before training; the checkpoint's weights replace them
+    for name in names & {"encoder_embed_path", "decoder_embed_path"}:
+        found[name] = None
+    # an LSTM takes its adaptive softmax from there
+    criterion = checkpoint.get(model, "criterion")
+    found["criterion"] = criterion if criterion == "adaptive_loss" else None
+    args = Namespace(**found, arch=arch, _name=arch)
+    models.ARCH_CONFIG_REGISTRY[arch](args)
+    for name in ("encoder_kernel_size_list", "decoder_kernel_size_list"):
+        if len(getattr(args, name, "many")) == 1:
+            raise ExportError(
+                "{}: stock fairseq cannot build the architecture {} with a single layer from plain "
+                "types".format(path, arch)
+            )
+    return args
+
+
+def stock_state(
+    path: str, state: Dict[str, Any], source: Dictionary, target: Dictionary, langs: Tuple[str, str]
+) -> Dict[str, Any]:
+    """A checkpoint's model as a checkpoint that stock fairseq translates with.
+
+    It holds weights, what building the model and the task ``translation`` reads, and both symbol
+    lists; no optimizer, no criterion, nothing of a teacher, and nothing but dictionaries, lists,
+    strings, numbers and tensors. Both ends of the supported versions build from it.
+
+    Args:
+        path: the checkpoint, for messages.
+        state: what ``read_checkpoint`` found there.
+        source, target: its dictionaries.
+
+    Raises:
+        ExportError: this fairseq cannot rebuild the model.
+    """
+    args = model_arguments(path, state)
+    task = TranslationTask(
+        TranslationConfig(
+            max_source_positions=args.max_source_positions,
+            max_target_positions=args.max_target_positions,
+        ),
+        source,
+        target,
+    )
+    try:
+        # building completes the arguments; loading renames what older versions named otherwise
+        model = models.build_model(args, task)
+        model.load_state_dict(dict(state["model"]), strict=True, model_cfg=args)
+    except Exception as error:
+        raise ExportError(
+            "{}: its model cannot be rebuilt with this fairseq and dictionaries of {} and {} "
+            "symbols ({}: {})".format(
+                *(path, len(source), len(target), type(error).__name__),
+                " ".join(str(error).split())[:500],
+            )
+        ) from error
+    model.to(next(w.dtype for w in state["model"].values() if w.is_floating_point()))
+    weights = {k: w for k, w in model.state_dict().items() if not _SECOND_COPIES.search(k)}
+    for name, module in model.named_modules():
+        if isinstance(module, SinusoidalPositionalEmbedding):  # fairseq 0.12.2 wants it
+            weights[name + "._float_tensor"] = torch.zeros(1)
+    history = (state.get("optimizer_history") or [{}])[-1]
+    return {
+        "args": None,
+        "cfg": {
+            "task": _task_section(path, state, langs),
+            "model": {k: _plain(path, k, v) for k, v in sorted(vars(args).items())},
+            "criterion": None,
+            # read by fairseq's hub interface
+            "generation": OmegaConf.to_container(OmegaConf.structured(GenerationConfig)),
+            "bpe": None,
+            "tokenizer": None,
+        },
+        "model": weights,
+        "criterion": None,
+        "optimizer_history": [
+            {
+                "criterion_name": "none",
+                "optimizer_name": "none",
+                "lr_scheduler_state": {},
+                "num_updates": int(history.get("num_updates", 0)),
+            }
+        ],
+        "task_state": {
+            "source_symbols": list(source.symbols),
+            "target_symbols": list(target.symbols),
+        },
+        "extra_state": {},
+        "last_optimizer_state": None,
+    }
+
+
+def _task_section(path: str, state: Dict[str, Any], langs: Tuple[str, str]) -> Dict[str, Any]:
+    task = checkpoint.section(state, "task")
+    names = [name for name in TranslationConfig.__dataclass_fields__ if name[:5] != "eval_"]
+    found = {name: _plain(path, name, checkpoint.get(task, name)) for name in names}
+    kept = {name: value for name, value in found.items() if value is not None and name != "_name"}
+    return {**kept, "_name": "translation", "source_lang": langs[0], "target_lang": langs[1]}
+
+
+def _plain(path: str, name: str, value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(path, name, item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(path, name, item) for key, item in value.items()}
+    raise ExportError(
+        "{}: the value of {} is a {}, and only plain types can be exported".format(
+            path, name, type(value).__name__
+        )
+    )
+
+
+def check_ctranslate2(path: str, state: Dict[str, Any]) -> None:
+    """Refuse what CTranslate2 does not take, before any work.
+
+    Raises:
+        ExportError: the architecture or an option, by name; or CTranslate2 is not installed.
+    """
+    converter = _ctranslate2().converters.fairseq
+    args = model_arguments(path, state)
+    faults = []
+    try:
+        converter._get_model_spec(args)
+    except AttributeError:
+        pass  # another version of CTranslate2, which refuses while it converts
+    except Exception as error:
+        faults = re.findall(r"^- (.*)$", str(error), re.MULTILINE) or [str(error)]
+    if not faults:  # options that it does not look at
+        for name in ("adaptive_input", "cross_self_attention", "no_cross_attention"):
+            if getattr(args, name, False):
+                faults.append("Option --{} is not supported".format(name.replace("_", "-")))
+        if getattr(args, "adaptive_softmax_cutoff", None):
+            faults.append("Option --adaptive-softmax-cutoff is not supported")
+        for name in ("decoder_input_dim", "decoder_output_dim"):
+            if getattr(args, name, args.decoder_embed_dim) != args.decoder_embed_dim:
+                faults.append(
+                    "Option --{} must be as --decoder-embed-dim".format(name.replace("_", "-"))
+                )
+    if faults:
+        raise _not_taken(path, "; ".join(faults))
+
+
+def convert(path: str, stock: Dict[str, Any], folder: Path, quantization: str = "float32") -> None:
+    """Write a model in CTranslate2's format into a new folder.
+
+    CTranslate2's converter opens files with a full unpickler; the one that it gets here was
+    written for it a moment before, from plain types.
+
+    Args:
+        path: the checkpoint, for messages.
+        stock: what ``stock_state`` made of it.
+
+    Raises:
+        ExportError: CTranslate2 is not installed, or takes no such model.
+    """
+    converters = _ctranslate2().converters
+    task = stock["cfg"]["task"]
+    langs = task["source_lang"], task["target_lang"]
+    args = Namespace(**{**stock["cfg"]["model"], "task": "translation"})
+    with tempfile.TemporaryDirectory(dir=str(folder.parent)) as passing:
+        file = os.path.join(passing, "model.pt")
+        torch.save({**stock, "cfg": None, "args": args}, file)
+        for side, lang in zip(("source", "target"), langs):
+            _write_symbols(
+                stock["task_state"][side + "_symbols"],
+                os.path.join(passing, "dict.{}.txt".format(lang)),
+            )
+        try:
+            converter = converters.FairseqConverter(
+                file, passing, source_lang=langs[0], target_lang=langs[1]
+            )
+            converter.convert(str(folder), quantization=quantization)
+        except Exception as error:
+            raise _not_taken(path, str(error).strip() or type(error).__name__) from error
+
+
+def _ctranslate2() -> Any:
+    try:
+        import ctranslate2
+        import ctranslate2.converters
+    except ImportError:
+        raise ExportError("this needs CTranslate2: pip install ctranslate2") from None
+    return ctranslate2
+
+
+def _not_taken(path: str, reason: str) -> ExportError:
+    return ExportError(
+        "CTranslate2 {} cannot take the model {}: {}".format(
+            _ctranslate2().__version__, path, " ".join(reason.split())
+        )
+    )
+
+
+def _write_symbols(symbols: List[str], path: str) -> None:
+    """A dictionary as fairseq reads it, repeated symbols included."""
+    seen: Set[str] = set()
+    special = Dictionary().nspecial
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        seen.update(symbols[:special])
+        for symbol in symbols[special:]:
+            again = " #fairseq:overwrite" if symbol in seen else ""
+            file.write("{} 1{}\n".format(symbol, again))
+            seen.add(symbol)
+
+
+_README = """# From {source} to {target}, for CTranslate2 ({quantization})
+
+    pip install {packages}
+    echo 'a sentence in {source}' | python translate.py
+
+in this folder, with `translate.py`:
+
+```python
+import {imports}
+
+translator = ctranslate2.Translator(".")  # device="cuda" for a GPU
+{subwords}result = translator.translate_batch([{encode}], beam_size=5)
+print({decode})
+```
+
+What it was made of and how it compares with fairseq: `{record}`.
+"""
+
+
+def readme(langs: Tuple[str, str], quantization: str, spm: bool, record: str) -> str:
+    """How to translate a sentence with a converted model: raw with ``spm``, else in subwords."""
+    words = "result[0].hypotheses[0]"
+    processor = 'subwords = sentencepiece.SentencePieceProcessor(model_file="spm.model")\n'
+    return _README.format(
+        source=langs[0],
+        target=langs[1],
+        quantization=quantization,
+        record=record,
+        packages="ctranslate2 sentencepiece" if spm else "ctranslate2",
+        imports="ctranslate2, sentencepiece" if spm else "ctranslate2",
+        subwords=processor if spm else "# in and out: subwords, with spaces between\n",
+        encode="subwords.encode(input(), out_type=str)" if spm else "input().split()",
+        decode="subwords.decode({})".format(words) if spm else '" ".join({})'.format(words),
+    )

@@ -1,0 +1,132 @@
+"""A student leaves the plugin behind: it translates without it, and teaches."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import support
+import torch
+from conftest import train_teacher
+from support import LANGUAGES, distil, fairseq, hypotheses, script
+
+DECODING = ("--cpu", "--beam", 2, "--max-len-b", 10, "--required-batch-size-multiple", 1)
+# it opens the file as stock fairseq does, and as carefully as this torch can
+OPENING = """
+import inspect, sys, torch
+careful = {"weights_only": True} if "weights_only" in inspect.getsource(torch.load) else {}
+state = torch.load(sys.argv[1], **careful)
+assert "kd_plugin" not in sys.modules and "fairseq" not in sys.modules
+print(sorted(state), state["cfg"]["task"])
+"""
+
+
+def exported(path, output, *more, tool=fairseq):
+    return tool("fairseq-kd-export", "--path", path, "--output", output, *more)
+
+
+@pytest.fixture(scope="module")
+def stock(distilled, tmp_path_factory):
+    """The distilled student, by the installed command."""
+    output = tmp_path_factory.mktemp("stock") / "student.pt"
+    run = exported(distilled.checkpoint, output, "--verify-sentences", 16, tool=script).ok()
+    assert re.search(r"16 sentences of valid translated the same \(beam 5\)", run.text)
+    assert [file.name for file in output.parent.iterdir()] == ["student.pt"]
+    return output
+
+
+def test_nothing_of_the_teacher_is_left(stock, distilled):
+    content = stock.read_bytes()
+    for trace in (b"kd_", b"kd-", b"teacher", str(distilled.folder).encode()):
+        assert trace not in content, trace
+    assert stock.stat().st_size < distilled.checkpoint.stat().st_size / 2
+
+
+def test_it_opens_in_a_process_without_the_plugin(stock):
+    done = subprocess.run(
+        [sys.executable, "-c", OPENING, str(stock)],
+        cwd=str(stock.parent),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "'_name': 'translation'" in done.stdout
+
+
+def test_it_translates_in_stock_fairseq(stock, distilled, data):
+    run = fairseq("fairseq-generate", data, "--path", stock, *DECODING).ok()
+    own = fairseq(
+        "fairseq-generate", data, *support.USER_DIR, "--path", distilled.checkpoint, *DECODING
+    ).ok()
+    scored = r"^[HP]-.*$"
+    assert len(hypotheses(run.text)) == 16
+    assert re.findall(scored, run.text, re.M) == re.findall(scored, own.text, re.M)
+
+
+def test_its_vocabulary_can_be_verified_when_it_teaches(stock, data, tmp_path):
+    """From its own symbol lists: the data folder that it names is gone."""
+    state = support.load(stock)
+    state["cfg"]["task"]["data"] = str(tmp_path / "gone")
+    torch.save(state, str(tmp_path / "student.pt"))
+    run = distil(data, tmp_path / "student.pt", tmp_path / "next", "--max-update", 2).ok()
+    assert "dictionaries from its checkpoint" in run.text
+
+
+def test_an_export_can_be_exported(stock, tmp_path):
+    run = exported(stock, tmp_path / "again.pt", "--verify-sentences", 4).ok()
+    assert "translated the same" in run.text
+    first, again = support.load(stock), support.load(tmp_path / "again.pt")
+    assert first["cfg"] == again["cfg"] and first["task_state"] == again["task_state"]
+    support.assert_same_weights(stock, tmp_path / "again.pt")
+
+
+@pytest.mark.parametrize("quantization", ["float32", "int8"])
+def test_ctranslate2(quantization, distilled, corpus, tmp_path):
+    """A folder that translates by its own README, and a record of how it compares."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    output = tmp_path / "student"
+    more = ("--format", "ctranslate2", "--quantization", quantization, "--beam", 2)
+    run = exported(distilled.checkpoint, output, *more).ok()
+    record = json.loads((output / "kd_export.json").read_text())
+    found = record["verification"]
+    assert record["quantization"] == quantization and record["sentencepiece"] is None
+    assert record["ctranslate2"] == ctranslate2.__version__
+    assert record["parameters"] > record["parameters_without_embeddings"] > 0
+    assert (record["source_lang"], record["target_lang"]) == (support.SOURCE, support.TARGET)
+    assert found["sentences"] == 48 and found["max_token_difference_float32"] < 1e-3
+    assert found["max_token_difference"] < (1e-3 if quantization == "float32" else 1)
+    assert abs(found["bleu_drop"]) < (1 if quantization == "float32" else 10)
+    assert "drop {:.2f}".format(found["bleu_drop"]) in run.text
+
+    readme = (output / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    sentence = (corpus.text / ("test." + support.SOURCE)).read_text().splitlines()[0]
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=str(output),
+        input=sentence + "\n",
+        stdout=subprocess.PIPE,
+        universal_newlines=True,
+    )
+    assert done.returncode == 0
+    assert re.fullmatch(r"(b\d\d ?)+", done.stdout.strip())
+
+    again = exported(distilled.checkpoint, output, *more)
+    assert again.code == 1 and "is there already" in again.text
+    exported(distilled.checkpoint, output, *more, "--overwrite", "--verify-sentences", 8).ok()
+    assert json.loads((output / "kd_export.json").read_text())["verification"]["sentences"] == 8
+    assert [file.name for file in tmp_path.iterdir()] == ["student"]
+
+
+def test_ctranslate2_refuses_before_any_work(data, tmp_path):
+    pytest.importorskip("ctranslate2")
+    lstm = train_teacher(data, tmp_path / "lstm", support.ARCHITECTURES["lstm"], 2)
+    run = exported(lstm, tmp_path / "out", "--format", "ctranslate2")
+    assert run.code == 1 and "'lstm'" in run.text and "supported models are" in run.text
+    assert "| INFO |" not in run.text and not (tmp_path / "out").exists()
+    exported(lstm, tmp_path / "out.pt", "--verify-sentences", 4).ok()
+    fairseq(
+        *("fairseq-generate", data, "--path", tmp_path / "out.pt", *DECODING, *LANGUAGES),
+    ).ok()

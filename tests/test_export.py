@@ -1,0 +1,377 @@
+"""Exported models are the same models: in stock fairseq, in CTranslate2, in their numbers."""
+
+import argparse
+import pickletools
+import random
+import zipfile
+from pathlib import Path
+
+import pytest
+import support
+import torch
+from fairseq import options, tasks
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import OmegaConf
+
+from kd_plugin import checkpoint, export, verification
+from kd_plugin.commands import export as command
+from kd_plugin.export import ExportError
+from kd_plugin.sequences import DataBin, FairseqEngine, databin
+
+LANGS = (support.SOURCE, support.TARGET)
+TRANSFORMER = [
+    *("--arch", "transformer", "--encoder-layers", 2, "--decoder-layers", 2),
+    *("--encoder-embed-dim", 16, "--decoder-embed-dim", 16),
+    *("--encoder-ffn-embed-dim", 32, "--decoder-ffn-embed-dim", 32),
+    *("--encoder-attention-heads", 2, "--decoder-attention-heads", 2),
+]
+PRE_NORM = ["--encoder-normalize-before", "--decoder-normalize-before"]
+MODELS = {
+    "untied": TRANSFORMER,
+    "tied": [*TRANSFORMER, "--share-decoder-input-output-embed"],
+    "all tied": [*TRANSFORMER, "--share-all-embeddings"],
+    "pre-norm": [*TRANSFORMER, *PRE_NORM],
+    "learned positions": [*TRANSFORMER, "--encoder-learned-pos", "--decoder-learned-pos"],
+    "everything": [
+        *(*TRANSFORMER, *PRE_NORM, "--share-all-embeddings", "--layernorm-embedding"),
+        *("--encoder-learned-pos", "--decoder-learned-pos", "--activation-fn", "gelu"),
+    ],
+    "named": [*TRANSFORMER[2:], "--arch", "transformer_iwslt_de_en"],
+    "transformer_align": support.ARCHITECTURES["transformer_align"],
+}
+OTHERS = {
+    "lstm": support.ARCHITECTURES["lstm"],
+    "fconv": support.ARCHITECTURES["fconv"],
+    "lightconv": [
+        *support.ARCHITECTURES["lightconv"],
+        *("--encoder-layers", 2, "--decoder-layers", 2),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A data-bin with a joined dictionary and two dozen sentences, unknown words among them."""
+    folder = tmp_path_factory.mktemp("data")
+    dictionary = Dictionary()
+    for i in range(30):
+        dictionary.add_symbol("w{:02d}".format(i), n=30 - i)
+    rng = random.Random(1)
+    for lang in LANGS:
+        dictionary.save(str(folder / "dict.{}.txt".format(lang)))
+        writer = databin.Writer(folder / "valid.{}-{}.{}".format(*LANGS, lang), len(dictionary))
+        for _ in range(24):
+            words = ["w{:02d}".format(rng.randrange(31)) for _ in range(rng.randint(1, 9))]
+            writer.add(databin.encode(dictionary, " ".join(words)))
+        writer.close()
+    return folder
+
+
+def made(data, path, arch, seed=1, args_only=False):
+    """A checkpoint as fairseq-train writes it, of a model that has learned nothing."""
+    arguments = [data, *support.LANGUAGES, *arch, "--max-source-positions", 64]
+    args = options.parse_args_and_arch(
+        options.get_training_parser(), [str(a) for a in (*arguments, "--max-target-positions", 64)]
+    )
+    cfg = convert_namespace_to_omegaconf(args)
+    torch.manual_seed(seed)
+    model = tasks.setup_task(cfg.task).build_model(cfg.model)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    state = {
+        "args": args if args_only else None,
+        "cfg": None if args_only else OmegaConf.to_container(cfg, resolve=True, enum_to_str=True),
+        "model": model.state_dict(),
+        "optimizer_history": [{"num_updates": 7, "lr_scheduler_state": {}}],
+        "extra_state": {"train_iterator": {"epoch": 1}},
+        "last_optimizer_state": {"state": {0: torch.zeros(3)}},
+    }
+    torch.save(state, str(path))
+    return path
+
+
+def opened(path, data):
+    """The checkpoint, and its plain version."""
+    state = checkpoint.read_checkpoint(str(path))
+    both = DataBin(str(data), *LANGS)
+    return state, export.stock_state(str(path), state, both.source, both.target, LANGS)
+
+
+def text_of(data, folder):
+    folder.mkdir()
+    return verification.Text.cut(DataBin(str(data), *LANGS), "valid", 0, (64, 64), folder)
+
+
+def assert_generates_the_same(path, stock, data, tmp_path):
+    exported = tmp_path / "exported.pt"
+    torch.save(stock, str(exported))
+    text = text_of(data, tmp_path / "text")
+    generation = verification._generation(3)
+    generation.max_len_b = 12
+    state = checkpoint.read_checkpoint(str(path))
+    engine = FairseqEngine(
+        text.task, [verification.build(str(path), state, text, 3)], generation, 1
+    )
+    expected = verification.translations(engine, text)
+    run = support.fairseq(
+        "fairseq-generate",
+        *(data, "--path", exported, "--gen-subset", "valid", "--cpu", "--beam", 3),
+        *("--max-len-b", 12, "--num-workers", 0, "--required-batch-size-multiple", 1),
+        *("--max-tokens", verification._MAX_TOKENS, *support.LANGUAGES),
+    ).ok()
+    assert support.hypotheses(run.text) == [expected[i].subwords for i in sorted(expected)]
+    scores = {
+        int(line.split("\t")[0][2:]): float(line.split("\t")[1])
+        for line in run.text.split("\n")
+        if line.startswith("H-")
+    }
+    for i, hypothesis in expected.items():
+        assert scores[i] * 0.693147180559945 == pytest.approx(hypothesis.score, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
+def test_stock_fairseq_says_the_same(name, data, tmp_path):
+    path = made(data, tmp_path / "model.pt", {**MODELS, **OTHERS}[name])
+    _, stock = opened(path, data)
+    assert_generates_the_same(path, stock, data, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["untied", "lightconv"])
+def test_args_of_old_versions(name, data, tmp_path):
+    path = made(data, tmp_path / "model.pt", {**MODELS, **OTHERS}[name], args_only=True)
+    _, stock = opened(path, data)
+    assert stock["args"] is None
+    assert_generates_the_same(path, stock, data, tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ctranslate2_scores_the_same(name, data, tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    path = made(data, tmp_path / "model.pt", MODELS[name])
+    state, stock = opened(path, data)
+    export.check_ctranslate2(str(path), state)
+    export.convert(str(path), stock, tmp_path / "ct2")
+    text = text_of(data, tmp_path / "text")
+    expected = verification.reference_scores(verification.build(str(path), state, text, 1), text)
+    translator = ctranslate2.Translator(str(tmp_path / "ct2"))
+    assert verification.compare_token_scores(expected, translator, text)[0] < 1e-3
+    changed = {i: [score + 0.01 for score in scores] for i, scores in expected.items()}
+    largest, mean = verification.compare_token_scores(changed, translator, text)
+    assert largest == pytest.approx(0.01, abs=1e-3) and mean == pytest.approx(0.01, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_ctranslate2_refuses_other_architectures_by_name(name, data, tmp_path):
+    pytest.importorskip("ctranslate2")
+    path = made(data, tmp_path / "model.pt", OTHERS[name])
+    with pytest.raises(ExportError, match="'{}'".format(name)):
+        export.check_ctranslate2(str(path), checkpoint.read_checkpoint(str(path)))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--activation-fn", "tanh"], "--activation-fn tanh"),
+        (["--no-token-positional-embeddings"], "--no-token-positional-embeddings"),
+        (["--encoder-normalize-before"], "--decoder-normalize-before"),
+        (["--cross-self-attention"], "--cross-self-attention"),
+        (["--adaptive-softmax-cutoff", "10"], "--adaptive-softmax-cutoff"),
+        (["--decoder-output-dim", "8"], "--decoder-output-dim"),
+    ],
+)
+def test_ctranslate2_refuses_options_by_name(flags, words, data, tmp_path):
+    pytest.importorskip("ctranslate2")
+    path = made(data, tmp_path / "model.pt", [*TRANSFORMER, *flags])
+    with pytest.raises(ExportError, match=words):
+        export.check_ctranslate2(str(path), checkpoint.read_checkpoint(str(path)))
+
+
+def test_what_an_export_holds(data, tmp_path):
+    """Plain types, tied weights once, no optimizer, and what fairseq itself reads."""
+    path = made(data, tmp_path / "model.pt", MODELS["all tied"])
+    state, stock = opened(path, data)
+    torch.save(stock, str(tmp_path / "out.pt"))
+    with zipfile.ZipFile(str(tmp_path / "out.pt")) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
+        wanted = {
+            arg for op, arg, _ in pickletools.genops(archive.read(name)) if "GLOBAL" in op.name
+        }
+    assert {word.split(" ")[0] for word in wanted} <= {"torch", "torch._utils", "collections"}
+    assert stock["last_optimizer_state"] is None and stock["extra_state"] == {}
+    assert stock["cfg"]["criterion"] is None and stock["cfg"]["task"]["_name"] == "translation"
+    assert (
+        stock["optimizer_history"][0]["num_updates"] == 7 and len(stock["optimizer_history"]) == 1
+    )
+    assert "save_dir" not in stock["cfg"]["model"] and "lr" not in stock["cfg"]["model"]
+    symbols = DataBin(str(data), *LANGS).source.symbols
+    assert checkpoint.symbols_in(stock) == (symbols, symbols)
+    model = stock["model"]
+    table = model["encoder.embed_tokens.weight"].data_ptr()
+    assert model["decoder.output_projection.weight"].data_ptr() == table
+    assert (tmp_path / "out.pt").stat().st_size < path.stat().st_size
+
+
+def test_half_precision_is_kept(data, tmp_path):
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    state = checkpoint.read_checkpoint(str(path))
+    state["model"] = {name: weight.half() for name, weight in state["model"].items()}
+    both = DataBin(str(data), *LANGS)
+    stock = export.stock_state("half.pt", state, both.source, both.target, LANGS)
+    for name, weight in stock["model"].items():
+        assert name.endswith("_float_tensor") or weight.dtype == torch.float16, name
+        if name in state["model"] and not name.endswith("_float_tensor"):
+            assert weight.equal(state["model"][name])
+
+
+@pytest.mark.parametrize(
+    "name, tables",
+    [("untied", 3), ("tied", 2), ("all tied", 1), ("learned positions", 3)],
+)
+def test_parameters_are_counted_once(name, tables, data, tmp_path):
+    path = made(data, tmp_path / "model.pt", MODELS[name])
+    state, stock = opened(path, data)
+    # copies of what is tied, as checkpoints from a GPU hold them
+    state["model"] = {key: weight.clone() for key, weight in state["model"].items()}
+    # both sides: two attention projections more in the decoder, two linear layers, layer norms
+    attention, linear, norm = 4 * (16 * 16 + 16), 2 * 16 * 32 + 32 + 16, 2 * 16
+    rest = 2 * (attention + linear + 2 * norm) + 2 * (2 * attention + linear + 3 * norm)
+    positions = 2 * (64 + 2) * 16 if name == "learned positions" else 0
+    for either in (state, stock):
+        assert export.parameters(either) == (rest + tables * 34 * 16 + positions, rest)
+
+
+def test_other_tasks_and_architectures_are_named(data, tmp_path):
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    state = checkpoint.read_checkpoint(str(path))
+    state["cfg"]["task"] = {"_name": "language_modeling"}
+    with pytest.raises(ExportError, match="'language_modeling'; expected.*translation"):
+        export.model_arguments("lm.pt", state)
+    state["cfg"]["task"] = {"_name": "translation"}
+    state["cfg"]["model"] = argparse.Namespace(arch="nobody_knows")
+    with pytest.raises(ExportError, match="no architecture 'nobody_knows'"):
+        export.model_arguments("own.pt", state)
+
+
+def test_dictionaries_of_another_size_are_told(data, tmp_path):
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    state = checkpoint.read_checkpoint(str(path))
+    with pytest.raises(ExportError, match="dictionaries of 4 and 4 symbols.*size mismatch"):
+        export.stock_state(str(path), state, Dictionary(), Dictionary(), LANGS)
+
+
+# the command
+
+
+def run(capsys, *arguments):
+    """Exit code and standard error."""
+    code = command.main([str(a) for a in arguments])
+    return code, capsys.readouterr().err
+
+
+def test_averaging(data, tmp_path, capsys):
+    paths = [made(data, tmp_path / name, MODELS["tied"], seed) for seed, name in enumerate("ab")]
+    weights = [checkpoint.read_checkpoint(str(path))["model"] for path in paths]
+    both, output = ":".join(map(str, paths)), tmp_path / "averaged.pt"
+    assert run(capsys, "--path", both, "--average", "--output", output, "--no-verify")[0] == 0
+    state = checkpoint.read_checkpoint(str(output))
+    for name in ("encoder.embed_tokens.weight", "decoder.layers.0.fc1.bias"):
+        mean = (weights[0][name] + weights[1][name]) / 2
+        torch.testing.assert_close(state["model"][name], mean)
+    assert state["last_optimizer_state"] is None
+    absent = run(capsys, "--path", both + ":absent.pt", "--average", "--output", tmp_path / "no.pt")
+    assert absent[0] == 1 and "absent.pt: no such checkpoint" in absent[1]
+    several = run(capsys, "--path", both, "--output", tmp_path / "no.pt")
+    assert several[0] == 1 and "names 2 checkpoints: --average" in several[1]
+    assert not (tmp_path / "no.pt").exists()
+
+
+def test_what_is_not_the_same_is_not_left_behind(data, tmp_path, monkeypatch, capsys):
+    """Neither a new file nor a change of an old one."""
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    right = export.stock_state
+
+    def wrong(*arguments):
+        stock = right(*arguments)
+        stock["model"]["decoder.layers.0.fc1.bias"][0] += 3
+        return stock
+
+    monkeypatch.setattr(export, "stock_state", wrong)
+    output = tmp_path / "out" / "exported.pt"
+    output.parent.mkdir()
+    arguments = ("--path", path, "--output", output, "--verify-sentences", 4)
+    code, error = run(capsys, *arguments)
+    assert code == 1 and "otherwise than the checkpoint" in error
+    assert not list(output.parent.iterdir())
+    output.write_bytes(b"an earlier one")
+    assert run(capsys, *arguments, "--overwrite")[0] == 1
+    assert output.read_bytes() == b"an earlier one" and len(list(output.parent.iterdir())) == 1
+
+
+def test_ctranslate2_that_scores_otherwise_is_not_left_behind(data, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("ctranslate2")
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    monkeypatch.setattr(
+        verification, "compare_token_scores", lambda *arguments: (float("nan"), float("nan"))
+    )
+    arguments = ("--path", path, "--output", tmp_path / "ct2", "--format", "ctranslate2")
+    code, error = run(capsys, *arguments)
+    assert code == 1 and "scores otherwise than fairseq" in error
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_outputs_that_would_destroy_something_are_refused(data, tmp_path, capsys):
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    before = path.read_bytes()
+    for output, more, words in (
+        (path, (), "would overwrite"),
+        (path, ("--overwrite",), "would overwrite"),
+        (tmp_path, ("--overwrite", "--format", "ctranslate2"), "would overwrite"),
+        (data, ("--overwrite", "--format", "ctranslate2"), "replaces only what"),
+        (data, ("--overwrite",), "replaces only what"),
+        (data, (), "is there already"),
+        (tmp_path / "no" / "out.pt", (), "there is no folder"),
+    ):
+        code, error = run(capsys, "--path", path, "--output", output, *more, "--no-verify")
+        assert code == 1 and words in error, error
+    assert path.read_bytes() == before and (data / "valid.aa-bb.aa.idx").is_file()
+
+
+def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    lstm = made(data, tmp_path / "lstm.pt", OTHERS["lstm"])
+    other = tmp_path / "other"
+    other.mkdir()
+    for lang in LANGS:
+        (other / "dict.{}.txt".format(lang)).write_text("w01 3\nw00 2\n")
+    for arguments, words in (
+        (("--path", path, "--gen-subset", "test"), "no subset 'test'"),
+        (("--path", path, "--data", other), "is not the model's"),
+        (("--path", path, "--data", tmp_path / "absent"), "absent"),
+        (("--path", path, "--quantization", "int8"), "--quantization needs --format ctranslate2"),
+        (("--path", path, "--spm", "absent"), "--spm needs --format ctranslate2; --spm absent"),
+        (("--path", path, "--beam", 0), "--beam must be"),
+        (("--path", lstm, "--data", "absent", "--format", "ctranslate2"), "'lstm'"),
+    ):
+        code, error = run(capsys, *arguments, "--output", tmp_path / "out")
+        assert code == 1, error
+        assert words in error.strip().split("\n")[-1], error
+        assert error.strip().split("\n")[-1].startswith("fairseq-kd-export: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_verify_on(data, tmp_path, capsys):
+    """Dictionaries beside the checkpoint are enough to export, but not to prove it."""
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    state = support.load(path)
+    state["cfg"]["task"]["data"] = str(tmp_path / "gone")
+    torch.save(state, str(path))
+    code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt")
+    assert code == 1 and "found nowhere" in error and "--data" in error
+    for lang in LANGS:
+        name = "dict.{}.txt".format(lang)
+        (tmp_path / name).write_text((data / name).read_text())
+    code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt")
+    assert code == 1 and "--data DIR names one; --no-verify" in error
+    code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt", "--no-verify")
+    assert code == 0 and "UNVERIFIED" in error
