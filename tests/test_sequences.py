@@ -195,6 +195,28 @@ def test_other_hypotheses_are_not_gone_on_with(finished, tmp_path, header, word,
     assert tree(folder) == before
 
 
+def test_what_is_kept_beside_is_named_after_what_it_was_made_from(tmp_path):
+    def beside(**header):
+        store = HypothesisStore(tmp_path, {**HEADER, "files": {"dict": "1"}, **header})
+        return store.beside("source", "files")
+
+    assert beside() == beside(generation={"beam": 4}) != beside(files={"dict": "2"})
+    beside().mkdir()
+    (tmp_path / "mine").touch()
+    HypothesisStore.remove(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_plan_without_its_header_is_never_left(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(hypotheses, "write_json", full)
+    with pytest.raises(OSError):
+        HypothesisStore(tmp_path, HEADER).begin(PLAN)
+    assert not (tmp_path / "plan.npz").exists()
+
+
 def test_one_process_writes_a_shard(tmp_path):
     first = HypothesisStore(tmp_path, HEADER)
     first.begin(PLAN)

@@ -219,7 +219,8 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(sequences.summary_lines(output.record(), output.folder)), flush=True)
         return
     if options.source_text:
-        corpus = sequences.Corpus.of_text(task, data, options.source_text, to_subwords, folder)
+        kept = store.beside("source", "files", "source_text_encoding", "truncate_source")
+        corpus = sequences.Corpus.of_text(task, data, options.source_text, to_subwords, kept)
     else:
         corpus = sequences.Corpus.of_subset(task, data, cfg.dataset.gen_subset)
     if choice.needs_references and corpus.references is None:
@@ -248,7 +249,8 @@ def run(options: argparse.Namespace) -> None:
         if fairseq_engine:
             engine = sequences.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
         else:
-            model = sequences.converted(*states[0], task, folder / "ctranslate2")
+            kept = store.beside("ctranslate2", "teachers", "files")
+            model = sequences.converted(*states[0], task, kept)
             engine = sequences.CTranslate2Engine(
                 task,
                 model,

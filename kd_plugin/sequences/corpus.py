@@ -55,19 +55,23 @@ class Corpus(NamedTuple):
 
     @classmethod
     def of_text(
-        cls, task: Any, data: DataBin, text: str, to_subwords: Callable[[str], str], folder: Path
+        cls, task: Any, data: DataBin, text: str, to_subwords: Callable[[str], str], prefix: Path
     ) -> "Corpus":
-        """Source sentences, one per line; their binarised form is kept in ``folder``."""
-        prefix = folder / "source"
+        """Source sentences, one per line.
+
+        Args:
+            prefix: where their binarised form is kept for the next time.
+
+        Raises:
+            FileError: there are none, or they are not UTF-8.
+        """
         if not prefix.with_suffix(".idx").is_file():
-            folder.mkdir(parents=True, exist_ok=True)
+            prefix.parent.mkdir(parents=True, exist_ok=True)
             cut = None
             if getattr(task.cfg, "truncate_source", False):
                 cut = task.cfg.max_source_positions
             _binarise(text, data, to_subwords, cut, prefix)
         source = data_utils.load_indexed_dataset(str(prefix))
-        if len(source) == 0:
-            raise FileError("--source-text {}: it has no line".format(text))
         inference = task.build_dataset_for_inference(source, source.sizes)
         return cls(inference, source, None, data)
 
@@ -86,6 +90,8 @@ def _binarise(
                 writer.add(tokens)
         except UnicodeDecodeError as error:
             raise FileError("--source-text {}: not UTF-8 ({})".format(text, error)) from None
+    if writer.sentences == 0:
+        raise FileError("--source-text {}: it has no line".format(text))
     writer.close()
     for end in (".bin", ".idx"):  # without the second one there is none
         os.replace(str(new) + end, str(prefix) + end)

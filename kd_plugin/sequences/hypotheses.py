@@ -7,12 +7,15 @@ They lie in a folder::
     hypotheses.jsonl    a line for each sentence that was decoded, in the order of the data:
                         {"id": 7, "nbest": [{"score": -0.4, "finished": true, "subwords": "a b"}]}
     shards/             until then: a folder for each shard, with lines in the order of its batches
+    source-*            a text's sentences in the teacher's indices
+    ctranslate2-*       the teacher as CTranslate2 reads it
 
 The likeliest hypothesis is the first one. A score is fairseq's: the sum of the log-probabilities in
 nats, divided by the length (end of sentence included) to the power of ``--lenpen``.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +37,7 @@ from ..files import (
 )
 
 _HEADER, _PLAN, _LINES, _SHARDS = "header.json", "plan.npz", "hypotheses.jsonl", "shards"
+_KINDS = ("source", "ctranslate2")
 _VERSION = 1
 
 
@@ -76,11 +80,26 @@ class HypothesisStore:
     @staticmethod
     def remove(folder: Path) -> None:
         """What lies there of this class, and nothing else."""
-        for name in (_LINES, _PLAN, _HEADER, "source.bin", "source.idx"):
-            if (folder / name).is_file():
-                (folder / name).unlink()
-        for name in (_SHARDS, "ctranslate2"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        kept = [kind + "-*" for kind in _KINDS]
+        # the header last: what a kill leaves must not pass for something else's
+        for pattern in (_LINES, _PLAN, _SHARDS, *kept, _HEADER):
+            for path in folder.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+    def beside(self, kind: str, *keys: str) -> Path:
+        """Where something is kept for the next time.
+
+        Args:
+            keys: the parts of the header that it depends on. They are in its name, for it is
+                written before the header is.
+        """
+        assert kind in _KINDS
+        made_from = json.dumps({key: self.header[key] for key in keys}, sort_keys=True)
+        name = "{}-{}".format(kind, hashlib.sha256(made_from.encode("utf-8")).hexdigest()[:12])
+        return self.folder / name
 
     def begin(self, plan: Sequence[np.ndarray]) -> None:
         """Find out where this shard stopped: ``done`` of its ``batches`` are on disk already.
@@ -90,11 +109,12 @@ class HypothesisStore:
                 I, I + N, ... of the plan that was made first.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        # before the plan, which then never is another header's
+        if not (self.folder / _HEADER).is_file():
+            write_json(self.folder / _HEADER, self.header)
         if not (self.folder / _PLAN).is_file():
             _write_plan(self.folder / _PLAN, plan)
         self._all_batches = _read_plan(self.folder / _PLAN)
-        if not (self.folder / _HEADER).is_file():
-            write_json(self.folder / _HEADER, self.header)
         self.batches = self._all_batches[self.shards.shard_id :: self.shards.num_shards]
         if not self.shards.begin():
             self.done = len(self.batches)

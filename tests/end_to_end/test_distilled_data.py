@@ -260,6 +260,19 @@ def test_a_text_without_references(data, corpus, weak, made, tmp_path):
     assert "--source-text has no references" in refused(run)
 
 
+def test_what_a_refused_command_leaves_is_not_taken_for_another_text(data, weak, tmp_path):
+    output, junk, text = tmp_path / "data", tmp_path / "junk.pt", tmp_path / "text"
+    junk.write_text("no")
+    text.write_text("")
+    assert "it has no line" in refused(write_sequences(data, weak, output, "--source-text", text))
+    text.write_text("a01 a02\na03 a04\n")
+    assert "junk.pt" in refused(write_sequences(data, junk, output, "--source-text", text))
+    lines = ["a05 a06 a07", "a08 a09", "a10 a11 a12"]
+    text.write_text("\n".join(lines) + "\n")
+    write_sequences(data, weak, output, "--source-text", text, "--no-filters").ok()
+    assert text_of(output, SOURCE) == lines
+
+
 @pytest.fixture(scope="module")
 def other_subwords(corpus, tmp_path_factory):
     """A student with a SentencePiece model of its own: that model and its data."""
