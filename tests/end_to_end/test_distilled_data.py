@@ -194,6 +194,18 @@ def test_shards_and_a_kill_change_no_byte(data, weak, made, tmp_path):
     assert tree(output) == tree(made.output)
 
 
+def test_languages_need_not_be_told(data, weak, tmp_path):
+    """As of fairseq-generate: the names of the data's files say them."""
+    arguments = (data, "--path", weak, "--cpu", "--num-workers", 0, "--gen-subset", "valid")
+    run = fairseq("fairseq-kd-sequences", *arguments, "--output", tmp_path / "found").ok()
+    assert "distilled sentences" in run.text
+    write_sequences(data, weak, tmp_path / "told", "--gen-subset", "valid", "--batch-size", 48).ok()
+    assert text_of(tmp_path / "found", TARGET) == text_of(tmp_path / "told", TARGET)
+    task = ("--task", "translation_multi_simple_epoch", "--lang-pairs", "aa-bb")
+    run = fairseq("fairseq-kd-sequences", *arguments, *task, "--output", tmp_path / "no")
+    assert "say between which languages" in refused(run)
+
+
 def test_sampling_depends_on_neither_shards_nor_interruptions(data, weak, tmp_path):
     options = ("--sampling", "--sampling-topk", 5, "--beam", 2, "--nbest", 2, "--seed", 7)
     write_sequences(data, weak, tmp_path / "one", *options).ok()
