@@ -135,15 +135,15 @@ class Shards:
         self._lock.close()
 
 
-def locked(path: Path) -> Any:
+def locked(path: Path, wait: bool = False) -> Any:
     """Hold a file for this process; its end, however it comes, releases it.
 
     Raises:
-        FileError: another process holds it.
+        FileError: another process holds it, and this one is not to wait.
     """
     file = open(path, "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise FileError(
             "another process is writing {}: wait for it, or stop it first".format(path.parent)

@@ -1,6 +1,7 @@
 """Hypotheses on disk, what is chosen of them, and what is dropped."""
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from sacrebleu import sentence_bleu, sentence_chrf
 
 from kd_plugin import files
-from kd_plugin.commands import arguments
+from kd_plugin.commands import arguments, sequences
 from kd_plugin.files import FileError
 from kd_plugin.sequences import (
     Choice,
@@ -189,22 +190,42 @@ def test_other_hypotheses_are_not_gone_on_with(finished, tmp_path, header, word,
         write(tmp_path, 2, 1)
         folder = tmp_path
     before = tree(folder)
+    store = HypothesisStore(folder, {**HEADER, **header})
+    assert not store.complete
     with pytest.raises(FileError) as error:
-        HypothesisStore(folder, {**HEADER, **header})
-    assert word in str(error.value) and "--overwrite" in str(error.value)
+        store.begin(PLAN)
+    assert word in str(error.value) and "choose another folder" in str(error.value)
     assert tree(folder) == before
 
 
 def test_what_is_kept_beside_is_named_after_what_it_was_made_from(tmp_path):
+    def store(**header):
+        return HypothesisStore(tmp_path, {**HEADER, "files": {"dict": "1"}, **header})
+
     def beside(**header):
-        store = HypothesisStore(tmp_path, {**HEADER, "files": {"dict": "1"}, **header})
-        return store.beside("source", "files")
+        return store(**header).beside("source", "files")
 
     assert beside() == beside(generation={"beam": 4}) != beside(files={"dict": "2"})
-    beside().mkdir()
-    (tmp_path / "mine").touch()
-    HypothesisStore.remove(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    for path in (beside(), beside(files={"dict": "2"}), tmp_path / "mine"):
+        path.with_suffix(".bin").touch()
+    one = store()
+    ours = one.beside("source", "files")
+    one.clear()
+    assert {path.stem for path in tmp_path.iterdir()} == {"mine", ours.name}
+
+
+def test_a_shard_that_comes_late_does_not_remove_what_an_earlier_one_has_begun(finished, tmp_path):
+    output = distil.Output(str(tmp_path), {})
+    folder = tmp_path / "hypotheses"
+    shutil.copytree(str(finished), str(folder))
+    early, late = [HypothesisStore(folder, {**HEADER, "seed": 2}, 2, i) for i in (0, 1)]
+    assert early.differences() and late.differences()
+    sequences._clear(output, early)
+    early.begin(PLAN)
+    early.append(lists(early.batches[0]))
+    before = tree(folder)
+    sequences._clear(output, late)
+    assert tree(folder) == before
 
 
 def test_a_plan_without_its_header_is_never_left(tmp_path, monkeypatch):
@@ -460,6 +481,9 @@ def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
         if not output.complete:
             output.write(corpus, TOY_LISTS, chosen, student, sides, 2)
 
+    # another one that it replaces
+    old = distil.Output(str(tmp_path / "old"), {"beam": 4})
+    old.write(corpus, TOY_LISTS[:2], chosen, student, None, 1)
     write_to(tmp_path / "whole")
     whole = tree(tmp_path / "whole")
     assert "record.json" in whole and "valid.aa-bb.bb.idx" in whole
@@ -471,6 +495,8 @@ def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
     while killed:
         last += 9
         folder, left = tmp_path / str(last), [last]
+        if last % 2:
+            shutil.copytree(str(tmp_path / "old"), str(folder))
 
         def work(folder=folder, left=left):
             def count():
@@ -485,6 +511,24 @@ def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
         write_to(folder)
         assert tree(folder) == whole, last
     assert last > 200
+
+
+def test_data_that_are_to_be_replaced_stay_until_there_are_others(databin_of_letters, tmp_path):
+    data = databin_of_letters
+    sides = data.side("train", "aa"), data.side("train", "bb")
+    corpus, student = Toy(*sides, data), Student(data, lambda text: text, None)
+    kept = choose(corpus, TOY_LISTS, student, Choice(), 1.0, False)
+    none = choose(corpus, TOY_LISTS, student, Choice(filters=Filters(0)), 1.0, False)
+    folder = tmp_path / "out"
+    distil.Output(str(folder), {"beam": 5}).write(corpus, TOY_LISTS, kept, student, None, 1)
+    before = tree(folder)
+    other = distil.Output(str(folder), {"beam": 4})
+    assert not other.complete and other.differences() == ["beam is 4 here, 5 there"]
+    with pytest.raises(FileError, match="nothing is left"):
+        other.write(corpus, TOY_LISTS, none, student, None, 1)
+    assert tree(folder) == before
+    other.write(corpus, TOY_LISTS, kept, student, sides, 1)
+    assert other.complete and len(tree(folder)["text/train.bb"].splitlines()) == 9
 
 
 def test_a_folder_of_somebody_else(tmp_path):

@@ -394,13 +394,22 @@ def test_an_output_of_other_settings(data, weak, made, tmp_path):
         assert word in message and "--overwrite would remove" in message
         assert "train.aa-bb.aa.bin" in message
         assert tree(output) == before
+    assert ", and the hypotheses in {}".format(output / "hypotheses") in message
+    # one that fails replaces nothing
+    (tmp_path / "junk.pt").write_text("no")
+    message = refused(write_sequences(data, tmp_path / "junk.pt", output, "--overwrite"))
+    assert "junk.pt" in message and tree(output) == before
+    # not the lists of --hypotheses
+    lent = ("--hypotheses", made.output / "hypotheses", "--beam", 2, "--overwrite")
+    message = refused(write_sequences(data, weak, tmp_path / "no", *lent))
+    assert "choose another --hypotheses" in message and "--overwrite" not in message
     # the lists stay: they are still the right ones
     options = (*closest, *BEAM, "--max-length", 5)
     run = write_sequences(data, weak, output, *options, "--overwrite").ok()
-    assert "Translated" not in run.text and "removing" in run.text
+    assert "Translated" not in run.text and "replacing" in run.text
     assert record(output)["counts"]["dropped"]["too_long"] > 0
     run = write_sequences(data, weak, output, "--overwrite", "--beam", 2).ok()
-    assert "Translated" in run.text
+    assert "removing the hypotheses" in run.text and "Translated" in run.text
     assert all(len(nbest) == 1 for nbest in lists(output / "hypotheses").values())
     assert (output / "notes.txt").read_text() == "mine"
 
