@@ -99,6 +99,7 @@ class Shards:
                 )
             )
         self.folder, self.num_shards, self.shard_id = folder, num_shards, shard_id
+        self._lock: Any = None
 
     def __iter__(self) -> Iterator[Path]:
         return map(self._path, range(self.num_shards))
@@ -130,9 +131,14 @@ class Shards:
     def all_done(self) -> bool:
         return all((path / "done").is_file() for path in self)
 
+    def let_go(self, worker: int = 0) -> None:
+        """Release the lock; in a worker process, too, which may live on when this one is killed."""
+        if self._lock is not None:
+            self._lock.close()
+
     def end(self) -> None:
         (self.own / "done").touch()
-        self._lock.close()
+        self.let_go()
 
 
 def locked(path: Path, wait: bool = False) -> Any:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Dict, List, NamedTuple
 
 import numpy as np
@@ -243,6 +244,27 @@ def test_one_process_writes_a_shard(tmp_path):
     first.begin(PLAN)
     with pytest.raises(FileError, match="another process is writing"):
         HypothesisStore(tmp_path, HEADER).begin(PLAN)
+
+
+class Numbers(list):
+    collater = list
+
+
+def test_workers_hold_no_lock(tmp_path):
+    """They outlive a process that is killed by some seconds; the next one need not wait."""
+    store = HypothesisStore(tmp_path, HEADER)
+
+    class Killed:
+        def decode(self, batches):
+            workers = iter(batches)
+            yield lists(next(workers))
+            store.shards.let_go()
+            HypothesisStore(tmp_path, HEADER).begin(PLAN)
+            raise KeyboardInterrupt
+
+    corpus = SimpleNamespace(dataset=Numbers(range(SENTENCES)))
+    with pytest.raises(KeyboardInterrupt):
+        distil.decode(corpus, Killed(), store, PLAN, num_workers=1)
 
 
 @pytest.mark.parametrize("num_shards, shard_id", [(2, 2), (1, -1), (0, 0)])

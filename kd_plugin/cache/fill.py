@@ -106,6 +106,7 @@ def _run(task: Any, teacher: Any, dataset: Any, writer: CacheWriter, num_workers
         batch_sampler=[batch.tolist() for batch in writer.batches[writer.done :]],
         collate_fn=dataset.collater,
         num_workers=num_workers,
+        worker_init_fn=writer.shards.let_go,
     )
     progress = tqdm(
         total=sum(tokens),

@@ -43,6 +43,7 @@ def decode(
         batch_sampler=[batch.tolist() for batch in store.batches[store.done :]],
         collate_fn=corpus.dataset.collater,
         num_workers=num_workers,
+        worker_init_fn=store.shards.let_go,
     )
     subwords = 0
     with _progress(total, "decoding", before) as progress:
