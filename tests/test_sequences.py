@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Dict, List, NamedTuple
@@ -27,6 +28,7 @@ from kd_plugin.sequences import (
     Student,
     choose,
     databin,
+    describe_text,
     distil,
     hypotheses,
     select,
@@ -472,6 +474,23 @@ def test_symbols_with_other_whitespace_stay_whole():
     assert databin.decode(dictionary, tokens.tolist()) == line
     assert databin.encode(dictionary, "").tolist() == [dictionary.eos()]
     assert databin.encode(dictionary, "zz").tolist() == [dictionary.unk(), dictionary.eos()]
+
+
+def test_a_model_of_subwords_counts_by_its_content(tmp_path):
+    def described(path, content):
+        path.write_bytes(content)
+        bpe = Namespace(_name="sentencepiece", sentencepiece_model=str(path), enable_sampling=False)
+        common_eval = Namespace(post_process=None)
+        return describe_text(Cfg(bpe=bpe, tokenizer=None, common_eval=common_eval))
+
+    class Cfg(dict):
+        __getattr__ = dict.__getitem__
+
+    one = described(tmp_path / "one.model", b"1")
+    assert (
+        one == described(tmp_path / "moved.model", b"1") != described(tmp_path / "one.model", b"2")
+    )
+    assert one["bpe"]["_name"] == "sentencepiece" and one["bpe"]["enable_sampling"] is False
 
 
 @pytest.fixture

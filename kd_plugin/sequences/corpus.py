@@ -179,11 +179,15 @@ def describe(
 
 
 def describe_text(cfg: Any) -> Dict[str, Any]:
-    """How text and subwords hang together."""
+    """How text and subwords hang together: of models, contents, not paths."""
     found: Dict[str, Any] = {"remove_bpe": cfg.common_eval.post_process}
     for name in ("bpe", "tokenizer"):
         part = cfg[name]
         if part is not None:
             plain = dict(part) if isinstance(part, DictConfig) else vars(part)
-            found[name] = {str(k): v for k, v in plain.items() if isinstance(v, (str, int, bool))}
+            found[name] = {
+                str(k): digest(v) if isinstance(v, str) and os.path.isfile(v) else v
+                for k, v in plain.items()
+                if isinstance(v, (str, int, bool))
+            }
     return found
