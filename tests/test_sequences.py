@@ -12,7 +12,8 @@ from typing import Dict, List, NamedTuple
 import numpy as np
 import pytest
 import torch
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, LanguagePairDataset
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu import sentence_bleu, sentence_chrf
@@ -22,6 +23,7 @@ from kd_plugin.commands import arguments, sequences
 from kd_plugin.files import FileError
 from kd_plugin.sequences import (
     Choice,
+    Corpus,
     Filters,
     Hypothesis,
     HypothesisStore,
@@ -31,6 +33,7 @@ from kd_plugin.sequences import (
     describe_text,
     distil,
     hypotheses,
+    plan,
     select,
 )
 
@@ -508,6 +511,37 @@ def databin_of_letters(tmp_path) -> databin.DataBin:
                 writer.add(databin.encode(dictionary, line))
             writer.close()
     return databin.DataBin(str(folder), "aa", "bb")
+
+
+def task_of(data) -> TranslationTask:
+    cfg = TranslationConfig(
+        data=str(data.folder),
+        source_lang="aa",
+        target_lang="bb",
+        left_pad_source=True,
+        left_pad_target=False,
+        train_subset="train",
+        dataset_impl=None,
+        required_seq_len_multiple=1,
+    )
+    return TranslationTask(cfg, data.source, data.target)
+
+
+@pytest.mark.parametrize("subset", ["train", "lonely"])
+def test_batches_of_sentences_that_fit(databin_of_letters, monkeypatch, subset):
+    """Each of 4 symbols; none of them is looked at by itself."""
+    data = databin_of_letters
+    for path in data.folder.glob("train.aa-bb.aa.*"):
+        shutil.copy(str(path), str(path).replace("train", "lonely"))
+    task = task_of(data)
+    corpus = Corpus.of_subset(task, data, subset)
+    monkeypatch.setattr(LanguagePairDataset, "size", None)
+    found = plan(task, corpus, [(4, 4)], 8, None, 1, 1)
+    assert sorted(i for batch in found for i in batch) == [0, 1, 2, 3, 4]
+    assert [len(batch) for batch in found] == [2, 2, 1]
+    assert plan(task_of(data), corpus, [(3, 4)], 3, None, 1, 1) == []
+    with pytest.raises(FileError, match="sentence has 4 tokens, more than --max-tokens 3"):
+        plan(task, corpus, [(4, 4)], 3, None, 1, 1)
 
 
 def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):

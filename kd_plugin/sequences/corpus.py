@@ -129,9 +129,18 @@ def plan(
         max_positions: of each model.
 
     Raises:
-        FileError: fairseq leaves out others, too.
+        FileError: one is longer than a batch may be, or fairseq leaves out others, too.
     """
     limits = utils.resolve_max_positions(task.max_positions(), *max_positions)
+    # a column for the source, and one for references if the dataset has them
+    sizes = np.asarray(corpus.dataset.sizes).reshape(len(corpus.source), -1)
+    sizes = sizes[(sizes <= np.array(limits)[: sizes.shape[1]]).all(axis=1)]
+    longest = sizes.max(initial=0)
+    if max_tokens is not None and longest > max_tokens:
+        raise FileError(
+            "the longest sentence has {} tokens, more than --max-tokens {}: give at least as "
+            "many".format(longest, max_tokens)
+        )
     batches = task.get_batch_iterator(
         dataset=corpus.dataset,
         max_tokens=max_tokens,
@@ -144,15 +153,11 @@ def plan(
         shard_id=0,
     ).frozen_batches
     found = [np.asarray(batch, dtype=np.int64) for batch in batches]
-    sizes = np.array(
-        [list(np.atleast_1d(corpus.dataset.size(i))) for i in range(len(corpus.source))]
-    )
-    readable = int((sizes <= np.array(limits)[: sizes.shape[1]]).all(axis=1).sum())
     planned = sum(map(len, found))
-    if planned < readable:
+    if planned < len(sizes):
         raise FileError(
             "this fairseq leaves {} sentences out with --required-batch-size-multiple {}: take "
-            "1".format(readable - planned, required_multiple)
+            "1".format(len(sizes) - planned, required_multiple)
         )
     return found
 
