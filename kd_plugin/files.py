@@ -101,6 +101,9 @@ class Shards:
         self.folder, self.num_shards, self.shard_id = folder, num_shards, shard_id
         self._lock: Any = None
 
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**vars(self), "_lock": None}  # for a worker process that is not forked
+
     def __iter__(self) -> Iterator[Path]:
         return map(self._path, range(self.num_shards))
 
