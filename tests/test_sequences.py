@@ -1,6 +1,7 @@
 """Hypotheses on disk, what is chosen of them, and what is dropped."""
 
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -179,6 +180,10 @@ def test_the_first_plan_is_the_one_for_all(tmp_path):
     other = HypothesisStore(tmp_path, HEADER, 2, 0)
     other.begin(PLAN[::-1])
     assert [batch.tolist() for batch in other.batches] == [PLAN[i].tolist() for i in (0, 2, 4)]
+    third = HypothesisStore(tmp_path, HEADER, 3, 2)
+    assert third.planned and not HypothesisStore(tmp_path, {**HEADER, "seed": 2}).planned
+    third.begin()
+    assert [batch.tolist() for batch in third.batches] == [PLAN[2].tolist()]
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -261,8 +266,10 @@ def test_workers_hold_no_lock(tmp_path):
 
     class Killed:
         def decode(self, batches):
+            assert isinstance(batches.batch_sampler[0], np.ndarray)  # no lists of a large plan
             workers = iter(batches)
             yield lists(next(workers))
+            pickle.loads(pickle.dumps(store.shards)).let_go()  # in one that is not forked
             store.shards.let_go()
             HypothesisStore(tmp_path, HEADER).begin(PLAN)
             raise KeyboardInterrupt

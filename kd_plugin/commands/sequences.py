@@ -237,15 +237,17 @@ def run(options: argparse.Namespace) -> None:
     else:
         states = sequences.read_teachers(paths, task, overrides, options.trust_checkpoint)
         models = sequences.build_teachers(states, task, overrides, cfg, device, dtype)
-        plan = sequences.plan(
-            task,
-            corpus,
-            [model.max_positions() for model in models],
-            cfg.dataset.max_tokens,
-            cfg.dataset.batch_size,
-            cfg.dataset.required_batch_size_multiple,
-            cfg.common.seed,
-        )
+        plan = None
+        if not store.planned:
+            plan = sequences.plan(
+                task,
+                corpus,
+                [model.max_positions() for model in models],
+                cfg.dataset.max_tokens,
+                cfg.dataset.batch_size,
+                cfg.dataset.required_batch_size_multiple,
+                cfg.common.seed,
+            )
         engine: Any
         if fairseq_engine:
             engine = sequences.FairseqEngine(task, models, cfg.generation, cfg.common.seed)

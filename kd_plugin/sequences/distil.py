@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -24,13 +24,17 @@ _SPLIT = "train"
 
 
 def decode(
-    corpus: Corpus, engine: Any, store: HypothesisStore, plan: Any, num_workers: int
+    corpus: Corpus,
+    engine: Any,
+    store: HypothesisStore,
+    plan: Optional[Sequence[np.ndarray]],
+    num_workers: int,
 ) -> Tuple[int, int]:
     """Decode one shard, from where it stopped.
 
     Args:
         engine: has ``decode``, which turns collated batches into n-best lists, in turn.
-        plan: the sentences of each batch.
+        plan: the sentences of each batch; None if the store has one.
 
     Returns:
         numbers of sentences and of subwords that were decoded now.
@@ -38,9 +42,10 @@ def decode(
     store.begin(plan)
     total = sum(map(len, store.batches))
     before = sum(map(len, store.batches[: store.done]))
+    batches: Any = store.batches[store.done :]
     loader = torch.utils.data.DataLoader(
         corpus.dataset,
-        batch_sampler=[batch.tolist() for batch in store.batches[store.done :]],
+        batch_sampler=batches,
         collate_fn=corpus.dataset.collater,
         num_workers=num_workers,
         worker_init_fn=store.shards.let_go,

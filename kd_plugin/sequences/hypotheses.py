@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -72,6 +72,11 @@ class HypothesisStore:
     def complete(self) -> bool:
         return (self.folder / _LINES).is_file() and not self.differences()
 
+    @property
+    def planned(self) -> bool:
+        """Whether the batches are on disk."""
+        return (self.folder / _PLAN).is_file() and not self.differences()
+
     def differences(self) -> List[str]:
         """Where the folder holds lists of something else."""
         path = self.folder / _HEADER
@@ -115,12 +120,12 @@ class HypothesisStore:
         self._kept.append(name)
         return self.folder / name
 
-    def begin(self, plan: Sequence[np.ndarray]) -> None:
+    def begin(self, plan: Optional[Sequence[np.ndarray]] = None) -> None:
         """Find out where this shard stopped: ``done`` of its ``batches`` are on disk already.
 
         Args:
             plan: the sentences of each batch, of all shards together. Shard I of N has the batches
-                I, I + N, ... of the plan that was made first.
+                I, I + N, ... of the plan that was made first. Once ``planned``, none is needed.
 
         Raises:
             FileError: the folder holds lists of something else, or another process is at it.
@@ -130,7 +135,7 @@ class HypothesisStore:
         # before the plan, which then never is another header's
         if not (self.folder / _HEADER).is_file():
             write_json(self.folder / _HEADER, self.header)
-        if not (self.folder / _PLAN).is_file():
+        if plan is not None and not self.planned:
             _write_plan(self.folder / _PLAN, plan)
         self._all_batches = _read_plan(self.folder / _PLAN)
         self.batches = self._all_batches[self.shards.shard_id :: self.shards.num_shards]
