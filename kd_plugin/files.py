@@ -99,6 +99,10 @@ class Shards:
                 )
             )
         self.folder, self.num_shards, self.shard_id = folder, num_shards, shard_id
+        self._lock: Any = None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**vars(self), "_lock": None}  # for a worker process that is not forked
 
     def __iter__(self) -> Iterator[Path]:
         return map(self._path, range(self.num_shards))
@@ -130,20 +134,25 @@ class Shards:
     def all_done(self) -> bool:
         return all((path / "done").is_file() for path in self)
 
+    def let_go(self, worker: int = 0) -> None:
+        """Release the lock; in a worker process, too, which may live on when this one is killed."""
+        if self._lock is not None:
+            self._lock.close()
+
     def end(self) -> None:
         (self.own / "done").touch()
-        self._lock.close()
+        self.let_go()
 
 
-def locked(path: Path) -> Any:
+def locked(path: Path, wait: bool = False) -> Any:
     """Hold a file for this process; its end, however it comes, releases it.
 
     Raises:
-        FileError: another process holds it.
+        FileError: another process holds it, and this one is not to wait.
     """
     file = open(path, "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise FileError(
             "another process is writing {}: wait for it, or stop it first".format(path.parent)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import json
 import logging
 import math
@@ -642,6 +643,26 @@ def test_a_shard_is_written_by_one_process_at_a_time(case, finished, tmp_path):
     case.append(first)
     assert first.finish(case.target)
     assert tree(tmp_path) == tree(finished)
+
+
+class Numbers(list):
+    collater = list
+
+
+def test_workers_hold_no_lock(case, tmp_path, monkeypatch):
+    """They outlive a process that is killed by some seconds; the next one need not wait."""
+    filling = importlib.import_module("kd_plugin.cache.fill")
+    shard = case.writer(tmp_path)
+    shard.begin()
+
+    def killed(*_):
+        shard.shards.let_go()
+        case.writer(tmp_path).begin()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(filling, "rows_of_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        filling._run(None, None, Numbers(range(len(case.lengths))), shard, 1)
 
 
 def test_too_little_room_is_said_before(case, tmp_path, monkeypatch):

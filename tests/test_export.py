@@ -393,3 +393,17 @@ def test_nothing_to_verify_on(data, tmp_path, capsys):
     assert code == 1 and "--data DIR names one; --no-verify" in error
     code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt", "--no-verify")
     assert code == 0 and "UNVERIFIED" in error
+
+
+def test_languages_that_fairseq_train_was_not_told(data, tmp_path, capsys):
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    state = support.load(path)
+    state["cfg"]["task"].update(source_lang=None, target_lang=None)
+    torch.save(state, str(path))
+    code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt", "--no-verify")
+    assert code == 0, error
+    assert export.languages(support.load(tmp_path / "out.pt")) == LANGS
+    state["cfg"]["task"]["data"] = str(tmp_path / "gone")
+    torch.save(state, str(path))
+    code, error = run(capsys, "--path", path, "--output", tmp_path / "no.pt", "--no-verify")
+    assert code == 1 and "names no languages" in error

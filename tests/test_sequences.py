@@ -1,32 +1,40 @@
 """Hypotheses on disk, what is chosen of them, and what is dropped."""
 
 import os
+import pickle
+import shutil
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Dict, List, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, LanguagePairDataset
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu import sentence_bleu, sentence_chrf
 
 from kd_plugin import files
-from kd_plugin.commands import arguments
+from kd_plugin.commands import arguments, sequences
 from kd_plugin.files import FileError
 from kd_plugin.sequences import (
     Choice,
+    Corpus,
     Filters,
     Hypothesis,
     HypothesisStore,
     Student,
     choose,
     databin,
+    describe_text,
     distil,
     hypotheses,
+    plan,
     select,
 )
 
@@ -172,6 +180,10 @@ def test_the_first_plan_is_the_one_for_all(tmp_path):
     other = HypothesisStore(tmp_path, HEADER, 2, 0)
     other.begin(PLAN[::-1])
     assert [batch.tolist() for batch in other.batches] == [PLAN[i].tolist() for i in (0, 2, 4)]
+    third = HypothesisStore(tmp_path, HEADER, 3, 2)
+    assert third.planned and not HypothesisStore(tmp_path, {**HEADER, "seed": 2}).planned
+    third.begin()
+    assert [batch.tolist() for batch in third.batches] == [PLAN[2].tolist()]
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -189,10 +201,52 @@ def test_other_hypotheses_are_not_gone_on_with(finished, tmp_path, header, word,
         write(tmp_path, 2, 1)
         folder = tmp_path
     before = tree(folder)
+    store = HypothesisStore(folder, {**HEADER, **header})
+    assert not store.complete
     with pytest.raises(FileError) as error:
-        HypothesisStore(folder, {**HEADER, **header})
-    assert word in str(error.value) and "--overwrite" in str(error.value)
+        store.begin(PLAN)
+    assert word in str(error.value) and "choose another folder" in str(error.value)
     assert tree(folder) == before
+
+
+def test_what_is_kept_beside_is_named_after_what_it_was_made_from(tmp_path):
+    def store(**header):
+        return HypothesisStore(tmp_path, {**HEADER, "files": {"dict": "1"}, **header})
+
+    def beside(**header):
+        return store(**header).beside("source", "files")
+
+    assert beside() == beside(generation={"beam": 4}) != beside(files={"dict": "2"})
+    for path in (beside(), beside(files={"dict": "2"}), tmp_path / "mine"):
+        path.with_suffix(".bin").touch()
+    one = store()
+    ours = one.beside("source", "files")
+    one.clear()
+    assert {path.stem for path in tmp_path.iterdir()} == {"mine", ours.name}
+
+
+def test_a_shard_that_comes_late_does_not_remove_what_an_earlier_one_has_begun(finished, tmp_path):
+    output = distil.Output(str(tmp_path), {})
+    folder = tmp_path / "hypotheses"
+    shutil.copytree(str(finished), str(folder))
+    early, late = [HypothesisStore(folder, {**HEADER, "seed": 2}, 2, i) for i in (0, 1)]
+    assert early.differences() and late.differences()
+    sequences._clear(output, early)
+    early.begin(PLAN)
+    early.append(lists(early.batches[0]))
+    before = tree(folder)
+    sequences._clear(output, late)
+    assert tree(folder) == before
+
+
+def test_a_plan_without_its_header_is_never_left(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(hypotheses, "write_json", full)
+    with pytest.raises(OSError):
+        HypothesisStore(tmp_path, HEADER).begin(PLAN)
+    assert not (tmp_path / "plan.npz").exists()
 
 
 def test_one_process_writes_a_shard(tmp_path):
@@ -200,6 +254,29 @@ def test_one_process_writes_a_shard(tmp_path):
     first.begin(PLAN)
     with pytest.raises(FileError, match="another process is writing"):
         HypothesisStore(tmp_path, HEADER).begin(PLAN)
+
+
+class Numbers(list):
+    collater = list
+
+
+def test_workers_hold_no_lock(tmp_path):
+    """They outlive a process that is killed by some seconds; the next one need not wait."""
+    store = HypothesisStore(tmp_path, HEADER)
+
+    class Killed:
+        def decode(self, batches):
+            assert isinstance(batches.batch_sampler[0], np.ndarray)  # no lists of a large plan
+            workers = iter(batches)
+            yield lists(next(workers))
+            pickle.loads(pickle.dumps(store.shards)).let_go()  # in one that is not forked
+            store.shards.let_go()
+            HypothesisStore(tmp_path, HEADER).begin(PLAN)
+            raise KeyboardInterrupt
+
+    corpus = SimpleNamespace(dataset=Numbers(range(SENTENCES)))
+    with pytest.raises(KeyboardInterrupt):
+        distil.decode(corpus, Killed(), store, PLAN, num_workers=1)
 
 
 @pytest.mark.parametrize("num_shards, shard_id", [(2, 2), (1, -1), (0, 0)])
@@ -409,6 +486,23 @@ def test_symbols_with_other_whitespace_stay_whole():
     assert databin.encode(dictionary, "zz").tolist() == [dictionary.unk(), dictionary.eos()]
 
 
+def test_a_model_of_subwords_counts_by_its_content(tmp_path):
+    def described(path, content):
+        path.write_bytes(content)
+        bpe = Namespace(_name="sentencepiece", sentencepiece_model=str(path), enable_sampling=False)
+        common_eval = Namespace(post_process=None)
+        return describe_text(Cfg(bpe=bpe, tokenizer=None, common_eval=common_eval))
+
+    class Cfg(dict):
+        __getattr__ = dict.__getitem__
+
+    one = described(tmp_path / "one.model", b"1")
+    assert (
+        one == described(tmp_path / "moved.model", b"1") != described(tmp_path / "one.model", b"2")
+    )
+    assert one["bpe"]["_name"] == "sentencepiece" and one["bpe"]["enable_sampling"] is False
+
+
 @pytest.fixture
 def databin_of_letters(tmp_path) -> databin.DataBin:
     folder = tmp_path / "data"
@@ -426,6 +520,37 @@ def databin_of_letters(tmp_path) -> databin.DataBin:
     return databin.DataBin(str(folder), "aa", "bb")
 
 
+def task_of(data) -> TranslationTask:
+    cfg = TranslationConfig(
+        data=str(data.folder),
+        source_lang="aa",
+        target_lang="bb",
+        left_pad_source=True,
+        left_pad_target=False,
+        train_subset="train",
+        dataset_impl=None,
+        required_seq_len_multiple=1,
+    )
+    return TranslationTask(cfg, data.source, data.target)
+
+
+@pytest.mark.parametrize("subset", ["train", "lonely"])
+def test_batches_of_sentences_that_fit(databin_of_letters, monkeypatch, subset):
+    """Each of 4 symbols; none of them is looked at by itself."""
+    data = databin_of_letters
+    for path in data.folder.glob("train.aa-bb.aa.*"):
+        shutil.copy(str(path), str(path).replace("train", "lonely"))
+    task = task_of(data)
+    corpus = Corpus.of_subset(task, data, subset)
+    monkeypatch.setattr(LanguagePairDataset, "size", None)
+    found = plan(task, corpus, [(4, 4)], 8, None, 1, 1)
+    assert sorted(i for batch in found for i in batch) == [0, 1, 2, 3, 4]
+    assert [len(batch) for batch in found] == [2, 2, 1]
+    assert plan(task_of(data), corpus, [(3, 4)], 3, None, 1, 1) == []
+    with pytest.raises(FileError, match="sentence has 4 tokens, more than --max-tokens 3"):
+        plan(task, corpus, [(4, 4)], 3, None, 1, 1)
+
+
 def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
     data = databin_of_letters
     sides = data.side("train", "aa"), data.side("train", "bb")
@@ -438,6 +563,9 @@ def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
         if not output.complete:
             output.write(corpus, TOY_LISTS, chosen, student, sides, 2)
 
+    # another one that it replaces
+    old = distil.Output(str(tmp_path / "old"), {"beam": 4})
+    old.write(corpus, TOY_LISTS[:2], chosen, student, None, 1)
     write_to(tmp_path / "whole")
     whole = tree(tmp_path / "whole")
     assert "record.json" in whole and "valid.aa-bb.bb.idx" in whole
@@ -449,6 +577,8 @@ def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
     while killed:
         last += 9
         folder, left = tmp_path / str(last), [last]
+        if last % 2:
+            shutil.copytree(str(tmp_path / "old"), str(folder))
 
         def work(folder=folder, left=left):
             def count():
@@ -463,6 +593,24 @@ def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
         write_to(folder)
         assert tree(folder) == whole, last
     assert last > 200
+
+
+def test_data_that_are_to_be_replaced_stay_until_there_are_others(databin_of_letters, tmp_path):
+    data = databin_of_letters
+    sides = data.side("train", "aa"), data.side("train", "bb")
+    corpus, student = Toy(*sides, data), Student(data, lambda text: text, None)
+    kept = choose(corpus, TOY_LISTS, student, Choice(), 1.0, False)
+    none = choose(corpus, TOY_LISTS, student, Choice(filters=Filters(0)), 1.0, False)
+    folder = tmp_path / "out"
+    distil.Output(str(folder), {"beam": 5}).write(corpus, TOY_LISTS, kept, student, None, 1)
+    before = tree(folder)
+    other = distil.Output(str(folder), {"beam": 4})
+    assert not other.complete and other.differences() == ["beam is 4 here, 5 there"]
+    with pytest.raises(FileError, match="nothing is left"):
+        other.write(corpus, TOY_LISTS, none, student, None, 1)
+    assert tree(folder) == before
+    other.write(corpus, TOY_LISTS, kept, student, sides, 1)
+    assert other.complete and len(tree(folder)["text/train.bb"].splitlines()) == 9
 
 
 def test_a_folder_of_somebody_else(tmp_path):

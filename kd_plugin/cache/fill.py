@@ -101,11 +101,13 @@ def _plan(
 
 def _run(task: Any, teacher: Any, dataset: Any, writer: CacheWriter, num_workers: int) -> None:
     tokens = [int(writer.lengths[batch].sum()) for batch in writer.batches]
+    batches: Any = writer.batches[writer.done :]
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=[batch.tolist() for batch in writer.batches[writer.done :]],
+        batch_sampler=batches,
         collate_fn=dataset.collater,
         num_workers=num_workers,
+        worker_init_fn=writer.shards.let_go,
     )
     progress = tqdm(
         total=sum(tokens),

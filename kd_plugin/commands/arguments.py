@@ -16,7 +16,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Every default shown once, and none where there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        if action.default in (None, argparse.SUPPRESS) or "(default" in (action.help or ""):
+        if action.default in (None, "", argparse.SUPPRESS) or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -24,6 +24,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) -> Any:
     """Also the arguments of the task; unlike fairseq's own, --help shows these, too."""
     help_wanted = {"-h", "--help"} & set(arguments)
+    if help_wanted:
+        for action in parser._actions:
+            action.required = False
     calls = []
 
     def modify(parser: argparse.ArgumentParser) -> None:

@@ -178,8 +178,12 @@ def _refuse(options: argparse.Namespace, paths: List[str], output: Path) -> None
 
 
 def _languages(options: argparse.Namespace, path: str, state: Dict[str, Any]) -> Tuple[str, str]:
-    named = export.languages(state)
-    langs = options.source_lang or named[0], options.target_lang or named[1]
+    found = export.languages(state)
+    if not all(found):  # fairseq-train had them from the data's file names, and told nobody
+        folders = utils.split_paths(options.data or get(section(state, "task"), "data") or "")
+        if folders and os.path.isdir(folders[0]):
+            found = data_utils.infer_language_pair(folders[0])
+    langs = options.source_lang or found[0], options.target_lang or found[1]
     if not all(langs):
         raise ExportError("{} names no languages: say --source-lang and --target-lang".format(path))
     return langs

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import sentencepiece
 from fairseq import options as fairseq_options
@@ -214,12 +214,14 @@ def run(options: argparse.Namespace) -> None:
         },
     )
     folder = Path(options.hypotheses or Path(options.output) / "hypotheses")
-    store = _store(options, output, folder, header, num_shards, shard_id)
+    store = sequences.HypothesisStore(folder, header, num_shards, shard_id)
+    _refuse_others(options, output, store)
     if output.complete:
         print("\n".join(sequences.summary_lines(output.record(), output.folder)), flush=True)
         return
     if options.source_text:
-        corpus = sequences.Corpus.of_text(task, data, options.source_text, to_subwords, folder)
+        kept = store.beside("source", "files", "source_text_encoding", "truncate_source")
+        corpus = sequences.Corpus.of_text(task, data, options.source_text, to_subwords, kept)
     else:
         corpus = sequences.Corpus.of_subset(task, data, cfg.dataset.gen_subset)
     if choice.needs_references and corpus.references is None:
@@ -235,20 +237,23 @@ def run(options: argparse.Namespace) -> None:
     else:
         states = sequences.read_teachers(paths, task, overrides, options.trust_checkpoint)
         models = sequences.build_teachers(states, task, overrides, cfg, device, dtype)
-        plan = sequences.plan(
-            task,
-            corpus,
-            [model.max_positions() for model in models],
-            cfg.dataset.max_tokens,
-            cfg.dataset.batch_size,
-            cfg.dataset.required_batch_size_multiple,
-            cfg.common.seed,
-        )
+        plan = None
+        if not store.planned:
+            plan = sequences.plan(
+                task,
+                corpus,
+                [model.max_positions() for model in models],
+                cfg.dataset.max_tokens,
+                cfg.dataset.batch_size,
+                cfg.dataset.required_batch_size_multiple,
+                cfg.common.seed,
+            )
         engine: Any
         if fairseq_engine:
             engine = sequences.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
         else:
-            model = sequences.converted(*states[0], task, folder / "ctranslate2")
+            kept = store.beside("ctranslate2", "teachers", "files")
+            model = sequences.converted(*states[0], task, kept)
             engine = sequences.CTranslate2Engine(
                 task,
                 model,
@@ -258,6 +263,8 @@ def run(options: argparse.Namespace) -> None:
                 compute_type,
                 models[0].max_positions()[1],
             )
+        if options.overwrite:  # by now all has been checked
+            _clear(output, store)
         start = time.perf_counter()
         sentences, tokens = sequences.decode(corpus, engine, store, plan, cfg.dataset.num_workers)
         seconds = max(time.perf_counter() - start, 1e-9)
@@ -279,10 +286,13 @@ def run(options: argparse.Namespace) -> None:
         print("{}: another process is writing it".format(output.folder), flush=True)
         return
     output.look()  # another process may have written it
+    _refuse_others(options, output, store)
     if output.complete:
         return
     g = cfg.generation
     chosen = sequences.choose(corpus, store, student, choice, g.lenpen, g.unnormalized)
+    if output.differences():
+        print("replacing {}".format(output.contents()), flush=True)
     output.write(corpus, store, chosen, student, originals, options.repeat_original)
     print("\n".join(sequences.summary_lines(output.record(), output.folder)), flush=True)
     lock.close()
@@ -405,32 +415,34 @@ def _choice(options: argparse.Namespace) -> sequences.Choice:
     )
 
 
-def _store(
-    options: argparse.Namespace,
-    output: sequences.Output,
-    folder: Path,
-    header: Dict[str, Any],
-    num_shards: int,
-    shard_id: int,
-) -> sequences.HypothesisStore:
-    """The n-best lists; what is in the way is refused, or removed if that is wanted."""
+def _refuse_others(
+    options: argparse.Namespace, output: sequences.Output, store: sequences.HypothesisStore
+) -> None:
+    """What is in the way, unless it is to be replaced."""
+    if options.hypotheses:
+        store.refuse_others("Repeat the command that made them, or choose another --hypotheses")
+    if options.overwrite:
+        return
     different = output.differences()
     if different:
-        if not options.overwrite:
-            raise FileError(
-                "--output {} was made with other settings: {}. Choose another folder; --overwrite "
-                "would remove {}.".format(output.folder, "; ".join(different), output.contents())
+        raise FileError(
+            "--output {} was made with other settings: {}. Choose another folder; --overwrite "
+            "would remove {}{}.".format(
+                output.folder,
+                "; ".join(different),
+                output.contents(),
+                ", and the hypotheses in {}".format(store.folder) if store.differences() else "",
             )
-        print("removing {}".format(output.contents()), flush=True)
-        output.remove()
-    try:
-        return sequences.HypothesisStore(folder, header, num_shards, shard_id)
-    except FileError as error:
-        if not options.overwrite or options.hypotheses:
-            raise
-        print("removing {} ({})".format(folder, error), flush=True)
-        sequences.HypothesisStore.remove(folder)
-        return sequences.HypothesisStore(folder, header, num_shards, shard_id)
+        )
+    store.refuse_others("Choose another folder; --overwrite would remove them")
+
+
+def _clear(output: sequences.Output, store: sequences.HypothesisStore) -> None:
+    """Remove hypotheses of other settings, unless another shard has been first."""
+    with sequences.alone(output.folder, wait=True):
+        if store.differences():
+            print("removing the hypotheses in {}".format(store.folder), flush=True)
+            store.clear()
 
 
 def _originals(

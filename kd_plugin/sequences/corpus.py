@@ -55,19 +55,23 @@ class Corpus(NamedTuple):
 
     @classmethod
     def of_text(
-        cls, task: Any, data: DataBin, text: str, to_subwords: Callable[[str], str], folder: Path
+        cls, task: Any, data: DataBin, text: str, to_subwords: Callable[[str], str], prefix: Path
     ) -> "Corpus":
-        """Source sentences, one per line; their binarised form is kept in ``folder``."""
-        prefix = folder / "source"
+        """Source sentences, one per line.
+
+        Args:
+            prefix: where their binarised form is kept for the next time.
+
+        Raises:
+            FileError: there are none, or they are not UTF-8.
+        """
         if not prefix.with_suffix(".idx").is_file():
-            folder.mkdir(parents=True, exist_ok=True)
+            prefix.parent.mkdir(parents=True, exist_ok=True)
             cut = None
             if getattr(task.cfg, "truncate_source", False):
                 cut = task.cfg.max_source_positions
             _binarise(text, data, to_subwords, cut, prefix)
         source = data_utils.load_indexed_dataset(str(prefix))
-        if len(source) == 0:
-            raise FileError("--source-text {}: it has no line".format(text))
         inference = task.build_dataset_for_inference(source, source.sizes)
         return cls(inference, source, None, data)
 
@@ -86,6 +90,8 @@ def _binarise(
                 writer.add(tokens)
         except UnicodeDecodeError as error:
             raise FileError("--source-text {}: not UTF-8 ({})".format(text, error)) from None
+    if writer.sentences == 0:
+        raise FileError("--source-text {}: it has no line".format(text))
     writer.close()
     for end in (".bin", ".idx"):  # without the second one there is none
         os.replace(str(new) + end, str(prefix) + end)
@@ -123,9 +129,18 @@ def plan(
         max_positions: of each model.
 
     Raises:
-        FileError: fairseq leaves out others, too.
+        FileError: one is longer than a batch may be, or fairseq leaves out others, too.
     """
     limits = utils.resolve_max_positions(task.max_positions(), *max_positions)
+    # a column for the source, and one for references if the dataset has them
+    sizes = np.asarray(corpus.dataset.sizes).reshape(len(corpus.source), -1)
+    sizes = sizes[(sizes <= np.array(limits)[: sizes.shape[1]]).all(axis=1)]
+    longest = sizes.max(initial=0)
+    if max_tokens is not None and longest > max_tokens:
+        raise FileError(
+            "the longest sentence has {} tokens, more than --max-tokens {}: give at least as "
+            "many".format(longest, max_tokens)
+        )
     batches = task.get_batch_iterator(
         dataset=corpus.dataset,
         max_tokens=max_tokens,
@@ -138,15 +153,11 @@ def plan(
         shard_id=0,
     ).frozen_batches
     found = [np.asarray(batch, dtype=np.int64) for batch in batches]
-    sizes = np.array(
-        [list(np.atleast_1d(corpus.dataset.size(i))) for i in range(len(corpus.source))]
-    )
-    readable = int((sizes <= np.array(limits)[: sizes.shape[1]]).all(axis=1).sum())
     planned = sum(map(len, found))
-    if planned < readable:
+    if planned < len(sizes):
         raise FileError(
             "this fairseq leaves {} sentences out with --required-batch-size-multiple {}: take "
-            "1".format(readable - planned, required_multiple)
+            "1".format(len(sizes) - planned, required_multiple)
         )
     return found
 
@@ -173,11 +184,15 @@ def describe(
 
 
 def describe_text(cfg: Any) -> Dict[str, Any]:
-    """How text and subwords hang together."""
+    """How text and subwords hang together: of models, contents, not paths."""
     found: Dict[str, Any] = {"remove_bpe": cfg.common_eval.post_process}
     for name in ("bpe", "tokenizer"):
         part = cfg[name]
         if part is not None:
             plain = dict(part) if isinstance(part, DictConfig) else vars(part)
-            found[name] = {str(k): v for k, v in plain.items() if isinstance(v, (str, int, bool))}
+            found[name] = {
+                str(k): digest(v) if isinstance(v, str) and os.path.isfile(v) else v
+                for k, v in plain.items()
+                if isinstance(v, (str, int, bool))
+            }
     return found

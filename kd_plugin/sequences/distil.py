@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -24,13 +24,17 @@ _SPLIT = "train"
 
 
 def decode(
-    corpus: Corpus, engine: Any, store: HypothesisStore, plan: Any, num_workers: int
+    corpus: Corpus,
+    engine: Any,
+    store: HypothesisStore,
+    plan: Optional[Sequence[np.ndarray]],
+    num_workers: int,
 ) -> Tuple[int, int]:
     """Decode one shard, from where it stopped.
 
     Args:
         engine: has ``decode``, which turns collated batches into n-best lists, in turn.
-        plan: the sentences of each batch.
+        plan: the sentences of each batch; None if the store has one.
 
     Returns:
         numbers of sentences and of subwords that were decoded now.
@@ -38,11 +42,13 @@ def decode(
     store.begin(plan)
     total = sum(map(len, store.batches))
     before = sum(map(len, store.batches[: store.done]))
+    batches: Any = store.batches[store.done :]
     loader = torch.utils.data.DataLoader(
         corpus.dataset,
-        batch_sampler=[batch.tolist() for batch in store.batches[store.done :]],
+        batch_sampler=batches,
         collate_fn=corpus.dataset.collater,
         num_workers=num_workers,
+        worker_init_fn=store.shards.let_go,
     )
     subwords = 0
     with _progress(total, "decoding", before) as progress:
@@ -180,7 +186,7 @@ class Output:
         self.folder, self.settings = Path(folder), settings
         self.found: Optional[Dict[str, Any]] = None
         self.look()
-        if self.complete:
+        if self.found is not None:
             return
         if self.folder.exists() and not self.folder.is_dir():
             raise FileError("--output {}: expected a folder, found a file".format(folder))
@@ -204,12 +210,13 @@ class Output:
 
     def differences(self) -> List[str]:
         """Where what is there was made with other settings."""
-        theirs = {} if self.found is None else self.found["settings"]
-        return differences(self.settings, theirs, self.settings) if theirs else []
+        if self.found is None:
+            return []
+        return differences(self.settings, self.found["settings"], self.settings)
 
     @property
     def complete(self) -> bool:
-        return self.found is not None
+        return self.found is not None and not self.differences()
 
     def record(self) -> Dict[str, Any]:
         """Settings, counts and means of what is complete."""
@@ -217,21 +224,11 @@ class Output:
         return self.found
 
     def contents(self) -> str:
-        """What ``remove`` removes."""
+        """What ``write`` replaces."""
         names = self.record().get("files", [])
         return "{} files of {}: {}, {}/ and {}".format(
             len(names), self.folder, ", ".join(map(str, names)), _TEXT, _RECORD
         )
-
-    def remove(self) -> None:
-        """What this command wrote there, and nothing else."""
-        for name in (self.found or {}).get("files", []):
-            path = self.folder / os.path.basename(str(name))
-            if path.is_file():
-                path.unlink()
-        shutil.rmtree(self.folder / _TEXT, ignore_errors=True)
-        (self.folder / _RECORD).unlink()
-        self.found = None
 
     def write(
         self,
@@ -242,7 +239,8 @@ class Output:
         originals: Optional[Tuple[Any, Any]],
         repeat: int,
     ) -> None:
-        """Everything under another name first; the record last.
+        """Everything under another name first; then what is to be replaced goes, its record first;
+        the new record comes last.
 
         Args:
             originals: source and target sentences to put before the distilled ones, so many times.
@@ -282,12 +280,22 @@ class Output:
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
-        shutil.rmtree(self.folder / _TEXT, ignore_errors=True)
+        self._remove()
         for path in list(new.iterdir()):
             os.replace(path, self.folder / path.name)
         write_json(self.folder / _RECORD, record)
         shutil.rmtree(new, ignore_errors=True)
         self.found = record
+
+    def _remove(self) -> None:
+        """What this command wrote there, and nothing else."""
+        if self.found is not None:
+            (self.folder / _RECORD).unlink()
+            for name in self.found.get("files", []):
+                path = self.folder / os.path.basename(str(name))
+                if path.is_file():
+                    path.unlink()
+        shutil.rmtree(self.folder / _TEXT, ignore_errors=True)
 
     def _write_split(
         self,
@@ -365,11 +373,11 @@ class Output:
                 )
 
 
-def alone(folder: Path) -> Optional[Any]:
-    """Hold a folder for this process, or None if another one does."""
+def alone(folder: Path, wait: bool = False) -> Any:
+    """Hold a folder for this process, or None if another one does and this one is not to wait."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return locked(folder / ".lock")
+        return locked(folder / ".lock", wait)
     except FileError:
         return None
 

@@ -7,17 +7,20 @@ They lie in a folder::
     hypotheses.jsonl    a line for each sentence that was decoded, in the order of the data:
                         {"id": 7, "nbest": [{"score": -0.4, "finished": true, "subwords": "a b"}]}
     shards/             until then: a folder for each shard, with lines in the order of its batches
+    source-*            a text's sentences in the teacher's indices
+    ctranslate2-*       the teacher as CTranslate2 reads it
 
 The likeliest hypothesis is the first one. A score is fairseq's: the sum of the log-probabilities in
 nats, divided by the length (end of sentence included) to the power of ``--lenpen``.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -34,6 +37,7 @@ from ..files import (
 )
 
 _HEADER, _PLAN, _LINES, _SHARDS = "header.json", "plan.npz", "hypotheses.jsonl", "shards"
+_KINDS = ("source", "ctranslate2")
 _VERSION = 1
 
 
@@ -51,9 +55,6 @@ class HypothesisStore:
     Args:
         folder: where they lie.
         header: all that the lists depend on, as plain types.
-
-    Raises:
-        FileError: the folder holds others.
     """
 
     def __init__(
@@ -62,39 +63,81 @@ class HypothesisStore:
         self.folder = Path(folder)
         self.header = {"format": "kd_plugin hypotheses", "version": _VERSION, **header}
         self.shards = Shards(self.folder / _SHARDS, num_shards, shard_id)
-        found = self.folder / _HEADER
-        if found.is_file():
-            self._same_as(read_json(found))
+        self._kept: List[str] = []
         self.done = 0  # batches of this shard that are on disk
         self.batches: List[np.ndarray] = []  # of this shard
         self._all_batches: List[np.ndarray] = []
 
     @property
     def complete(self) -> bool:
-        return (self.folder / _LINES).is_file()
+        return (self.folder / _LINES).is_file() and not self.differences()
 
-    @staticmethod
-    def remove(folder: Path) -> None:
-        """What lies there of this class, and nothing else."""
-        for name in (_LINES, _PLAN, _HEADER, "source.bin", "source.idx"):
-            if (folder / name).is_file():
-                (folder / name).unlink()
-        for name in (_SHARDS, "ctranslate2"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+    @property
+    def planned(self) -> bool:
+        """Whether the batches are on disk."""
+        return (self.folder / _PLAN).is_file() and not self.differences()
 
-    def begin(self, plan: Sequence[np.ndarray]) -> None:
+    def differences(self) -> List[str]:
+        """Where the folder holds lists of something else."""
+        path = self.folder / _HEADER
+        return differences(self.header, read_json(path), self.header) if path.is_file() else []
+
+    def refuse_others(
+        self, advice: str = "Repeat the command that made them, or choose another folder"
+    ) -> None:
+        """Raises FileError: the folder holds lists of something else."""
+        different = self.differences()
+        if different:
+            raise FileError(
+                "{} holds hypotheses made with something else: {}. {}.".format(
+                    self.folder, "; ".join(different), advice
+                )
+            )
+
+    def clear(self) -> None:
+        """Remove what lies there of this class, but not what ``beside`` has named."""
+        kinds = [kind + "-*" for kind in _KINDS]
+        # the header last: what a kill leaves must not pass for something else's
+        for pattern in (_LINES, _PLAN, _SHARDS, *kinds, _HEADER):
+            for path in self.folder.glob(pattern):
+                if path.name.startswith(tuple(self._kept)):
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    def beside(self, kind: str, *keys: str) -> Path:
+        """Where something is kept for the next time.
+
+        Args:
+            keys: the parts of the header that it depends on. They are in its name, for it is
+                written before the header is.
+        """
+        assert kind in _KINDS
+        made_from = json.dumps({key: self.header[key] for key in keys}, sort_keys=True)
+        name = "{}-{}".format(kind, hashlib.sha256(made_from.encode("utf-8")).hexdigest()[:12])
+        self._kept.append(name)
+        return self.folder / name
+
+    def begin(self, plan: Optional[Sequence[np.ndarray]] = None) -> None:
         """Find out where this shard stopped: ``done`` of its ``batches`` are on disk already.
 
         Args:
             plan: the sentences of each batch, of all shards together. Shard I of N has the batches
-                I, I + N, ... of the plan that was made first.
+                I, I + N, ... of the plan that was made first. Once ``planned``, none is needed.
+
+        Raises:
+            FileError: the folder holds lists of something else, or another process is at it.
         """
+        self.refuse_others()
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / _PLAN).is_file():
-            _write_plan(self.folder / _PLAN, plan)
-        self._all_batches = _read_plan(self.folder / _PLAN)
+        # before the plan, which then never is another header's
         if not (self.folder / _HEADER).is_file():
             write_json(self.folder / _HEADER, self.header)
+        if plan is not None and not self.planned:
+            _write_plan(self.folder / _PLAN, plan)
+        self._all_batches = _read_plan(self.folder / _PLAN)
         self.batches = self._all_batches[self.shards.shard_id :: self.shards.num_shards]
         if not self.shards.begin():
             self.done = len(self.batches)
@@ -116,11 +159,11 @@ class HypothesisStore:
         """Close this shard; if it was the last one, merge all. True if the lists are complete.
 
         Raises:
-            FileError: a shard does not hold what it should.
+            FileError: a shard does not hold what it should, or its folder holds others by now.
         """
         if not self.shards.done:
             assert self.done == len(self.batches)
-            self._same_as(read_json(self.folder / _HEADER))
+            self.refuse_others()
             os.fsync(self._file.fileno())
             self._file.close()
             self.shards.end()
@@ -158,16 +201,6 @@ class HypothesisStore:
                             file.name, number, self.folder
                         )
                     ) from None
-
-    def _same_as(self, found: Dict[str, Any]) -> None:
-        different = differences(self.header, found, self.header)
-        if different:
-            raise FileError(
-                "{} holds hypotheses made with something else: {}. Repeat the command that made "
-                "them, choose another folder, or delete that one (--overwrite does).".format(
-                    self.folder, "; ".join(different)
-                )
-            )
 
     def _merge(self) -> None:
         """Sort lines by sentence; only where each begins is held in memory."""

@@ -35,13 +35,20 @@ def placement(cfg: Any, device_id: int) -> Tuple[torch.device, torch.dtype]:
 def set_up_task(cfg: Any) -> Any:
     """The task of fairseq's flags, with the dictionaries of its data.
 
+    The languages that it finds by itself are put into ``cfg.task``, too.
+
     Raises:
-        FileError: they cannot be read.
+        FileError: they cannot be read, or nothing says which languages.
     """
     try:
-        return tasks.setup_task(cfg.task)
+        task = tasks.setup_task(cfg.task)
     except Exception as error:  # fairseq's is a bare Exception, or an assertion
         raise FileError("the data cannot be read: {}".format(error or repr(error))) from error
+    if isinstance(task, TranslationTask):
+        cfg.task.source_lang, cfg.task.target_lang = task.cfg.source_lang, task.cfg.target_lang
+    if not all(getattr(cfg.task, name, None) for name in ("source_lang", "target_lang")):
+        raise FileError("--source-lang and --target-lang: say between which languages")
+    return task
 
 
 _TO_DISTIL = (

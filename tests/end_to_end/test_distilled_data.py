@@ -194,6 +194,18 @@ def test_shards_and_a_kill_change_no_byte(data, weak, made, tmp_path):
     assert tree(output) == tree(made.output)
 
 
+def test_languages_need_not_be_told(data, weak, tmp_path):
+    """As of fairseq-generate: the names of the data's files say them."""
+    arguments = (data, "--path", weak, "--cpu", "--num-workers", 0, "--gen-subset", "valid")
+    run = fairseq("fairseq-kd-sequences", *arguments, "--output", tmp_path / "found").ok()
+    assert "distilled sentences" in run.text
+    write_sequences(data, weak, tmp_path / "told", "--gen-subset", "valid", "--batch-size", 48).ok()
+    assert text_of(tmp_path / "found", TARGET) == text_of(tmp_path / "told", TARGET)
+    task = ("--task", "translation_multi_simple_epoch", "--lang-pairs", "aa-bb")
+    run = fairseq("fairseq-kd-sequences", *arguments, *task, "--output", tmp_path / "no")
+    assert "say between which languages" in refused(run)
+
+
 def test_sampling_depends_on_neither_shards_nor_interruptions(data, weak, tmp_path):
     options = ("--sampling", "--sampling-topk", 5, "--beam", 2, "--nbest", 2, "--seed", 7)
     write_sequences(data, weak, tmp_path / "one", *options).ok()
@@ -258,6 +270,19 @@ def test_a_text_without_references(data, corpus, weak, made, tmp_path):
     assert record(mixed)["counts"]["original"] == 1280
     run = write_sequences(data, weak, tmp_path / "no", *options, "--select", "closest")
     assert "--source-text has no references" in refused(run)
+
+
+def test_what_a_refused_command_leaves_is_not_taken_for_another_text(data, weak, tmp_path):
+    output, junk, text = tmp_path / "data", tmp_path / "junk.pt", tmp_path / "text"
+    junk.write_text("no")
+    text.write_text("")
+    assert "it has no line" in refused(write_sequences(data, weak, output, "--source-text", text))
+    text.write_text("a01 a02\na03 a04\n")
+    assert "junk.pt" in refused(write_sequences(data, junk, output, "--source-text", text))
+    lines = ["a05 a06 a07", "a08 a09", "a10 a11 a12"]
+    text.write_text("\n".join(lines) + "\n")
+    write_sequences(data, weak, output, "--source-text", text, "--no-filters").ok()
+    assert text_of(output, SOURCE) == lines
 
 
 @pytest.fixture(scope="module")
@@ -369,13 +394,22 @@ def test_an_output_of_other_settings(data, weak, made, tmp_path):
         assert word in message and "--overwrite would remove" in message
         assert "train.aa-bb.aa.bin" in message
         assert tree(output) == before
+    assert ", and the hypotheses in {}".format(output / "hypotheses") in message
+    # one that fails replaces nothing
+    (tmp_path / "junk.pt").write_text("no")
+    message = refused(write_sequences(data, tmp_path / "junk.pt", output, "--overwrite"))
+    assert "junk.pt" in message and tree(output) == before
+    # not the lists of --hypotheses
+    lent = ("--hypotheses", made.output / "hypotheses", "--beam", 2, "--overwrite")
+    message = refused(write_sequences(data, weak, tmp_path / "no", *lent))
+    assert "choose another --hypotheses" in message and "--overwrite" not in message
     # the lists stay: they are still the right ones
     options = (*closest, *BEAM, "--max-length", 5)
     run = write_sequences(data, weak, output, *options, "--overwrite").ok()
-    assert "Translated" not in run.text and "removing" in run.text
+    assert "Translated" not in run.text and "replacing" in run.text
     assert record(output)["counts"]["dropped"]["too_long"] > 0
     run = write_sequences(data, weak, output, "--overwrite", "--beam", 2).ok()
-    assert "Translated" in run.text
+    assert "removing the hypotheses" in run.text and "Translated" in run.text
     assert all(len(nbest) == 1 for nbest in lists(output / "hypotheses").values())
     assert (output / "notes.txt").read_text() == "mine"
 
