@@ -77,7 +77,7 @@ _TORCH_GLOBALS = (
 )
 
 # fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
-# later ones do not know them
+# later versions refuse them
 SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$")
 
 # Since 2.6 torch.load has weights_only by default, with an allow-list that can name aliases.
@@ -189,6 +189,8 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
         )
     if state.get("args") is not None:
         _modernise(state["args"])
+    weights = state["model"].items()
+    state["model"] = {k: w for k, w in weights if not SECOND_COPIES.search(str(k))}
     return state
 
 

@@ -33,9 +33,6 @@ QUANTIZATIONS = (
 RECORD = "kd_export.json"  # in a CTranslate2 folder: what it was made of
 _TASKS = ("translation", "kd_translation")
 
-# fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
-# later ones refuse them.
-_SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$")
 _NO_PARAMETERS = re.compile(r"_float_tensor$|coder\.version$")
 _TABLES = re.compile(
     r"\.(embed_tokens|embed_positions|output_projection)\.|decoder\.(fc_out|fc3)\."
@@ -56,7 +53,7 @@ def parameters(state: Dict[str, Any]) -> Tuple[int, int]:
     total = rest = 0
     tables: List[Tensor] = []
     for name, tensor in state["model"].items():
-        if _SECOND_COPIES.search(name) or _NO_PARAMETERS.search(name):
+        if _NO_PARAMETERS.search(name):
             continue
         if _TABLES.search(name):
             # what shares storage in the model may be a copy in the file
@@ -161,7 +158,8 @@ def stock_state(
             )
         ) from error
     model.to(next(w.dtype for w in state["model"].values() if w.is_floating_point()))
-    weights = {k: w for k, w in model.state_dict().items() if not _SECOND_COPIES.search(k)}
+    own = model.state_dict().items()
+    weights = {name: w for name, w in own if not checkpoint.SECOND_COPIES.search(name)}
     for name, module in model.named_modules():
         if isinstance(module, SinusoidalPositionalEmbedding):  # fairseq 0.12.2 wants it
             weights[name + "._float_tensor"] = torch.zeros(1)

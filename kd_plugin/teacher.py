@@ -465,13 +465,7 @@ def build_model(
             config.update(changed)
     try:
         model = models.build_model(config, task)
-        own = model.state_dict()
-        weights = {
-            name: weight
-            for name, weight in state["model"].items()
-            if name in own or not checkpoint.SECOND_COPIES.search(name)
-        }
-        model.load_state_dict(weights, strict=True, model_cfg=config)
+        model.load_state_dict(state["model"], strict=True, model_cfg=config)
     except Exception as error:
         raise TeacherError(
             "teacher {}: its model cannot be rebuilt with this fairseq ({}: {}). Options that "
