@@ -7,6 +7,7 @@ takes none of the others with it. In turns, so that a machine that slows down sl
 import contextlib
 import copy
 import gc
+import logging
 import multiprocessing
 import resource
 import signal
@@ -207,6 +208,7 @@ class _Worker:
 def _serve(pipe: Any, model: Model, options: Namespace) -> None:
     """What a worker's process does: answers until it is stopped."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # stopped by the one who asks
+    logging.disable(logging.INFO)  # it would tear the progress bar
     try:
         decoder = _Decoder(model, options)
         pipe.send(("answer", decoder.about))
