@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A whole distillation from nothing: environment, corpus, teacher; a student without it, and with it at word level, at
-# sequence level, and at both; table.
+# sequence level, and at both; one of them exported in int8; a report on all.
 #
 # Prepare:  nothing but Python 3.8, 3.11 or 3.12.
 # Run:      bash recipes/quickstart.sh
-#           under 10 minutes on 2 CPU cores; run it again after an interruption, and it continues.
+#           about 10 minutes on 2 CPU cores; run it again after an interruption, and it continues.
 # Adapt:    your own text, in dir/{train,valid,test}.{de,en} (val and dev also do), one sentence per line:
 #               DATA=dir SRC=de TGT=en WORK=my-work bash recipes/quickstart.sh
 #           everything below is an environment variable. A toy run, one minute, to see that all works:

@@ -20,7 +20,6 @@ from ..timing import Spread
 from . import compare, page
 from .curves import read_curves
 from .decode import Measured, configuration, measure
-from .draw import draw
 from .score import METRICS, TESTS, score
 from .systems import CTRANSLATE2, Model, System
 
@@ -444,6 +443,8 @@ def _sentence(
 
 
 def _write(report: Dict[str, Any], folder: Path) -> None:
+    from .draw import draw  # no process that decodes needs matplotlib
+
     report["pictures"] = draw(report, folder)
     for name in set(_PICTURES) - set(report["pictures"]):
         if (folder / name).is_file():
