@@ -10,6 +10,7 @@ matplotlib.use("Agg")  # no screen is needed
 
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+from matplotlib.transforms import Bbox  # noqa: E402
 
 # Told apart also by readers who see fewer colours (Okabe & Ito 2008), and by their marks
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -83,14 +84,17 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _label_points(figure: Any, axes: Any, systems: List[Dict[str, Any]]) -> None:
-    """Each name beside its point, where it covers no other name."""
+    """Each name beside its point, where it covers neither another name nor a point."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
-    taken: List[Any] = []
-    for system in systems:
-        at = (system["sentences_per_second"]["median"], system["scores"]["BLEU"]["score"])
+    points = [
+        (system["sentences_per_second"]["median"], system["scores"]["BLEU"]["score"])
+        for system in systems
+    ]
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in axes.transData.transform(points)]
+    for system, at in zip(systems, points):
         label = None
-        for dx, dy in itertools.product((8, -8), (4, -12, 16, -24)):
+        for dy, dx in itertools.product((4, -12, 16, -24, 28, -36), (8, -8)):
             if label is not None:
                 label.remove()
             label = axes.annotate(
