@@ -43,7 +43,7 @@ def test_the_quick_start(tmp_path):
     # again: every stage has its result
     again = run()
     assert again.returncode == 0, again.stdout[-5000:]
-    work = "^(training|translating|binarising|caching|exporting|opening) "
+    work = "^(training|translating|binarising|exporting|opening) "
     assert re.search(work, done.stdout, re.MULTILINE)
     assert not re.search(work, again.stdout, re.MULTILINE)
     assert (tmp_path / "report" / "report.md").read_text() == report
