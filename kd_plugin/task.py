@@ -44,14 +44,14 @@ class KDTranslationConfig(TranslationConfig):
         metadata={
             "help": "folder with the teacher's dict.*.txt, one for all teachers or one each with "
             "':' between them (default: looked for in the checkpoint, beside it, and in the data "
-            "folder that it names)"
+            "folder that it names; if nowhere, the student's, with a warning)"
         },
     )
     teacher_weights: Optional[str] = field(
         default=None,
         metadata={
-            "help": "weights of the teachers in the average of their probabilities, as in 2,1,1 "
-            "(default: uniform)"
+            "help": "weights of the teachers in the average of their probabilities, positive, as "
+            "in 2,1,1 (default: uniform)"
         },
     )
     teacher_overrides: str = field(
