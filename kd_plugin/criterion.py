@@ -49,7 +49,7 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         default=None,
         metadata={
             "help": "temperature of both distributions in the distillation term, > 0; its "
-            "gradient's size does not depend on it (Hinton et al. 2015; default: "
+            "gradient's size does not depend on it (Hinton et al. 2015) (default: "
             "{})".format(_KD_TEMPERATURE)
         },
     )
@@ -75,8 +75,8 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     kd_top_k: int = field(
         default=0,
         metadata={
-            "help": "distil only the teacher's K likeliest symbols (0: all that are "
-            "known; Tan et al. 2019)"
+            "help": "distil only the teacher's K likeliest symbols, from 0 to all of the "
+            "vocabulary (0: all that are known; Tan et al. 2019)"
         },
     )
     kd_tail: Optional[ChoiceEnum(topk.TAILS)] = field(  # type: ignore
@@ -93,7 +93,7 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
             "cross-entropy of the micro-batch (batch) or against the last tokens of all ranks "
             "(global) (Wang et al. 2021); those where the teacher is most certain "
             "(teacher-entropy), right (teacher-correct) or better than the student "
-            "(teacher-better)"
+            "(teacher-better), these three of this project"
         },
     )
     kd_selection_rate: Optional[float] = field(
@@ -106,7 +106,7 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     kd_queue_size: Optional[int] = field(
         default=None,
         metadata={
-            "help": "how many of the last tokens global and teacher-entropy compare with "
+            "help": "how many of the last tokens global and teacher-entropy compare with, >= 1 "
             "(default: {})".format(selection.DEFAULT_QUEUE_SIZE)
         },
     )
@@ -114,15 +114,15 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         default="constant",
         metadata={
             "help": "how the weight moves: constant, linear:FROM:TO:STEPS or cosine:FROM:TO:STEPS "
-            "over updates (instead of --kd-weight), or adaptive, token by token: kd_weight * "
-            "sigmoid(student's nll - teacher's nll)"
+            "(Loshchilov & Hutter 2017) over updates (instead of --kd-weight), or adaptive, token "
+            "by token: kd_weight * sigmoid(student's nll - teacher's nll), of this project"
         },
     )
     kd_temperature_schedule: str = field(
         default="constant",
         metadata={
             "help": "how the temperature moves over updates: constant, linear:FROM:TO:STEPS or "
-            "cosine:FROM:TO:STEPS (instead of --kd-temperature)"
+            "cosine:FROM:TO:STEPS (Loshchilov & Hutter 2017) (instead of --kd-temperature)"
         },
     )
 

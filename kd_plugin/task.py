@@ -44,14 +44,14 @@ class KDTranslationConfig(TranslationConfig):
         metadata={
             "help": "folder with the teacher's dict.*.txt, one for all teachers or one each with "
             "':' between them (default: looked for in the checkpoint, beside it, and in the data "
-            "folder that it names)"
+            "folder that it names; if nowhere, the student's, with a warning)"
         },
     )
     teacher_weights: Optional[str] = field(
         default=None,
         metadata={
-            "help": "weights of the teachers in the average of their probabilities, as in 2,1,1 "
-            "(default: uniform)"
+            "help": "weights of the teachers in the average of their probabilities, positive, as "
+            "in 2,1,1 (default: uniform)"
         },
     )
     teacher_overrides: str = field(
@@ -137,7 +137,13 @@ class KDTranslationTask(TranslationTask):
                 "--task kd_translation needs --criterion {}, which listens to the teacher; got "
                 "{}. For training without a teacher use --task translation.".format(CRITERION, name)
             )
-        self._criterion = super().build_criterion(cfg, *args, **kwargs)
+        faults = [] if self.cfg.teacher_cache else self._faults_of_teacher_flags()
+        try:
+            self._criterion = super().build_criterion(cfg, *args, **kwargs)
+        except ValueError as error:
+            faults.insert(0, str(error))
+        if faults:
+            raise ValueError("; ".join(faults))
         return self._criterion
 
     @property
@@ -272,6 +278,33 @@ class KDTranslationTask(TranslationTask):
     def _paths(self) -> List[str]:
         return [path for path in utils.split_paths(self.cfg.teacher_checkpoint_path or "") if path]
 
+    def _weights(self) -> Optional[List[float]]:
+        return parse_weights(self.cfg.teacher_weights, len(self._paths()))
+
+    def _overrides(self) -> Dict[str, Any]:
+        return parse_overrides(self.cfg.teacher_overrides)
+
+    def _precision(self) -> str:
+        precision = choice_value(self.cfg.teacher_dtype)
+        if choice_value(self.cfg.teacher_device) != "cpu":
+            return precision
+        if precision not in ("same", "fp32"):
+            raise TeacherError(
+                "--teacher-device cpu runs the teacher in fp32; --teacher-dtype {} cannot be had "
+                "there".format(precision)
+            )
+        return "fp32"
+
+    def _faults_of_teacher_flags(self) -> List[str]:
+        """What can be said against them before any file is opened."""
+        faults = []
+        for read in (self._weights, self._overrides, self._precision):
+            try:
+                read()
+            except TeacherError as error:
+                faults.append(str(error))
+        return faults
+
     def open_teacher(self, device: torch.device, dtype: torch.dtype) -> Teacher:
         """The teacher of the flags, placed where and in the precision that they say.
 
@@ -288,18 +321,13 @@ class KDTranslationTask(TranslationTask):
             paths,
             Student(self.src_dict, self.tgt_dict, self.cfg.source_lang, self.cfg.target_lang),
             data=utils.split_paths(self.cfg.teacher_data) if self.cfg.teacher_data else (),
-            weights=parse_weights(self.cfg.teacher_weights),
-            overrides=parse_overrides(self.cfg.teacher_overrides),
+            weights=self._weights(),
+            overrides=self._overrides(),
             trust=self.cfg.teacher_trust_checkpoint,
         )
-        precision = choice_value(self.cfg.teacher_dtype)
+        precision = self._precision()
         if choice_value(self.cfg.teacher_device) == "cpu":
-            if precision not in ("same", "fp32"):
-                raise TeacherError(
-                    "--teacher-device cpu runs the teacher in fp32; --teacher-dtype {} cannot be "
-                    "had there".format(precision)
-                )
-            return teacher.place(torch.device("cpu"), torch.float32)
+            device = torch.device("cpu")
         return teacher.place(device, dtype if precision == "same" else DTYPES[precision])
 
     def _look_for_teacher(self, model: Any) -> None:

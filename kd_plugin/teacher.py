@@ -69,20 +69,14 @@ class Teacher:
             paths: one checkpoint, or those of an ensemble.
             student: the student's dictionaries and languages.
             data: folders with the teachers' ``dict.*.txt``: none, one for all, or one each.
-            weights: positive weights of the ensemble's probability average; None is uniform.
+            weights: positive weights of the ensemble's probability average, one for each path;
+                None is uniform.
             overrides: model arguments to override, as fairseq's ``--model-overrides``.
             trust: open the checkpoints with the full pickle machinery.
 
         Raises:
             TeacherError: any of these does not fit; CheckpointError or VocabularyError likewise.
         """
-        if weights is None:
-            weights = [1.0] * len(paths)
-        if len(weights) != len(paths) or not all(math.isfinite(w) and w > 0 for w in weights):
-            raise TeacherError(
-                "--teacher-weights needs one positive number for each of the {} teachers in "
-                "--teacher-checkpoint-path, got {}".format(len(paths), list(weights))
-            )
         if len(data) not in (0, 1, len(paths)):
             raise TeacherError(
                 "--teacher-data needs one folder for all teachers or one for each of the {}, got "
@@ -96,7 +90,7 @@ class Teacher:
                 _Member(path, student, folder, overrides or {}, trust)
                 for path, folder in zip(paths, folders)
             ],
-            weights,
+            weights or [1.0] * len(paths),
         )
 
     def place(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
@@ -498,15 +492,21 @@ def parse_overrides(text: str) -> Dict[str, Any]:
     return overrides
 
 
-def parse_weights(text: Optional[str]) -> Optional[List[float]]:
-    """``--teacher-weights``: numbers with commas between them, or None.
+def parse_weights(text: Optional[str], teachers: int) -> Optional[List[float]]:
+    """``--teacher-weights``: a positive number for each teacher, commas between them, or None.
 
     Raises:
-        TeacherError: something in it is no number.
+        TeacherError: it is something else.
     """
     try:
-        return [float(weight) for weight in text.split(",")] if text else None
+        weights = [float(weight) for weight in text.split(",")] if text else None
     except ValueError:
         raise TeacherError(
             "--teacher-weights needs numbers as in 2,1,1; got {!r}".format(text)
         ) from None
+    if weights and (len(weights) != teachers or not all(0 < w < math.inf for w in weights)):
+        raise TeacherError(
+            "--teacher-weights needs one positive number for each of the {} teachers in "
+            "--teacher-checkpoint-path, got {}".format(teachers, weights)
+        )
+    return weights

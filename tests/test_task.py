@@ -5,7 +5,9 @@ from argparse import Namespace
 import numpy as np
 import pytest
 from fairseq.data import Dictionary
+from omegaconf import OmegaConf
 
+from kd_plugin.criterion import KDLabelSmoothedCrossEntropyCriterionConfig
 from kd_plugin.task import KDTranslationConfig, KDTranslationTask
 from kd_plugin.teacher import TeacherError
 
@@ -26,6 +28,28 @@ def task(**more):
 
 def model(longest=1024):
     return Namespace(max_positions=lambda: (longest, longest))
+
+
+def criterion(**more):
+    """Its configuration."""
+    config = KDLabelSmoothedCrossEntropyCriterionConfig(sentence_avg=False, **more)
+    config._name = "kd_label_smoothed_cross_entropy"
+    return OmegaConf.structured(config)
+
+
+def test_what_needs_no_file_is_refused_with_the_criterions_flags():
+    t = task(
+        teacher_checkpoint_path="a.pt:b.pt",
+        teacher_weights="1,2,3",
+        teacher_overrides="dropout=0",
+        teacher_device="cpu",
+        teacher_dtype="fp16",
+    )
+    with pytest.raises(ValueError) as error:
+        t.build_criterion(criterion(kd_weight=2.0))
+    for flag in ("--kd-weight", "--teacher-weights", "--teacher-overrides", "--teacher-dtype"):
+        assert flag in str(error.value)
+    assert "each of the 2 teachers" in str(error.value)
 
 
 def test_validation_longer_than_the_teacher_reads_is_refused_before_training():

@@ -10,12 +10,14 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import fairseq
 import torch
 from fairseq import options as fairseq_options
+from fairseq.dataclass.configs import OptimizationConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
 
 from .. import benchmark
@@ -50,7 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
     objective.add_argument(
         "--rows", type=int, default=4096, help="target tokens of a batch (0: leave this part out)"
     )
-    objective.add_argument("--vocabularies", default="8000,32000", help="sizes to time it at")
+    objective.add_argument(
+        "--vocabularies", type=_sizes, default="8000,32000", help="sizes to time it at"
+    )
     objective.add_argument(
         "--objective-dtype", choices=DTYPES, default="fp32", help="of the logits"
     )
@@ -58,6 +62,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--every-divergence", action="store_true", help="time the others and top-k 8, too"
     )
     return parser
+
+
+def _sizes(text: str) -> List[int]:
+    sizes = [int(size) for size in text.split(",") if size.isdigit()]
+    if len(sizes) != text.count(",") + 1 or min(sizes) < 2:
+        raise argparse.ArgumentTypeError(
+            "expected whole numbers above 1 as in 8000,32000; got {!r}".format(text)
+        )
+    return sizes
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -93,13 +106,13 @@ def run(arguments: List[str]) -> int:
         measured["objective"] = [
             benchmark.objective_costs(
                 options.rows,
-                int(vocabulary),
+                vocabulary,
                 options.repeats,
                 device,
                 DTYPES[options.objective_dtype],
                 options.every_divergence,
             )
-            for vocabulary in options.vocabularies.split(",")
+            for vocabulary in options.vocabularies
         ]
     if steps is not None:
         measured["steps"] = steps.costs(options.repeats)
@@ -113,17 +126,25 @@ def run(arguments: List[str]) -> int:
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that fairseq-train --help cannot show, because it stops before it knows them."""
-    for title, config in (
-        ("task kd_translation", KDTranslationConfig()),
-        ("criterion " + CRITERION, KDLabelSmoothedCrossEntropyCriterionConfig()),
-    ):
-        gen_parser_from_dataclass(parser.add_argument_group(title), config)
+    task = parser.add_argument_group("task kd_translation")
+    gen_parser_from_dataclass(task, KDTranslationConfig())
+    criterion = parser.add_argument_group("criterion " + CRITERION)
+    gen_parser_from_dataclass(criterion, KDLabelSmoothedCrossEntropyCriterionConfig())
+    # the trainer's, which the criterion obeys
+    (sentence_avg,) = [f for f in fields(OptimizationConfig) if f.name == "sentence_avg"]
+    criterion.add_argument("--sentence-avg", action="store_true", **sentence_avg.metadata)
 
 
 def _configuration(training: List[str]) -> Any:
     """fairseq's configuration of a distilling training."""
     training = ["--task", "kd_translation", "--criterion", CRITERION, *training]
     accept_user_dir(training)
+    arch = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    arch.add_argument("--arch", "-a")
+    if arch.parse_known_args(training)[0].arch is None:
+        make_parser().error(  # fairseq's error says nothing
+            "expected the arguments of a distilling training, and got no --arch of a student"
+        )
     parser = fairseq_options.get_training_parser()
     cfg = convert_namespace_to_omegaconf(fairseq_options.parse_args_and_arch(parser, training))
     if cfg.task._name != "kd_translation" or cfg.criterion._name != CRITERION:

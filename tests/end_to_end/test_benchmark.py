@@ -173,6 +173,25 @@ def test_another_training_is_refused(other, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("data-bin", "--cpu"), ["distilling training", "--arch"]),
+        (("--vocabularies", "8k"), ["--vocabularies", "8000,32000", "'8k'"]),
+        (("--vocabularies", "8000,1"), ["--vocabularies", "above 1"]),
+    ],
+    ids=["no arch", "no number", "no vocabulary"],
+)
+def test_what_is_missing_or_wrong_is_named(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(list(arguments))
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    for word in words:
+        assert word in shown.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     "config, stock",
     [
         (KDTranslationConfig, TranslationConfig),
@@ -185,6 +204,7 @@ def test_help_lists_every_flag(config, stock, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # no line breaks
     assert command.main(["--help"]) == 0
     text = capsys.readouterr().out
+    assert "--sentence-avg " in text
     inherited = {field.name for field in dataclasses.fields(stock)}
     own = [f for f in dataclasses.fields(config) if f.name not in inherited and f.metadata]
     assert len(own) >= 7
