@@ -166,7 +166,8 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
             raise CheckpointError(
                 "{}: refused, because its pickle asks for {}, which no fairseq checkpoint needs. "
                 "Nothing was executed. If you know where this file comes from and trust it, "
-                "--teacher-trust-checkpoint opens it all the same.".format(path, forbidden.group(1))
+                "--trust-checkpoint (in training --teacher-trust-checkpoint) opens it all the "
+                "same.".format(path, forbidden.group(1))
             ) from None
         raise CheckpointError(
             "{}: cannot be read as a fairseq checkpoint; it is damaged, incomplete or something "

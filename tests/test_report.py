@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_plugin.files import FileError
-from kd_plugin.report import build, compare, curves, named, pick, read_models
+from kd_plugin.report import build, compare, curves, draw, named, pick, read_models
 from kd_plugin.report.score import METRICS, score
 from kd_plugin.signal import Member, TeacherSignal
 
@@ -246,6 +246,31 @@ def test_curves_of_a_plain_log(tmp_path):
     assert found["valid"] == {"nll_loss": [(253, 6.164)], "agreement": [(253, 0.25)]}
 
 
+@pytest.mark.parametrize("kind", ("json", "simple"))
+def test_curves_of_a_log_file(kind, tmp_path):
+    """fairseq-train's --log-file has the messages alone."""
+    lines = {
+        "json": (
+            '{"epoch": 1, "update": 0.2, "nll_loss": "12.5", "num_updates": "50"}',
+            '{"epoch": 1, "valid_nll_loss": "6.5", "valid_kd_loss": "2.5", '
+            '"valid_num_updates": "60"}',
+            '{"epoch": 1, "train_nll_loss": "9.5", "train_num_updates": "60"}',
+            '{"epoch": 1, "valid1_nll_loss": "7.5", "valid1_num_updates": "60"}',
+        ),
+        "simple": (
+            "epoch 001:     50 / 60 loss=13, nll_loss=12.5, num_updates=50",
+            "epoch 001 | valid on 'valid' subset | nll_loss 6.5 | kd_loss 2.5 | num_updates 60",
+            "epoch 001 | loss 9.2 | nll_loss 9.5 | num_updates 60",
+            "epoch 001 | valid on 'valid1' subset | nll_loss 7.5 | num_updates 60",
+        ),
+    }[kind]
+    (tmp_path / "log").write_text("\n".join(("begin training epoch 1", *lines)))
+    assert curves.read_curves(str(tmp_path / "log")) == {
+        "train": {"nll_loss": [(50, 12.5)]},
+        "valid": {"nll_loss": [(60, 6.5)], "kd_loss": [(60, 2.5)]},
+    }
+
+
 def test_a_file_that_is_no_log(tmp_path):
     (tmp_path / "log").write_text("nothing\n")
     with pytest.raises(FileError, match="no line of fairseq-train's progress"):
@@ -292,6 +317,11 @@ def test_wrong_names_are_all_named_at_once(tmp_path):
         )
     for part in ("no such file", "'a/b'", "without model.bin", "no model is named 'x'"):
         assert part in str(error.value)
+    for name in ("_x", "a$b", "s.greedy", "a,b", ".a", "a b"):
+        with pytest.raises(FileError, match="cannot be a model's name"):
+            read_models(["{}={}".format(name, a)], "", [])
+    with pytest.raises(FileError, match="no such file"):  # a folder is no member of an ensemble
+        read_models(["m={}:{}".format(a, tmp_path)], "", [])
 
 
 # pages
@@ -352,6 +382,35 @@ def a_report():
         },
         "not_compared": {"int8": "CTranslate2 tells no distributions"},
     }
+
+
+def axes_of(work, of):
+    """The axes that a picture is drawn on."""
+    styles = {name: draw._style(i) for i, name in enumerate(("teacher", "s|t", "student"))}
+    figure = work(of, styles)
+    try:
+        return figure.axes
+    finally:
+        draw.plt.close(figure)
+
+
+def test_pictures_show_all_that_the_report_says():
+    report = a_report()
+    report["systems"][1]["scores"]["TER"]["score"] = 50.0  # which is not drawn
+    (axes,) = axes_of(draw._quality_speed, report["systems"][:2])
+    points = [line.get_xydata().tolist() for line in axes.lines]
+    assert [[110.0, 39.97]] in points and [[2222.25, 38.5]] in points
+    assert {text.get_text() for text in axes.texts} == {"teacher", "s|t, greedy"}
+    every = axes_of(draw._differences, report["differences"])
+    drawn = [(kind, measure) for kind in draw._KINDS for measure in ("kl", "agreement")]
+    assert len(every) == len(drawn) == 8
+    for axes, (kind, measure) in zip(every, drawn):
+        buckets = report["differences"]["s|t"]["by"][kind]
+        assert list(axes.lines[0].get_ydata()) == [bucket[measure] for bucket in buckets]
+        labels = [text.get_text() for text in axes.get_xticklabels()]
+        assert labels == [bucket["label"] for bucket in buckets]
+        low, high = axes.get_ylim()
+        assert low <= 0 and max(bucket[measure] for bucket in buckets) < high
 
 
 class Text(html.parser.HTMLParser):
@@ -442,7 +501,70 @@ def test_the_tables_in_markdown(written):
     row = next(line for line in text.splitlines() if line.startswith("| s\\|t, greedy"))
     assert "38.50" in row and "20.2 x" in row and "2,222.2" in row
     assert "broken failed: unreadable" in text and "not translated" in text
-    assert re.search(r"^\| broken \| – \| failed \|", text, re.MULTILINE)
+    assert re.search(r"^\| broken \| failed \|", text, re.MULTILINE)
+
+
+class Cells(html.parser.HTMLParser):
+    """The tables of a page: rows of cells, the header first."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.tables, self._open = [], False
+        self.feed(content)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        self._open = tag in ("td", "th")
+
+    def handle_endtag(self, tag):
+        self._open = False
+
+    def handle_data(self, data):
+        if self._open:
+            self.tables[-1][-1][-1] += data
+
+
+def test_each_number_stands_in_its_place(tmp_path):
+    report = a_report()
+    for i, metric in enumerate(METRICS):  # each metric another
+        found = report["systems"][1]["scores"][metric]
+        found.update(score=38.5 + i, mean=38.6 + i, p=0.0125 + i / 10)
+    build._write(report, tmp_path)
+    tables = Cells((tmp_path / "report.html").read_text(encoding="utf-8")).tables
+    system, model = report["systems"][1], report["models"][1]
+
+    def row(table, label):
+        (found,) = [cells for cells in table[1:] if cells[0] == label]
+        return list(zip(table[0], found))[1:]
+
+    assert row(tables[0], "s|t, greedy") == [
+        *(("BLEU", "38.50"), ("speed-up", "20.2 x"), ("MB", "30.10")),
+        *(("of the teacher's BLEU", "96.2%"), ("chrF2", "39.50"), ("parameters", "7,524,352")),
+        ("sentences/s", "2,222.2"),
+    ]
+    assert row(tables[1], "s|t, greedy") == [
+        ("beam", "1"),
+        *(("BLEU", "38.50"), ("95% interval", "38.60 ± 1.50"), ("p", "0.0125")),
+        *(("chrF2", "39.50"), ("95% interval", "39.60 ± 1.50"), ("p", "0.1125")),
+        *(("TER", "40.50"), ("95% interval", "40.60 ± 1.50"), ("p", "0.2125")),
+        ("length", "0.950"),
+    ]
+    cost = dict(row(tables[2], "s|t, greedy"))
+    assert cost["tokens/s"] == "{:,.0f}".format(system["tokens_per_second"]["median"])
+    assert cost["peak memory MB"] == "90.00" and cost["file MB"] == "30.16"
+    assert cost["without embeddings"] == "{:,}".format(model["parameters_without_embeddings"])
+    columns = ["tokens", "agreement", "KL(teacher || student)", "nll", "teacher's nll"]
+    difference = report["differences"]["s|t"]
+    for table, buckets in zip(tables[3:8], [[difference["all"]], *difference["by"].values()]):
+        for bucket in buckets:
+            numbers = [bucket[key] for key in ("agreement", "kl", "nll", "teacher_nll")]
+            cells = [str(bucket["tokens"]), *map("{:.3f}".format, numbers)]
+            assert row(table, bucket["label"]) == list(zip(columns, cells))
 
 
 def test_pictures_of_an_earlier_report_go(written, tmp_path):
@@ -450,6 +572,7 @@ def test_pictures_of_an_earlier_report_go(written, tmp_path):
     (tmp_path / "curves.png").write_bytes(b"old")
     report["curves"] = {}
     build._write(report, tmp_path)
+    assert not list(tmp_path.glob("*.new"))
     assert draw_names(tmp_path) == ["differences.png", "quality-speed.png"]
     assert report["pictures"] == ["quality-speed.png", "differences.png"]
 

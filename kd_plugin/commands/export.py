@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary, data_utils
+from sentencepiece import SentencePieceProcessor
 
 from .. import export, verification
 from ..checkpoint import average, digest, get, read_checkpoint, section
@@ -151,8 +152,12 @@ def _refuse(options: argparse.Namespace, paths: List[str], output: Path) -> None
         faults.append("--beam must be 1 or more")
     if options.verify_sentences is not None and options.verify_sentences < 0:
         faults.append("--verify-sentences must be 0 (all) or more")
-    if options.spm and not os.path.isfile(options.spm):
-        faults.append("--spm {}: no such file".format(options.spm))
+    if options.spm:
+        try:
+            SentencePieceProcessor(model_file=options.spm)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            faults.append("--spm {}: no SentencePiece model ({})".format(options.spm, reason))
     if not output.resolve().parent.is_dir():
         faults.append("--output {}: there is no folder {}".format(output, output.parent))
     ours = os.path.realpath(str(output))

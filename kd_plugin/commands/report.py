@@ -11,6 +11,7 @@ import sys
 from typing import Any, List, Optional
 
 from fairseq import options as fairseq_options
+from sacrebleu.metrics import BLEU
 
 from .. import report
 from ..files import FileError
@@ -157,6 +158,14 @@ def _refuse(options: Any) -> None:
         faults.append("--task must be translation, whatever the models were trained with")
     if options.model_overrides not in (None, "{}"):
         faults.append("--model-overrides cannot be used here")
+    try:
+        BLEU(tokenize=options.bleu_tokenize)
+    except (KeyError, RuntimeError, ImportError) as error:
+        faults.append(
+            "--bleu-tokenize {}: expected one of {} ({})".format(
+                options.bleu_tokenize, ", ".join(BLEU.TOKENIZERS), " ".join(str(error).split())
+            )
+        )
     if options.reference and not os.path.isfile(options.reference):
         faults.append("--reference {}: no such file".format(options.reference))
     if faults:

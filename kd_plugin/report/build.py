@@ -1,5 +1,6 @@
 """From models and a test set to the report's files."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -24,7 +25,6 @@ from .score import METRICS, TESTS, score
 from .systems import CTRANSLATE2, Model, System
 
 _SETTINGS, _MEASURED, _TRANSLATIONS = "settings.json", "measured", "translations"
-_FILES = ("report.json", "report.md", "report.html")
 _PICTURES = ("quality-speed.png", "curves.png", "differences.png")
 _COUNTED = 500_000  # sentences of the training set, to tell rare tokens from common ones
 
@@ -93,10 +93,10 @@ def make(asked: Asked, options: Namespace, output: str, overwrite: bool) -> Dict
     folder = Path(output)
     settings = _settings(asked, data)
     lock = _prepare(folder, settings, overwrite)
+    # of other settings than an earlier report's, which stays until there is another
+    kept = folder / _MEASURED / _digest(settings)
     measured = {
-        model.name: Measured(
-            folder / _MEASURED / (model.name + ".json"), {**settings, **_about(model, data)}
-        )
+        model.name: Measured(kept / (model.name + ".json"), {**settings, **_about(model, data)})
         for model in asked.models
     }
     failures = measure(asked.systems(), measured, options, asked.repeats)
@@ -124,14 +124,23 @@ def make(asked: Asked, options: Namespace, output: str, overwrite: bool) -> Dict
         "device": settings["device"],
         "threads": settings["threads"],
         "repeats": asked.repeats,
-        "notes": _notes(measured, failures),
-        **_judge(asked, data, measured, failures, folder),
+        "notes": _notes(asked, data, measured, failures),
+        **_judge(asked, data, measured, failures),
         "curves": curves,
     }
     report["differences"], report["not_compared"] = _differences(asked, data, measured, failures)
     _write(report, folder)
+    _write_translations(asked, measured, failures, folder)
+    for path in (folder / _MEASURED).iterdir():
+        if path != kept:
+            shutil.rmtree(path)
+    write_json(folder / _SETTINGS, settings)
     lock.close()
     return report
+
+
+def _digest(settings: Dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _read(asked: Asked, options: Namespace) -> _Data:
@@ -202,14 +211,19 @@ def _settings(asked: Asked, data: _Data) -> Dict[str, Any]:
 
 def _about(model: Model, data: _Data) -> Dict[str, Any]:
     own = {}
-    if Path(model.data) != data.corpus.data.folder:
+    if _is_other(model, data):
         bins = sequences.DataBin(model.data, *data.corpus.data.langs)
         own = sequences.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
     return {"model": model.fingerprint(), "model_data": own}
 
 
+def _is_other(model: Model, data: _Data) -> bool:
+    """Whether a model reads a data-bin of its own."""
+    return Path(model.data).resolve() != data.corpus.data.folder.resolve()
+
+
 def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
-    """Make the folder ready and hold it; refuse one that holds something else."""
+    """Make the folder and hold it; refuse one that holds something else."""
     if folder.exists() and not folder.is_dir():
         raise FileError("--output {}: expected a folder, found a file".format(folder))
     folder.mkdir(parents=True, exist_ok=True)
@@ -220,28 +234,32 @@ def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
         if different and not overwrite:
             raise FileError(
                 "--output {} holds a report made with other settings: {}. Choose another folder; "
-                "--overwrite would remove what is there of it.".format(folder, "; ".join(different))
+                "--overwrite would replace it.".format(folder, "; ".join(different))
             )
-        if different:
-            for name in (_MEASURED, _TRANSLATIONS):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            for name in (*_FILES, *_PICTURES):
-                if (folder / name).is_file():
-                    (folder / name).unlink()
-    elif any(path.name != ".lock" for path in folder.iterdir()):
+    elif {path.name for path in folder.iterdir()} - {".lock", _MEASURED}:
         raise FileError(
             "--output {} holds files that this command did not write: choose another "
             "folder".format(folder)
         )
-    write_json(folder / _SETTINGS, settings)
     return lock
 
 
-def _notes(measured: Dict[str, Measured], failures: Dict[str, str]) -> List[str]:
-    runs = {run for name, one in measured.items() if name not in failures for run in one.runs}
-    if len(runs) > 1:
-        return ["Not all passes are of the same run of the command, so not all were in turns."]
-    return []
+def _notes(
+    asked: Asked, data: _Data, measured: Dict[str, Measured], failures: Dict[str, str]
+) -> List[str]:
+    good = [one for name, one in measured.items() if name not in failures]
+    notes = []
+    if len({run for one in good for run in one.runs}) > 1:
+        notes.append("Not all passes are of the same run of the command, so not all were in turns.")
+    if any(len(seconds) > asked.repeats for one in good for seconds in one.seconds.values()):
+        notes.append("Of some models there were more passes than {}.".format(asked.repeats))
+    text = sequences.describe_text(data.cfg)
+    said = (line for one in good for line in one.said.get(asked.beam, ()) if line)
+    if not any(text.values()) and any("\u2581" in line or "@@ " in line for line in said):
+        notes.append(
+            "The translations are in SUBWORDS, so scores mean nothing: was --remove-bpe forgotten?"
+        )
+    return notes
 
 
 def _judge(
@@ -249,7 +267,6 @@ def _judge(
     data: _Data,
     measured: Dict[str, Measured],
     failures: Dict[str, str],
-    folder: Path,
 ) -> Dict[str, Any]:
     """Scores and costs of all that did not fail."""
     systems = asked.systems()
@@ -258,11 +275,6 @@ def _judge(
         for system in systems
         if system.model.name not in failures
     }
-    (folder / _TRANSLATIONS).mkdir(exist_ok=True)
-    for system, lines in texts.items():
-        name = "{}{}.txt".format(system.model.name, "" if system.main else ".greedy")
-        with all_or_nothing(folder / _TRANSLATIONS / name) as file:
-            file.write("".join(line + "\n" for line in lines).encode("utf-8"))
     baseline = next(
         (system for system in texts if system.main and system.model == asked.baseline),
         next(iter(texts)),
@@ -320,6 +332,23 @@ def _judge(
     }
 
 
+def _write_translations(
+    asked: Asked, measured: Dict[str, Measured], failures: Dict[str, str], folder: Path
+) -> None:
+    (folder / _TRANSLATIONS).mkdir(exist_ok=True)
+    names = set()
+    for system in asked.systems():
+        if system.model.name not in failures:
+            name = "{}{}.txt".format(system.model.name, "" if system.main else ".greedy")
+            names.add(name)
+            lines = measured[system.model.name].said[system.beam]
+            with all_or_nothing(folder / _TRANSLATIONS / name) as file:
+                file.write("".join((line or "") + "\n" for line in lines).encode("utf-8"))
+    for path in (folder / _TRANSLATIONS).glob("*.txt"):
+        if path.name not in names:
+            path.unlink()  # of a model that is no longer asked for
+
+
 def _row(system: System, measured: Measured, scores: Dict[str, Any]) -> Dict[str, Any]:
     own = scores[system.name]
     seconds, said = measured.seconds[system.beam], measured.said[system.beam]
@@ -352,7 +381,7 @@ def _differences(
             why[model.name] = "it failed"
         elif model.kind == CTRANSLATE2:
             why[model.name] = "CTranslate2 tells no distributions"
-        elif Path(model.data) != data.corpus.data.folder:
+        elif _is_other(model, data):
             why[model.name] = "it has a vocabulary of its own"
         elif data.binarised is None:
             why[model.name] = "the data-bin has no references"
@@ -362,7 +391,9 @@ def _differences(
             except ValueError as error:
                 why[model.name] = str(error)
     if asked.teacher.name in why:
-        reason = "the teacher {} cannot be: {}".format(asked.teacher.name, why[asked.teacher.name])
+        reason = "nothing can be compared with {}: {}".format(
+            asked.teacher.name, why[asked.teacher.name]
+        )
         return {}, {model.name: reason for model in students}
     teacher = opened.pop(asked.teacher.name)
     if not opened:
@@ -445,18 +476,20 @@ def _sentence(
 def _write(report: Dict[str, Any], folder: Path) -> None:
     from .draw import draw  # no process that decodes needs matplotlib
 
-    report["pictures"] = draw(report, folder)
-    for name in set(_PICTURES) - set(report["pictures"]):
+    pictures = draw(report)
+    report["pictures"] = list(pictures)
+    content = {
+        **pictures,
+        "report.md": page.markdown(report).encode("utf-8"),
+        "report.html": page.page(report, pictures).encode("utf-8"),
+        "report.json": json.dumps(_plain(report), indent=1, ensure_ascii=False).encode("utf-8"),
+    }
+    for name, data in content.items():
+        with all_or_nothing(folder / name) as file:
+            file.write(data)
+    for name in set(_PICTURES) - set(pictures):
         if (folder / name).is_file():
             (folder / name).unlink()  # of an earlier report
-    content = (
-        json.dumps(_plain(report), indent=1, ensure_ascii=False) + "\n",
-        page.markdown(report),
-        page.page(report, folder),
-    )
-    for name, text in zip(_FILES, content):
-        with all_or_nothing(folder / name) as file:
-            file.write(text.encode("utf-8"))
 
 
 def _plain(value: Any) -> Any:

@@ -71,11 +71,12 @@ def compare(
         rows = sentence * target.size(1) + position
         position = real.cumsum(1)[real]
         sentence = batch["id"].to(target.device)[sentence]
+        references = target[real]
         taught = teacher(batch["net_input"])
         said = [student(batch["net_input"]) for student in students]
         for start in range(0, len(rows), step):
             chunk = slice(start, start + step)
-            reference = target[real][chunk]
+            reference = references[chunk]
             p = taught.about(rows[chunk], like)
             for found, signal in zip(parts, said):
                 q = signal.about(rows[chunk], like)

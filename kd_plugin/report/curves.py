@@ -1,14 +1,15 @@
-"""Training curves, read from fairseq's logs in any of its formats."""
+"""Training curves, read from fairseq's logs."""
 
 import json
 import re
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from ..files import FileError
 
 # the student alone, its distance from the teacher, and how often the two agree
 FIELDS = ("nll_loss", "kd_loss", "agreement")
-_LINE = re.compile(r"\| (train_inner|valid) \| (.*)$")
+# what stdout has before a line of progress, and a --log-file has not
+_TAG = re.compile(r"^.*?\| (?:train_inner|train|valid) \| ")
 # "nll_loss 6.16 |" of a summary, "nll_loss=6.16," of the lines between
 _PAIR = re.compile(r"(?:^|[|, ])([a-z_]+)[= ]([-+.\deE]+|nan|inf)(?= *(?:[|,]|$))")
 Curve = List[Tuple[int, float]]
@@ -18,7 +19,7 @@ def read_curves(path: str) -> Dict[str, Dict[str, Curve]]:
     """What a log of fairseq-train says over updates.
 
     Args:
-        path: the file; ``--log-format`` json, simple, none or tqdm wrote it.
+        path: what it printed, or its ``--log-file``; ``--log-format`` json, simple or tqdm.
 
     Returns:
         by "train" and "valid", and by field of ``FIELDS``, pairs of update and value. Updates that
@@ -31,40 +32,50 @@ def read_curves(path: str) -> Dict[str, Dict[str, Curve]]:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                match = _LINE.search(line.rstrip())
-                if match:
-                    _add(curves, *match.groups())
+                subset, values = _read(_TAG.sub("", line.strip()))
+                if subset is not None:
+                    _add(curves[subset], values)
     except OSError as error:
         raise FileError("--logs: {} cannot be read ({})".format(path, error.strerror)) from None
     if not any(curves.values()):
         raise FileError(
-            "--logs: {} has no line of fairseq-train's progress in it (what it prints, or its "
-            "--log-file)".format(path)
+            "--logs: {} has no line of fairseq-train's progress in it: expected what it prints, or "
+            "its --log-file, with --log-format json, simple or tqdm".format(path)
         )
     return curves
 
 
-def _add(curves: Dict[str, Dict[str, Curve]], tag: str, text: str) -> None:
-    values = _values(text)
-    # an epoch's average, tagged train, would stand at its end among values of some updates each
-    prefix, subset = ("valid_", "valid") if tag == "valid" else ("", "train")
-    update = values.get(prefix + "num_updates", values.get("num_updates"))
+def _add(curves: Dict[str, Curve], values: Dict[str, float]) -> None:
     for field in FIELDS:
-        value = values.get(prefix + field, values.get(field))
-        if value is not None and update is not None:
-            curve = curves[subset].setdefault(field, [])
+        if field in values and "num_updates" in values:
+            curve, update = curves.setdefault(field, []), int(values["num_updates"])
             while curve and curve[-1][0] >= update:
                 curve.pop()
-            curve.append((int(update), value))
+            curve.append((update, values[field]))
 
 
-def _values(text: str) -> Dict[str, float]:
-    pairs: Iterable[Tuple[str, Any]] = _PAIR.findall(text)
+def _read(text: str) -> Tuple[Optional[str], Dict[str, float]]:
+    """The subset that a line of progress is about, if it is one, and its numbers.
+
+    An epoch's average over train is none: it would stand at its end, among values of some updates
+    each.
+    """
     if text.startswith("{"):
         try:
-            pairs = dict(json.loads(text)).items()
+            values = _numbers(dict(json.loads(text)).items())
         except ValueError:
-            return {}
+            return None, {}
+        if "valid_num_updates" in values:
+            return "valid", {k[len("valid_") :]: v for k, v in values.items() if "valid_" in k}
+        return "train", values
+    if "| valid on 'valid' subset |" in text:
+        return "valid", _numbers(_PAIR.findall(text))
+    if re.match(r"epoch \d+:", text):
+        return "train", _numbers(_PAIR.findall(text))
+    return None, {}
+
+
+def _numbers(pairs: Iterable[Tuple[str, Any]]) -> Dict[str, float]:
     values = {}
     for name, value in pairs:
         try:

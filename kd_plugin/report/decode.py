@@ -162,7 +162,10 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, model, options), daemon=True)
+        # Ctrl-C is for the one who asks, who then stops this one
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._process.start()
+        signal.signal(signal.SIGINT, before)
         theirs.close()
 
     def about(self) -> Dict[str, Any]:
@@ -207,7 +210,6 @@ class _Worker:
 
 def _serve(pipe: Any, model: Model, options: Namespace) -> None:
     """What a worker's process does: answers until it is stopped."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # stopped by the one who asks
     logging.disable(logging.INFO)  # it would tear the progress bar
     try:
         decoder = _Decoder(model, options)

@@ -1,8 +1,8 @@
 """The report's pictures: PNG files of what its JSON says."""
 
+import io
 import itertools
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import matplotlib
 
@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 from matplotlib.transforms import Bbox  # noqa: E402
 
+Styles = Dict[str, Dict[str, Any]]  # of each model, the same in all pictures
 # Told apart also by readers who see fewer colours (Okabe & Ito 2008), and by their marks
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 _MARKS = "osD^vPX*"
@@ -28,38 +29,38 @@ _FIELDS = {
 }
 
 
-def draw(report: Dict[str, Any], folder: Path) -> List[str]:
-    """All pictures that the report has something for; returns their names."""
-    drawn = []
+def draw(report: Dict[str, Any]) -> Dict[str, bytes]:
+    """All pictures that the report has something for, as PNG files by their names."""
+    names = [model["name"] for model in report["models"]]
+    styles = {name: _style(i) for i, name in enumerate(dict.fromkeys([*names, *report["curves"]]))}
+    drawn = {}
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        pictures: List[Tuple[str, Any, Callable[[Any], Any]]] = [
+        pictures: List[Tuple[str, Any, Callable[[Any, Styles], Any]]] = [
             ("quality-speed.png", [s for s in report["systems"] if s["scores"]], _quality_speed),
             ("curves.png", report["curves"], _curves),
             ("differences.png", report["differences"], _differences),
         ]
         for name, of, work in pictures:
             if of:
-                figure = work(of)
-                # without the date and version, so that the same report is the same file
-                figure.savefig(str(folder / name), dpi=120, metadata={"Software": None})
+                figure, file = work(of, styles), io.BytesIO()
+                # without the version, so that the same report is the same file
+                figure.savefig(file, dpi=120, metadata={"Software": None})
                 plt.close(figure)
-                drawn.append(name)
+                drawn[name] = file.getvalue()
     return drawn
 
 
-def _colour(names: Sequence[str], name: str) -> Dict[str, Any]:
-    i = list(names).index(name)
+def _style(i: int) -> Dict[str, Any]:
     return {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[i % len(_MARKS)]}
 
 
-def _quality_speed(systems: List[Dict[str, Any]]) -> Any:
+def _quality_speed(systems: List[Dict[str, Any]], styles: Styles) -> Any:
     figure, axes = plt.subplots(figsize=(7.2, 4.8), constrained_layout=True)
-    models = list(dict.fromkeys(system["model"] for system in systems))
-    for model in models:
+    for model in dict.fromkeys(system["model"] for system in systems):
         own = [system for system in systems if system["model"] == model]
         x = [system["sentences_per_second"]["median"] for system in own]
         y = [system["scores"]["BLEU"]["score"] for system in own]
-        style = _colour(models, model)
+        style = styles[model]
         axes.plot(x, y, linewidth=1, alpha=0.6, color=style["color"])
         for system, at, score in zip(own, x, y):
             axes.plot([at], [score], markersize=7, linestyle="", **style)
@@ -114,7 +115,7 @@ def _label_points(figure: Any, axes: Any, systems: List[Dict[str, Any]]) -> None
         taken.append(label.get_window_extent(renderer))
 
 
-def _curves(curves: Dict[str, Any]) -> Any:
+def _curves(curves: Dict[str, Any], styles: Styles) -> Any:
     fields = [
         field
         for field in _FIELDS
@@ -125,8 +126,11 @@ def _curves(curves: Dict[str, Any]) -> Any:
     )
     for field, axes in zip(fields, all_axes[0]):
         for name, curve in curves.items():
-            colour = _colour(list(curves), name)["color"]
-            for subset, style in (("train", {"alpha": 0.3}), ("valid", {"label": name})):
+            colour = styles[name]["color"]
+            for subset, style in (
+                ("train", {"alpha": 0.3}),
+                ("valid", {"label": name.replace("$", r"\$")}),  # no formula
+            ):
                 points = curve[subset].get(field)
                 if points:
                     axes.plot(*zip(*points), color=colour, linewidth=1.5, **style)
@@ -139,36 +143,31 @@ def _curves(curves: Dict[str, Any]) -> Any:
     return figure
 
 
-def _differences(differences: Dict[str, Any]) -> Any:
-    rows = (("kl", "KL(teacher || student), bits"), ("agreement", "agreement of argmaxes"))
+def _differences(differences: Dict[str, Any], styles: Styles) -> Any:
+    columns = (("kl", "KL(teacher || student), bits"), ("agreement", "agreement of argmaxes"))
     figure, all_axes = plt.subplots(
-        *(len(rows), len(_KINDS)),
-        figsize=(14, 6),
+        *(len(_KINDS), len(columns)),
+        figsize=(7.2, 11),
         constrained_layout=True,
-        sharex="col",
-        sharey="row",
+        sharex="row",
+        sharey="col",
     )
-    for (measure, title), row in zip(rows, all_axes):
-        for (kind, about), axes in zip(_KINDS.items(), row):
-            labels = list(
-                dict.fromkeys(b["label"] for d in differences.values() for b in d["by"][kind])
-            )
+    for (kind, about), row in zip(_KINDS.items(), all_axes):
+        labels = list(
+            dict.fromkeys(b["label"] for d in differences.values() for b in d["by"][kind])
+        )
+        for (measure, title), axes in zip(columns, row):
             for name, difference in differences.items():
                 found = {bucket["label"]: bucket[measure] for bucket in difference["by"][kind]}
                 at = [i for i, label in enumerate(labels) if label in found]
-                axes.plot(
-                    at,
-                    [found[labels[i]] for i in at],
-                    markersize=5,
-                    label=name,
-                    **_colour(list(differences), name),
-                )
+                values = [found[labels[i]] for i in at]
+                axes.plot(at, values, markersize=5, label=name, **styles[name])
             axes.set_xticks(range(len(labels)))
-            axes.set_xticklabels(labels, rotation=40, ha="right", fontsize=8)
-            axes.set_ylim(bottom=0)
+            axes.set_xticklabels(labels, rotation=30, ha="right", fontsize=8)
+            axes.set_xlabel(about)
             axes.grid(alpha=0.25)
-            if measure == rows[-1][0]:
-                axes.set_xlabel(about)
-        row[0].set_ylabel(title)
+            axes.set_title(title, fontsize=10)
+    for axes in all_axes[0]:
+        axes.set_ylim(bottom=0)  # when all is drawn: before, it would fix the top, too
     all_axes[0][0].legend(frameon=False)
     return figure

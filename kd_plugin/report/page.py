@@ -5,7 +5,6 @@ Both are functions of the JSON's content alone. The page needs no scripts and no
 
 import base64
 import html
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 _NONE = "–"
@@ -52,22 +51,22 @@ def _overview(report: Dict[str, Any]) -> Table:
     for system in report["systems"]:
         model = models[system["model"]]
         if system["scores"] is None:
-            rows.append([system["name"], _NONE, "failed", *[_NONE] * 5])
+            rows.append([system["name"], "failed", *[_NONE] * 6])
             continue
         rows.append(
             [
                 system["name"],
-                _number(model["parameters"], "{:,}"),
                 "{:.2f}".format(system["scores"]["BLEU"]["score"]),
-                "{:.2f}".format(system["scores"]["chrF2"]["score"]),
-                "{:.1%}".format(system["kept"]) if system["kept"] is not None else _NONE,
-                _megabytes(model["bytes"]),
-                "{:,.1f}".format(system["sentences_per_second"]["median"]),
                 _number(system["speedup"], "{:.1f} x"),
+                _megabytes(model["bytes"]),
+                "{:.1%}".format(system["kept"]) if system["kept"] is not None else _NONE,
+                "{:.2f}".format(system["scores"]["chrF2"]["score"]),
+                _number(model["parameters"], "{:,}"),
+                "{:,.1f}".format(system["sentences_per_second"]["median"]),
             ]
         )
-    header = ["model", "parameters", "BLEU", "chrF2", "of the teacher's BLEU", "MB", "sentences/s",
-        "speed-up"]  # fmt: skip
+    header = ["model", "BLEU", "speed-up", "MB", "of the teacher's BLEU", "chrF2", "parameters",
+        "sentences/s"]  # fmt: skip
     return Table("At a glance", header, rows, _failures(report))
 
 
@@ -99,7 +98,7 @@ def _quality(report: Dict[str, Any]) -> Table:
     for metric in report["signatures"]:
         header += [metric, "95% interval", "p"]
     notes = [
-        "{:,} sentences of {}, {}, against {}; translations without subwords.".format(
+        "{:,} sentences of {}, {}, against {}.".format(
             report["sentences"], report["subset"], "-".join(report["languages"]),
             report["references"],
         ),
@@ -235,7 +234,8 @@ h1 { font-size: 1.6rem; margin: .5rem 0 0; } h2 { font-size: 1.2rem; margin: 2.2
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; color: var(--pale); font-weight: 600; }
 p { margin: .3rem 0; } .note { color: var(--pale); font-size: .87rem; overflow-wrap: anywhere; }
 .failed { color: #a40000; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; } table { border-collapse: separate; border-spacing: 0;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th { font-weight: 600; font-size: .85rem; color: var(--pale); vertical-align: bottom; }
@@ -255,8 +255,8 @@ dt { color: var(--pale); } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
-def page(report: Dict[str, Any], folder: Path) -> str:
-    """One HTML page with the pictures of ``folder`` in it."""
+def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
+    """One HTML page with the pictures, PNG files by name, in it."""
     e = html.escape
     title = "Teacher and students: {} of {}".format(report["subset"], "-".join(report["languages"]))
     parts = [
@@ -266,7 +266,6 @@ def page(report: Dict[str, Any], folder: Path) -> str:
         "<title>{}</title><style>{}</style></head><body>".format(e(title), _STYLE),
         "<h1>{}</h1>".format(e(title)),
     ]
-    pictures = list(report["pictures"])
     for table in _tables(report):
         level = "h3" if ": by " in table.title else "h2"
         parts.append("<{0}>{1}</{0}>".format(level, e(table.title)))
@@ -279,9 +278,9 @@ def page(report: Dict[str, Any], folder: Path) -> str:
         ]
         # the first two belong to all models, the third to what follows
         if table.title == "At a glance":
-            parts += [_picture(name, folder) for name in pictures if name != "differences.png"]
+            parts += [_picture(*one) for one in pictures.items() if one[0] != "differences.png"]
         elif table.title == "Cost" and "differences.png" in pictures:
-            parts.append(_picture("differences.png", folder))
+            parts.append(_picture("differences.png", pictures["differences.png"]))
     for name, difference in report["differences"].items():
         parts.append("<h2>Sentences where {} is farthest from its teacher</h2>".format(e(name)))
         parts.append(
@@ -311,8 +310,8 @@ def _html_table(table: Table) -> str:
     )
 
 
-def _picture(name: str, folder: Path) -> str:
-    data = base64.b64encode((folder / name).read_bytes()).decode("ascii")
+def _picture(name: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode("ascii")
     return (
         '<figure><img alt="{0}" src="data:image/png;base64,{1}"><figcaption>{0}</figcaption>'
         "</figure>".format(html.escape(_CAPTIONS[name]), data)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
@@ -11,6 +12,7 @@ from ..checkpoint import digest
 from ..files import FileError
 
 FAIRSEQ, CTRANSLATE2 = "fairseq", "ctranslate2"
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 
 
 class Model(NamedTuple):
@@ -87,15 +89,21 @@ def read_models(pairs: Sequence[str], data: str, own_data: Sequence[str]) -> Lis
     faults = ["--model-data: no model is named {!r}".format(n) for n in folders if n not in paths]
     models = [Model(name, path, folders.get(name, data)) for name, path in paths.items()]
     for model in models:
-        if "/" in model.name or "," in model.name or model.name.startswith("."):
-            faults.append("a model's name is also a file's: {!r} cannot be one".format(model.name))
+        if not _NAME.fullmatch(model.name) or model.name.endswith(".greedy"):
+            faults.append(
+                "{!r} cannot be a model's name, which is also a file's: expected letters, digits "
+                "and . _ + -, the first a letter or digit, not .greedy at the end".format(
+                    model.name
+                )
+            )
         if model.kind == CTRANSLATE2 and not (Path(model.path) / "model.bin").is_file():
             faults.append(
                 "{}: {} is a folder without model.bin, so no CTranslate2 model".format(
                     model.name, model.path
                 )
             )
-        missing = [path for path in model.paths if not os.path.exists(path)]
+        exists = os.path.isdir if model.kind == CTRANSLATE2 else os.path.isfile
+        missing = [path for path in model.paths if not exists(path)]
         faults += ["{}: no such file {}".format(model.name, path) for path in missing]
     if faults:
         raise FileError("; ".join(faults))

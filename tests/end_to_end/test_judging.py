@@ -128,17 +128,31 @@ def test_costs_and_sizes(judged, teacher, distilled, int8):
         assert len(system["seconds"]) == 2 and system["left_out"] == 0
         speeds = sorted(16 / seconds for seconds in system["seconds"])
         assert system["sentences_per_second"]["median"] == pytest.approx(sum(speeds) / 2)
-    teachers = judged.report["systems"][0]
-    assert teachers["speedup"] == teachers["kept"] == 1
+    teacher_row = judged.report["systems"][0]
+    for system in judged.report["systems"]:
+        for key, of in (
+            ("speedup", lambda row: row["sentences_per_second"]["median"]),
+            ("kept", lambda row: row["scores"]["BLEU"]["score"]),
+        ):
+            assert system[key] == pytest.approx(of(system) / of(teacher_row))
+    assert all(model["peak_memory_bytes"] > 0 for model in models.values())
 
 
-def test_the_student_is_compared_as_training_did(judged, data, teacher, distilled):
+def test_the_student_is_compared_as_training_did(judged, corpus, teacher, distilled):
     assert set(judged.report["differences"]) == {"student"}
     assert "CTranslate2" in judged.report["not_compared"]["int8"]
     found = judged.report["differences"]["student"]
     run = fairseq(
         "fairseq-validate",
-        *(data, *USER_DIR, "--path", distilled.checkpoint, "--task", "kd_translation", "--cpu"),
+        *(
+            corpus.data,
+            *USER_DIR,
+            "--path",
+            distilled.checkpoint,
+            "--task",
+            "kd_translation",
+            "--cpu",
+        ),
         *("--teacher-checkpoint-path", teacher, "--valid-subset", "test", *LANGUAGES),
         *("--log-format", "json", "--num-workers", 0, "--batch-size", 16),
     ).ok()
@@ -147,9 +161,20 @@ def test_the_student_is_compared_as_training_did(judged, data, teacher, distille
     assert found["all"]["nll"] == pytest.approx(valid["test_nll_loss"], abs=1e-3)
     assert found["all"]["teacher_nll"] == pytest.approx(valid["test_teacher_nll_loss"], abs=1e-3)
     assert found["all"]["agreement"] == pytest.approx(valid["test_agreement"], abs=1e-3)
+    train = (corpus.text / "train.bb").read_text().split()
+    words = (corpus.text / "test.bb").read_text().split()
+    frequencies = {bucket["label"]: bucket["tokens"] for bucket in found["by"]["frequency"]}
+    assert frequencies.pop("end of sentence") == 16
+    assert len(frequencies) > 1
+    for label, (low, high) in {"10 to 99": (10, 100), "100 to 999": (100, 1000)}.items():
+        expected = sum(low <= train.count(word) < high for word in words)
+        assert frequencies.get(label, 0) == expected
     for kind in found["by"].values():
         assert sum(bucket["tokens"] for bucket in kind) == found["all"]["tokens"]
     worst = found["farthest"][0]
+    for who in ("teacher", "student"):
+        lines = (judged.folder / "translations" / (who + ".txt")).read_text().splitlines()
+        assert worst[who] == lines[worst["number"] - 1]
     assert worst["tokens"][-1]["symbol"] == "</s>"
     assert [t["symbol"] for t in worst["tokens"][:-1]] == worst["reference"].split()
     assert worst["kl"] == max(sentence["kl"] for sentence in found["farthest"])
@@ -173,20 +198,22 @@ def test_the_same_again_decodes_nothing(corpus, judged):
 def test_killed_and_run_again(data, teacher, distilled, tmp_path):
     models = {"teacher": teacher, "student": distilled.checkpoint}
     named = ["{}={}".format(name, path) for name, path in models.items()]
-    arguments = (data, "--output", tmp_path / "r", *HOW, "--repeats", 40, "--models", *named)
-    first = start("fairseq-kd-report", *arguments)
-    deadline = time.time() + 120
-    measured = tmp_path / "r" / "measured" / "student.json"
-    while not measured.is_file() and time.time() < deadline:
+
+    def arguments(repeats):
+        return (data, "--output", tmp_path / "r", *HOW, "--repeats", repeats, "--models", *named)
+
+    first = start("fairseq-kd-report", *arguments(10**6))  # it does not end by itself
+    while not list((tmp_path / "r").glob("measured/*/student.json")):
+        assert first.process.is_alive(), first.text
         time.sleep(0.05)
     first.process.kill()
     first.finish()
+    (measured,) = (tmp_path / "r").glob("measured/*/student.json")
     passes = len(json.loads(measured.read_text())["seconds"]["3"])
-    assert passes < 40
-    run = fairseq("fairseq-kd-report", *arguments).ok()
+    run = fairseq("fairseq-kd-report", *arguments(passes + 2)).ok()
     report = report_of(tmp_path / "r")
-    assert [len(system["seconds"]) for system in report["systems"]] == [40, 40]
-    assert report["notes"] and "opening student" in run.text
+    assert [len(system["seconds"]) for system in report["systems"]] == [passes + 2] * 2
+    assert "same run" in report["notes"][0] and "opening student" in run.text
 
 
 def test_a_broken_model_stands_in_the_table(data, teacher, tmp_path):
@@ -208,7 +235,14 @@ def test_other_settings_and_other_folders(data, corpus, teacher, judged, tmp_pat
     message = refused(judge(data, output, {"teacher": teacher}, "--lenpen", 2))
     assert "generation: lenpen is 2" in message and "--overwrite" in message
     assert tree(output) == before
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"x")
+    refused(judge(data, output, {"teacher": broken}, "--lenpen", 2, "--overwrite"))
+    kept = tree(output)
+    assert {name: kept[name] for name in before} == before
     judge(data, output, {"teacher": teacher}, "--lenpen", 2, "--overwrite").ok()
+    assert sorted(path.name for path in (output / "translations").iterdir()) == ["teacher.txt"]
+    assert len(list((output / "measured").iterdir())) == 1
     assert [m["name"] for m in report_of(output)["models"]] == ["teacher"]
     assert not (output / "curves.png").exists()
     (tmp_path / "mine").mkdir()
@@ -242,6 +276,7 @@ def test_wrong_input(data, corpus, teacher, tmp_path):
         (("--reference", tmp_path / "short"), "expected 16 lines, as many as test has"),
         (("--reference", tmp_path / "none"), "no such file"),
         (("--logs", "x"), "NAME=FILE"),
+        (("--bleu-tokenize", "no"), "--bleu-tokenize no: expected one of"),
         (("--teacher", "boss"), "--teacher boss: no model is named so"),
         (("--nbest", 2, "--repeats", 0), "--repeats must be 1 or more"),
         (("--lm-path", "x", "--amp"), "--lm-path cannot be used here"),
