@@ -520,6 +520,31 @@ def databin_of_letters(tmp_path) -> databin.DataBin:
     return databin.DataBin(str(folder), "aa", "bb")
 
 
+def test_a_text_that_cannot_be_read_leaves_nothing(databin_of_letters, tmp_path):
+    data, text = databin_of_letters, tmp_path / "text"
+    for content, word in ((b"a b\n\xff\n", "not UTF-8"), (b"", "it has no line")):
+        text.write_bytes(content)
+        with pytest.raises(FileError, match=word):
+            Corpus.of_text(task_of(data), data, str(text), str, tmp_path / "kept" / "source-1")
+        assert not list((tmp_path / "kept").iterdir())
+    text.write_bytes(b"a b\n")
+    corpus = Corpus.of_text(task_of(data), data, str(text), str, tmp_path / "kept" / "source-1")
+    assert len(corpus.source) == 1
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "source-1.bin",
+        "source-1.idx",
+    ]
+
+
+def test_what_kills_leave_beside_complete_lists_is_removed(finished, tmp_path):
+    folder = tmp_path / "lists"
+    shutil.copytree(str(finished), str(folder))
+    (folder / "source-1.0123.new.bin").touch()
+    (folder / "ctranslate2-1.0123.new").mkdir()
+    HypothesisStore(folder, HEADER).clean_up()
+    assert tree(folder) == tree(finished) and not list(folder.glob("*.new*"))
+
+
 def task_of(data) -> TranslationTask:
     cfg = TranslationConfig(
         data=str(data.folder),
@@ -560,7 +585,9 @@ def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
 
     def write_to(folder):
         output = distil.Output(str(folder), {"beam": 5})
-        if not output.complete:
+        if output.complete:
+            output.clean_up()
+        else:
             output.write(corpus, TOY_LISTS, chosen, student, sides, 2)
 
     # another one that it replaces
@@ -592,7 +619,11 @@ def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
         killed = in_a_child(work) != 0
         write_to(folder)
         assert tree(folder) == whole, last
+        assert not list(folder.glob("*.new"))
     assert last > 200
+    (tmp_path / "whole" / "data.0123.new").mkdir()  # of a kill after the record
+    write_to(tmp_path / "whole")
+    assert not list((tmp_path / "whole").glob("*.new"))
 
 
 def test_data_that_are_to_be_replaced_stay_until_there_are_others(databin_of_letters, tmp_path):

@@ -217,6 +217,7 @@ def run(options: argparse.Namespace) -> None:
     store = sequences.HypothesisStore(folder, header, num_shards, shard_id)
     _refuse_others(options, output, store)
     if output.complete:
+        output.clean_up()
         print("\n".join(sequences.summary_lines(output.record(), output.folder)), flush=True)
         return
     if options.source_text:

@@ -81,20 +81,23 @@ def _binarise(
 ) -> None:
     new = temporary(prefix)
     writer = databin.Writer(new, len(data.source))
-    with open(text, encoding="utf-8", newline="\n") as file:
-        try:
+    try:
+        with open(text, encoding="utf-8", newline="\n") as file:
             for line in file:
                 tokens = databin.encode(data.source, to_subwords(line.rstrip("\r\n")))
                 if cut is not None and len(tokens) > cut:
                     tokens = torch.cat([tokens[: cut - 1], tokens[-1:]])
                 writer.add(tokens)
-        except UnicodeDecodeError as error:
-            raise FileError("--source-text {}: not UTF-8 ({})".format(text, error)) from None
-    if writer.sentences == 0:
-        raise FileError("--source-text {}: it has no line".format(text))
-    writer.close()
-    for end in (".bin", ".idx"):  # without the second one there is none
-        os.replace(str(new) + end, str(prefix) + end)
+        if writer.sentences == 0:
+            raise FileError("--source-text {}: it has no line".format(text))
+        writer.close()
+        for end in (".bin", ".idx"):  # without the second one there is none
+            os.replace(str(new) + end, str(prefix) + end)
+    except UnicodeDecodeError as error:
+        raise FileError("--source-text {}: not UTF-8 ({})".format(text, error)) from None
+    finally:
+        for left in new.parent.glob(new.name + ".*"):
+            left.unlink()
 
 
 def text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[[str], str]]:

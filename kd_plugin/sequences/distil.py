@@ -1,5 +1,6 @@
 """From a corpus and a teacher's n-best lists to a data-bin of what the teacher says."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -207,6 +208,12 @@ class Output:
     def _unfinished(self) -> List[Path]:
         """What a kill has left; it is removed last, so without it nothing of ours is there."""
         return list(self.folder.glob("data.*" + UNFINISHED))
+
+    def clean_up(self) -> None:
+        """Of complete data: what a kill left after the record."""
+        for left in self._unfinished():
+            with contextlib.suppress(OSError):  # not empty: another process is at it
+                left.rmdir()
 
     def differences(self) -> List[str]:
         """Where what is there was made with other settings."""

@@ -179,11 +179,14 @@ class HypothesisStore:
         return True
 
     def clean_up(self) -> None:
-        """Of complete lists: the shards, and what a kill left of a merge."""
+        """Of complete lists: the shards, and what kills left of anything else."""
         shutil.rmtree(self.folder / _SHARDS, ignore_errors=True)
-        for file in self.folder.glob("*" + UNFINISHED):
-            with contextlib.suppress(OSError):
-                file.unlink()
+        for path in self.folder.glob("*" + UNFINISHED + "*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def __iter__(self) -> Iterator[Tuple[int, List[Hypothesis]]]:
         """Sentences with their lists, in the order of the data.
