@@ -545,6 +545,18 @@ def test_what_kills_leave_beside_complete_lists_is_removed(finished, tmp_path):
     assert tree(folder) == tree(finished) and not list(folder.glob("*.new*"))
 
 
+def test_train1_is_not_left_out_without_a_word(databin_of_letters, caplog):
+    data = databin_of_letters
+    Corpus.of_subset(task_of(data), data, "train")
+    assert "would read" not in caplog.text
+    for path in data.folder.glob("train.*"):
+        shutil.copy(str(path), str(path).replace("train.", "train1."))
+    Corpus.of_subset(task_of(data), data, "train1")
+    assert "would read" not in caplog.text
+    assert len(Corpus.of_subset(task_of(data), data, "train").source) == 5
+    assert "would read train1 with it" in caplog.text and "--gen-subset train1" in caplog.text
+
+
 def task_of(data) -> TranslationTask:
     cfg = TranslationConfig(
         data=str(data.folder),
