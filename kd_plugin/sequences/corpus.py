@@ -93,6 +93,7 @@ def _binarise(
 ) -> None:
     new = temporary(prefix)
     writer = databin.Writer(new, len(data.source))
+    unknown = 0
     try:
         with open(text, encoding="utf-8", newline="\n") as file:
             for line in file:
@@ -100,8 +101,10 @@ def _binarise(
                 if cut is not None and len(tokens) > cut:
                     tokens = torch.cat([tokens[: cut - 1], tokens[-1:]])
                 writer.add(tokens)
+                unknown += int(tokens.eq(data.source.unk()).sum())
         if writer.sentences == 0:
             raise FileError("--source-text {}: it has no line".format(text))
+        databin.warn_of_unknown(unknown, writer.tokens, text)
         writer.close()
         for end in (".bin", ".idx"):  # without the second one there is none
             os.replace(str(new) + end, str(prefix) + end)
