@@ -431,7 +431,7 @@ TOY_LISTS = [
 def test_best_and_closest(toy):
     best = choose(*(toy[0], TOY_LISTS, toy[1], Choice(), 1.0, False))
     assert best.which.tolist() == [0, 0, 0, -1, 0]
-    assert best.dropped["not_decoded"] == 1 and sum(best.dropped.values()) == 1
+    assert best.dropped["longer_than_the_teacher_reads"] == 1 and sum(best.dropped.values()) == 1
     assert best.means["score_per_token"] == pytest.approx(-(0.1 + 0.3 + 0.5 + 0.9) / 4)
     assert best.means["closeness"] is None
     for metric in ("bleu", "chrf"):

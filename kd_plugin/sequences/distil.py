@@ -153,7 +153,7 @@ def choose(
                 continue
             which[i] = best
             scores[i] = per_token(chosen, lenpen, unnormalized)
-    dropped["not_decoded"] = sentences - decoded
+    dropped["longer_than_the_teacher_reads"] = sentences - decoded
     if choice.min_score_quantile > 0 and (which >= 0).any():
         least = np.quantile(scores[which >= 0], choice.min_score_quantile)
         low = (which >= 0) & (scores < least)
