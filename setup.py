@@ -25,6 +25,9 @@ setup(
         "sacrebleu>=2.0",
         "sentencepiece",
         "tqdm",
+        # 3.5: the first with constrained layouts that fairseq-kd-report's pictures need; 3.7 is the
+        # last for Python 3.8.
+        "matplotlib>=3.5",
     ],
     extras_require={
         "fairseq": [
@@ -53,6 +56,7 @@ setup(
             "fairseq-kd-benchmark=kd_plugin.commands.benchmark:main",
             "fairseq-kd-cache=kd_plugin.commands.cache:main",
             "fairseq-kd-export=kd_plugin.commands.export:main",
+            "fairseq-kd-report=kd_plugin.commands.report:main",
             "fairseq-kd-sequences=kd_plugin.commands.sequences:main",
         ],
     },

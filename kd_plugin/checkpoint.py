@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 
 # What fairseq's checkpoints hold besides tensors, as (module, name). Some names exist at one end
@@ -75,6 +76,10 @@ _TORCH_GLOBALS = (
     *(("torch", kind + "Storage") for kind in ("Byte", "Char", "Short", "Int", "Long")),
 )
 
+# fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
+# later versions refuse them
+SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$")
+
 # Since 2.6 torch.load has weights_only by default, with an allow-list that can name aliases.
 _TORCH_CHECKS_GLOBALS = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) >= (2, 6)
 
@@ -90,23 +95,26 @@ def allow_fairseq_globals() -> None:
     """
     if not _TORCH_CHECKS_GLOBALS:
         return
-    import numpy
-
     allowed: List[Any] = []
     # a resumed rank receives the first one's checkpoint, its tensors replaced by placeholders
     received = ("fairseq.distributed.utils", "_TensorPlaceholder")
     for module, name in (*FAIRSEQ_GLOBALS, received):
-        # numpy.core is only an alias, with a deprecation warning, where numpy._core exists
-        real = module.replace("numpy.core", "numpy._core") if hasattr(numpy, "_core") else module
         try:
-            allowed.append((getattr(importlib.import_module(real), name), module + "." + name))
+            found = getattr(importlib.import_module(_local(module)), name)
+            allowed.append((found, module + "." + name))
         except (ImportError, AttributeError):
             continue
-    dtypes = getattr(numpy, "dtypes", None)
+    dtypes = getattr(np, "dtypes", None)
     allowed.extend(
         value for name, value in sorted(vars(dtypes or object).items()) if name.endswith("DType")
     )
     torch.serialization.add_safe_globals(allowed)  # type: ignore[attr-defined]
+
+
+def _local(module: str) -> str:
+    """The name here of what numpy 2 renamed to ``numpy._core``, with a mere alias left behind."""
+    names = ("numpy.core", "numpy._core")
+    return module.replace(*(names if hasattr(np, "_core") else names[::-1]))
 
 
 class _RestrictedPickle:
@@ -119,7 +127,7 @@ class _RestrictedPickle:
             module = IMPORT_MAPPING.get(module, module)
             if (module, name) not in FAIRSEQ_GLOBALS and (module, name) not in _TORCH_GLOBALS:
                 raise pickle.UnpicklingError("forbidden global {}.{}".format(module, name))
-            return super().find_class(module, name)
+            return super().find_class(_local(module), name)
 
     @classmethod
     def load(cls, file: Any, **kwargs: Any) -> Any:
@@ -181,6 +189,8 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
         )
     if state.get("args") is not None:
         _modernise(state["args"])
+    weights = state["model"].items()
+    state["model"] = {k: w for k, w in weights if not SECOND_COPIES.search(str(k))}
     return state
 
 

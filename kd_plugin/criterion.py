@@ -26,14 +26,17 @@ from .configuration import CRITERION, choice_value
 from .objective import NotFiniteTeacherError, Settings, Terms, distillation_objective
 from .signal import not_finite_teacher
 
-_KD_WEIGHT = 0.5
+_KD_WEIGHT, _KD_TEMPERATURE = 0.5, 1.0
 
 
 @dataclass
 class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
-    kd_weight: float = field(
-        default=_KD_WEIGHT,
-        metadata={"help": "weight of the distillation term, from 0 (plain training) to 1"},
+    kd_weight: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "weight of the distillation term, from 0 (plain training) to 1 (default: "
+            "{})".format(_KD_WEIGHT)
+        },
     )
     ce_weight: Optional[float] = field(
         default=None,
@@ -42,11 +45,12 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
             "token's distillation term leaves of 1)"
         },
     )
-    kd_temperature: float = field(
-        default=1.0,
+    kd_temperature: Optional[float] = field(
+        default=None,
         metadata={
             "help": "temperature of both distributions in the distillation term, > 0; its "
-            "gradient's size does not depend on it (Hinton et al. 2015)"
+            "gradient's size does not depend on it (Hinton et al. 2015; default: "
+            "{})".format(_KD_TEMPERATURE)
         },
     )
     kd_divergence: ChoiceEnum(divergences.NAMES) = field(  # type: ignore
@@ -167,7 +171,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             "temperature",
             cfg.kd_temperature_schedule,
             cfg.kd_temperature,
-            1.0,
+            _KD_TEMPERATURE,
             lambda x: 0 < x < math.inf,
             "above 0",
             faults,
@@ -201,6 +205,11 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             "--kd-tail {} is for --kd-top-k and --teacher-cache only",
             tail,
         )
+        check(
+            cfg.kd_top_k != 1 or self.tail == "bucket",
+            "--kd-top-k 1 with --kd-tail renormalise leaves nothing to learn, the one symbol has "
+            "probability 1 on both sides: take --kd-tail bucket or more symbols",
+        )
         if name == "logit-mse":
             check(
                 self.temperature == schedules.constant(1.0),
@@ -227,6 +236,17 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             chosen,
         ):
             check(size >= 1, "--kd-queue-size must be at least 1, got {}", size)
+        if self.weight == schedules.constant(0.0):
+            useless = [
+                flag
+                for flag, given in (
+                    ("--kd-top-k", cfg.kd_top_k > 0),
+                    ("--kd-selection", chosen != "all"),
+                    ("--kd-weight-schedule adaptive", self.adaptive),
+                )
+                if given
+            ]
+            check(not useless, "--kd-weight 0 distils nothing: leave out {}", ", ".join(useless))
         if faults:
             raise ValueError("; ".join(faults))
         self.ce_weight = ce
@@ -245,6 +265,11 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             whole: whether k is the whole vocabulary.
         """
         faults = []
+        if k == 1 and self.tail == "renormalise":
+            faults.append(
+                "one symbol with --kd-tail renormalise leaves nothing to learn, it has probability "
+                "1 on both sides: take --kd-tail bucket, or cache more symbols"
+            )
         if self.top_k > k:
             faults.append("--kd-top-k {} is more than the {} of the cache".format(self.top_k, k))
         if self.tail == "bucket" and not whole:
@@ -268,18 +293,19 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
     def _scheduled(name, text, value, default, valid, expected, faults) -> schedules.Schedule:
         """The schedule of the weight or the temperature."""
         flag = "--kd-" + name
-        if text != "constant":
-            if value != default:
-                faults.append(
-                    "{0} {1} and {0}-schedule {2} exclude each other".format(flag, value, text)
-                )
-            try:
-                return schedules.parse(text, flag + "-schedule", valid, expected)
-            except ValueError as error:
-                faults.append(str(error))
-        elif not valid(value):
-            faults.append("{} must be a number {}, got {}".format(flag, expected, value))
-        return schedules.constant(value)
+        if text == "constant":
+            value = default if value is None else value
+            if not valid(value):
+                faults.append("{} must be a number {}, got {}".format(flag, expected, value))
+            return schedules.constant(value)
+        if value is not None:
+            both = "{0} {1} and {0}-schedule {2} exclude each other"
+            faults.append(both.format(flag, value, text))
+        try:
+            return schedules.parse(text, flag + "-schedule", valid, expected)
+        except ValueError as error:
+            faults.append(str(error))
+            return schedules.constant(default)
 
     def train(self, mode: bool = True) -> "KDLabelSmoothedCrossEntropyCriterion":
         """The trainer calls this before each update, also before repeating one that overflowed."""
@@ -296,7 +322,6 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         """
         if not reduce:
             raise NotImplementedError("this criterion gives sums only (reduce=True)")
-        _refuse_adaptive_softmax(model)
         net_output = model(**sample["net_input"])
         target = model.get_targets(sample, net_output)  # B x T
         signal = sample.get("teacher")
@@ -408,11 +433,3 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
-
-
-def _refuse_adaptive_softmax(model: Any) -> None:
-    if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
-        raise ValueError(
-            "the student has an adaptive softmax, which gives no distribution over the whole "
-            "vocabulary to distil into; train it without --adaptive-softmax-cutoff"
-        )

@@ -1,5 +1,6 @@
 """Models without the plugin: plain checkpoints for stock fairseq, folders for CTranslate2."""
 
+import json
 import os
 import re
 import tempfile
@@ -10,13 +11,14 @@ from typing import Any, Dict, List, Set, Tuple
 import torch
 from fairseq import models
 from fairseq.data import Dictionary
-from fairseq.dataclass.configs import GenerationConfig
+from fairseq.dataclass.configs import DatasetConfig, GenerationConfig
 from fairseq.modules import SinusoidalPositionalEmbedding
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from . import checkpoint
+from .files import FileError, read_json
 
 QUANTIZATIONS = (
     "float32",
@@ -28,11 +30,9 @@ QUANTIZATIONS = (
     "int8_float16",
     "int8_bfloat16",
 )
+RECORD = "kd_export.json"  # in a CTranslate2 folder: what it was made of
 _TASKS = ("translation", "kd_translation")
 
-# fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
-# later ones refuse them.
-_SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$")
 _NO_PARAMETERS = re.compile(r"_float_tensor$|coder\.version$")
 _TABLES = re.compile(
     r"\.(embed_tokens|embed_positions|output_projection)\.|decoder\.(fc_out|fc3)\."
@@ -53,7 +53,7 @@ def parameters(state: Dict[str, Any]) -> Tuple[int, int]:
     total = rest = 0
     tables: List[Tensor] = []
     for name, tensor in state["model"].items():
-        if _SECOND_COPIES.search(name) or _NO_PARAMETERS.search(name):
+        if _NO_PARAMETERS.search(name):
             continue
         if _TABLES.search(name):
             # what shares storage in the model may be a copy in the file
@@ -164,7 +164,8 @@ def stock_state(
             )
         ) from error
     model.to(next(w.dtype for w in state["model"].values() if w.is_floating_point()))
-    weights = {k: w for k, w in model.state_dict().items() if not _SECOND_COPIES.search(k)}
+    own = model.state_dict().items()
+    weights = {name: w for name, w in own if not checkpoint.SECOND_COPIES.search(name)}
     for name, module in model.named_modules():
         if isinstance(module, SinusoidalPositionalEmbedding):  # fairseq 0.12.2 wants it
             weights[name + "._float_tensor"] = torch.zeros(1)
@@ -175,7 +176,8 @@ def stock_state(
             "task": _task_section(path, state, langs),
             "model": {k: _plain(path, k, v) for k, v in sorted(vars(args).items())},
             "criterion": None,
-            # read by fairseq's hub interface
+            # read by fairseq's hub interface; fields of the task refer to its dataset's
+            "dataset": OmegaConf.to_container(OmegaConf.structured(DatasetConfig)),
             "generation": OmegaConf.to_container(OmegaConf.structured(GenerationConfig)),
             "bpe": None,
             "tokenizer": None,
@@ -197,6 +199,21 @@ def stock_state(
         "extra_state": {},
         "last_optimizer_state": None,
     }
+
+
+def shortened(stock: Dict[str, Any], longest: int) -> Dict[str, Any]:
+    """A ``stock_state`` for sentences of at most so many tokens, with no positions beyond.
+
+    CTranslate2 writes them all down in float32, sinusoidal ones too: a fifth of a small model.
+    """
+    model, weights = dict(stock["cfg"]["model"]), dict(stock["model"])
+    for side, module in (("source", "encoder"), ("target", "decoder")):
+        name = "max_{}_positions".format(side)
+        model[name] = min(model[name], longest)
+        table = module + ".embed_positions.weight"
+        if table in weights:  # learned; fairseq counts from after the padding's index
+            weights[table] = weights[table][: model[name] + Dictionary().pad() + 1]
+    return {**stock, "cfg": {**stock["cfg"], "model": model}, "model": weights}
 
 
 def _task_section(path: str, state: Dict[str, Any], langs: Tuple[str, str]) -> Dict[str, Any]:
@@ -287,6 +304,30 @@ def convert(path: str, stock: Dict[str, Any], folder: Path, quantization: str = 
             converter.convert(str(folder), quantization=quantization)
         except Exception as error:
             raise _not_taken(path, str(error).strip() or type(error).__name__) from error
+
+
+def read_record(folder: Path) -> Dict[str, Any]:
+    """What a CTranslate2 folder was made of; empty for one that another tool has made."""
+    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+
+
+def symbols_of(folder: Path) -> Tuple[Set[str], Set[str]]:
+    """The source and target symbols that a CTranslate2 folder knows.
+
+    Raises:
+        FileError: its vocabularies cannot be read.
+    """
+    shared = folder / "shared_vocabulary.json"
+    files = [folder / "source_vocabulary.json", folder / "target_vocabulary.json"]
+    if shared.is_file():
+        files = [shared, shared]
+    try:
+        source, target = [set(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    except (OSError, ValueError, TypeError) as error:
+        raise FileError(
+            "{}: expected a model of CTranslate2 4 with its vocabularies ({})".format(folder, error)
+        ) from None
+    return source, target
 
 
 def _ctranslate2() -> Any:

@@ -19,6 +19,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import II
 
 from .cache import CachedSubset, CacheError, TaughtDataset, describe_data
 from .configuration import CRITERION, choice_value
@@ -82,6 +83,8 @@ class KDTranslationConfig(TranslationConfig):
             "whatever code the file asks for; only for files you trust"
         },
     )
+    # fairseq's own, which tasks are not told otherwise
+    disable_validation: bool = II("dataset.disable_validation")
 
 
 # The fields that are about a teacher that is run, as opposed to one in a cache
@@ -106,7 +109,7 @@ class KDTranslationTask(TranslationTask):
     def __init__(self, cfg: KDTranslationConfig, src_dict: Any, tgt_dict: Any) -> None:
         super().__init__(cfg, src_dict, tgt_dict)
         self.teacher: Optional[Teacher] = None  # opened when training begins
-        self._training = False
+        self._training = self._stepped = False
         # once there is one, this is a training or a validation, and datasets bring the teacher
         self._criterion: Any = None
         # of any subset: they are alike
@@ -156,16 +159,7 @@ class KDTranslationTask(TranslationTask):
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)
-        kept = _kept(dataset, max_positions)
-        if isinstance(dataset, TaughtDataset):
-            untaught = kept & ~dataset.has_rows
-            if untaught.any():
-                self._cache_fault = self._cache_fault or _untaught(dataset, untaught)
-        elif kept.any():
-            self._longest = (
-                max(self._longest[0], int(dataset.src_sizes[kept].max())),
-                max(self._longest[1], int(dataset.tgt_sizes[kept].max())),
-            )
+        self._look_over(dataset, max_positions)
         # Newer fairseq draws the order of equally long sentences from seed + epoch and keeps the
         # batches that come of it: a run resumed later than in epoch 1 would get other batches.
         epoch, cached = kwargs.get("epoch", 1), self.dataset_to_epoch_iter.get(dataset)
@@ -177,11 +171,31 @@ class KDTranslationTask(TranslationTask):
             _remember(iterator, self._queue)
         return iterator
 
+    def _look_over(self, dataset: Any, max_positions: Any) -> None:
+        """Note what the sentences within these limits will ask of the teacher or the cache."""
+        kept = _kept(dataset, max_positions)
+        if isinstance(dataset, TaughtDataset):
+            untaught = kept & ~dataset.has_rows
+            if untaught.any():
+                self._cache_fault = self._cache_fault or _untaught(dataset, untaught)
+        elif kept.any():
+            self._longest = (
+                max(self._longest[0], int(dataset.src_sizes[kept].max())),
+                max(self._longest[1], int(dataset.tgt_sizes[kept].max())),
+            )
+
     # training and validation
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         super().begin_epoch(epoch, model)
         self._training = True
+        _refuse_adaptive_softmax(model)
+        if not self.cfg.disable_validation:
+            # fairseq 0.12.2 asks for validation's batches only when it is too late to refuse them
+            limits = utils.resolve_max_positions(self.max_positions(), model.max_positions())
+            for split, dataset in self.datasets.items():
+                if split != self.cfg.train_subset:
+                    self._look_over(dataset, limits)
         if self._cache_fault is not None:
             raise self._cache_fault
         if self.cfg.teacher_cache:
@@ -195,6 +209,14 @@ class KDTranslationTask(TranslationTask):
     def train_step(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs
     ):
+        if self._queue is not None and not self._stepped:
+            self._stepped = True
+            if update_num > 0 and not self._queue.scores.numel():
+                logger.warning(
+                    "this training goes on without the scores of earlier tokens for "
+                    "--kd-selection, which the checkpoint lacks or --reset-dataloader drops: every "
+                    "token is distilled until the first update is done"
+                )
         sample = self._ask(
             sample,
             amp=isinstance(optimizer, AMPOptimizer),
@@ -291,6 +313,7 @@ class KDTranslationTask(TranslationTask):
         if paths and all(os.path.isfile(path) for path in paths):
             parameter = next(model.parameters())
             self.teacher = self.open_teacher(parameter.device, parameter.dtype)
+            self._check_lengths(self.teacher)
         else:
             logger.warning(
                 "no teacher at {}: validating the student alone, without kd_loss, teacher_nll_loss "
@@ -386,6 +409,15 @@ class KDTranslationTask(TranslationTask):
             )
 
 
+def _refuse_adaptive_softmax(student: Any) -> None:
+    # the built model tells; arguments name a cutoff for models that have none
+    if getattr(getattr(student, "decoder", None), "adaptive_softmax", None) is not None:
+        raise ValueError(
+            "the student has an adaptive softmax, which gives no distribution over the whole "
+            "vocabulary to distil into; train it without --adaptive-softmax-cutoff"
+        )
+
+
 def _remember(iterator: Any, queue: ScoreQueue) -> None:
     """Let the queue travel in the train iterator's state, the only one that fairseq resumes."""
     if hasattr(iterator, "kd_queue"):
@@ -400,11 +432,6 @@ def _remember(iterator: Any, queue: ScoreQueue) -> None:
         load(state)
         if "kd_queue" in state:
             queue.load_state_dict(state["kd_queue"])
-        else:
-            logger.warning(
-                "the checkpoint holds no scores of earlier tokens for --kd-selection: it begins "
-                "anew and distils every token until the first update is done"
-            )
 
     iterator.state_dict, iterator.load_state_dict = state_dict, load_state_dict
 

@@ -34,19 +34,18 @@ class Spread:
 
     def add_to(self, gradient: Tensor, cut: Tensor) -> None:
         """Add the gradient for the cut logits, (n, K or K + 1), to that for all, (n, V)."""
-        inside = cut[:, : self.symbols.size(-1)]
+        # set at the end, not corrected: a share of a tiny rest's bucket would drown their gradient
+        inside = gradient.gather(-1, self.symbols) + cut[:, : self.symbols.size(-1)]
         if self.mass is not None:
             # the bucket's logit is a logsumexp: its gradient is shared out as its members' softmax
             bucket = cut[:, -1:]
             tiny = (self.mass < _TINY_MASS).squeeze(-1)
             share = (bucket / self.mass).masked_fill_(tiny.unsqueeze(-1), 0)
-            probabilities = self.student.probabilities
-            gradient.addcmul_(probabilities, share)
-            inside = inside - probabilities.gather(-1, self.symbols) * share
+            gradient.addcmul_(self.student.probabilities, share)
             if tiny.any():
                 others = self.student.logits[tiny].scatter(-1, self.symbols[tiny], -math.inf)
                 gradient[tiny] += torch.softmax(others, dim=-1) * bucket[tiny]
-        gradient.scatter_add_(-1, self.symbols, inside)
+        gradient.scatter_(-1, self.symbols, inside)
 
 
 def cut(top: Top, student: Distribution) -> Tuple[Distribution, Distribution, Spread]:

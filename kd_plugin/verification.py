@@ -107,12 +107,14 @@ class Text(NamedTuple):
             raise FileError("{}, {}: no sentence to verify with".format(data.folder, subset))
         return cls(folder, subset, task, corpus, batches)
 
-    def __iter__(self) -> Iterator[Dict[str, Any]]:
+    def samples(self) -> Iterator[Dict[str, Any]]:
+        """The batches, collated."""
         dataset = self.corpus.dataset
         for batch in self.batches:
             yield dataset.collater([dataset[int(i)] for i in batch])
 
-    def __len__(self) -> int:
+    @property
+    def sentences(self) -> int:
         return sum(map(len, self.batches))
 
 
@@ -129,7 +131,7 @@ def _generation(beam: int) -> Any:
 
 def translations(engine: Any, text: Text) -> Dict[int, sequences.Hypothesis]:
     """The best hypothesis of each sentence."""
-    return {i: nbest[0] for found in engine.decode(text) for i, nbest in found.items()}
+    return {i: nbest[0] for found in engine.decode(text.samples()) for i, nbest in found.items()}
 
 
 def by_fairseq(model: Any, text: Text, beam: int) -> Dict[int, sequences.Hypothesis]:
@@ -150,7 +152,7 @@ def compare_with_stock(
     Raises:
         ExportError: they are not the checkpoint's.
     """
-    logger.info("translating {} sentences with {}".format(len(text), path))
+    logger.info("translating {} sentences with {}".format(text.sentences, path))
     expected = by_fairseq(build(path, state, text, beam), text, beam)
     logger.info("translating them with the export, in stock fairseq without the plugin")
     source, target = text.corpus.data.langs
@@ -204,7 +206,7 @@ def compare_with_stock(
 def reference_scores(model: Any, text: Text) -> Dict[int, List[float]]:
     """Log-probabilities, in nats, of each reference's tokens; the end of sentence included."""
     found = {}
-    for sample in text:
+    for sample in text.samples():
         lprobs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
         target = sample["target"]
         scores = lprobs.gather(-1, target.unsqueeze(-1)).squeeze(-1)
@@ -302,7 +304,7 @@ def compare_with_ctranslate2(
             text.task, model, generation, "cpu", 0, "default", longest
         )
 
-    logger.info("scoring {} references with {} and CTranslate2".format(len(text), path))
+    logger.info("scoring {} references with {} and CTranslate2".format(text.sentences, path))
     model = build(path, state, text, beam)
     expected = reference_scores(model, text)
     with tempfile.TemporaryDirectory(dir=str(folder.parent)) as passing:
@@ -325,12 +327,12 @@ def compare_with_ctranslate2(
                 quantization, compute_type
             )
         )
-    logger.info("translating {} sentences with {} and CTranslate2".format(len(text), path))
+    logger.info("translating {} sentences with {} and CTranslate2".format(text.sentences, path))
     differences = compare_token_scores(expected, converted.translator, text)
     systems = [by_fairseq(model, text, beam), translations(converted, text)]
     (before, after), signature = bleu(systems, text, detokenise)
     return {
-        "sentences": len(text),
+        "sentences": text.sentences,
         "compute_type": compute_type,
         "max_token_difference_float32": largest,
         "max_token_difference": differences[0],

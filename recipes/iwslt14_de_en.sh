@@ -54,7 +54,7 @@ DATA=$(cd "$1" && pwd)
 
 if [ -f "$DATA/dict.$SRC.txt" ]; then
     [ -e "$WORK/data-bin" ] || ln -s "$DATA" "$WORK/data-bin"
-    REFERENCES=binarised
+    REFERENCES= # the data-bin's
 else
     for split in $SPLITS; do use_text "$split" "$DATA/$split"; done
     binarise # a dictionary for each language, as in the literature
@@ -79,5 +79,6 @@ model distilled 2 "${STUDENT_UPDATES:-60000}" $(distil_flags "$WORK/models/teach
 distil_sequences closest "$WORK/models/teacher/$best" --select closest
 DATA_BIN=data-closest model sequences 2 "${STUDENT_UPDATES:-60000}" $(plain_flags) ${STUDENT_FLAGS:-}
 
-for name in teacher plain distilled sequences; do evaluate $name "$WORK/models/$name/$best"; done
-print_table teacher plain distilled sequences
+export_int8 distilled "$WORK/models/distilled/$best"
+judge "teacher=$WORK/models/teacher/$best" "plain=$WORK/models/plain/$best" \
+    "distilled=$WORK/models/distilled/$best" "sequences=$WORK/models/sequences/$best"

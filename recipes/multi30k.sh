@@ -24,6 +24,7 @@
 #   STUDENTS       all              which rows: plain, $DISTILLED (word-level), and of sequence level best (the teacher's
 #                                   likeliest hypothesis), closest (to the reference, of 5) and closest_word (that, and
 #                                   word-level on top)
+#   INT8           closest          which of them are exported for CTranslate2 in int8, as rows of their own
 #   ENGINE         fairseq          decodes the training set; ctranslate2 is faster (pip install ctranslate2)
 #   KD_CACHE       none             run the teacher once and keep its K likeliest symbols: worth it from the second
 #                                   or third epoch on (8 is a good K; --temperatures of CACHE_FLAGS for T other than 1)
@@ -97,6 +98,9 @@ for name in $STUDENTS; do
     esac
 done
 
-evaluate teacher "$teacher"
-for name in $STUDENTS; do evaluate "$name" "$WORK/models/$name/checkpoint_best.pt"; done
-print_table teacher $STUDENTS
+models=("teacher=$teacher")
+for name in $STUDENTS; do
+    models+=("$name=$WORK/models/$name/checkpoint_best.pt")
+    case " ${INT8:-closest} " in *" $name "*) export_int8 "$name" "$WORK/models/$name/checkpoint_best.pt" ;; esac
+done
+judge "${models[@]}"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A whole distillation from nothing: environment, corpus, teacher; a student without it, and with it at word level, at
-# sequence level, and at both; table.
+# sequence level, and at both; one of them exported in int8; a report on all.
 #
 # Prepare:  nothing but Python 3.8, 3.11 or 3.12.
 # Run:      bash recipes/quickstart.sh
-#           under 10 minutes on 2 CPU cores; run it again after an interruption, and it continues.
+#           about 10 minutes on 2 CPU cores; run it again after an interruption, and it continues.
 # Adapt:    your own text, in dir/{train,valid,test}.{de,en} (val and dev also do), one sentence per line:
 #               DATA=dir SRC=de TGT=en WORK=my-work bash recipes/quickstart.sh
 #           everything below is an environment variable. A toy run, one minute, to see that all works:
@@ -19,7 +19,7 @@
 #   VOCAB            2000              joint SentencePiece vocabulary
 #   TEACHER_LAYERS, TEACHER_DIM        2, 128    of encoder and decoder each; the ffn is 4 times as wide
 #   STUDENT_LAYERS, STUDENT_DIM        1, 48
-#   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 800 and 1200
+#   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 700 and 900
 #   MAX_TOKENS       2048              per batch
 #   TEACHER_LR, STUDENT_LR             0.004, 0.006
 #   KD_WEIGHT, KD_TEMPERATURE          0.5, 1
@@ -60,9 +60,9 @@ model() { # LAYERS DIM LR UPDATES
 }
 set -f # the flags are split into words, and nothing else
 teacher=$(model "${TEACHER_LAYERS:-2}" "${TEACHER_DIM:-128}" "${TEACHER_LR:-0.004}" \
-    "${TEACHER_UPDATES:-${UPDATES:-800}}")
+    "${TEACHER_UPDATES:-${UPDATES:-700}}")
 student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-48}" "${STUDENT_LR:-0.006}" \
-    "${STUDENT_UPDATES:-${UPDATES:-1200}}")
+    "${STUDENT_UPDATES:-${UPDATES:-900}}")
 
 best=checkpoint_best.pt
 teacher_checkpoint=$WORK/models/teacher/$best
@@ -77,7 +77,11 @@ train sequence_level_student $student --dropout 0 $(plain_flags)
 cache_teacher "$teacher_checkpoint"
 train sequence_and_word_level_student $student --dropout 0 $(distil_flags "$teacher_checkpoint")
 
-models="teacher plain_student word_level_student sequence_level_student sequence_and_word_level_student"
-for name in $models; do evaluate $name "$WORK/models/$name/$best"; done
-print_table $models
+unset DATA_BIN
+export_int8 sequence_and_word_level_student "$WORK/models/sequence_and_word_level_student/$best"
+models=
+for name in teacher plain_student word_level_student sequence_level_student sequence_and_word_level_student; do
+    models="$models $name=$WORK/models/$name/$best"
+done
+REPORT_FLAGS="--baseline plain_student ${REPORT_FLAGS:-}" judge $models
 say "All of it is in $WORK ($SECONDS s)."

@@ -7,16 +7,16 @@
 #   WORK        folder of all results                      SRC, TGT    languages
 #   VOCAB       SentencePiece symbols                      BEAM        beam of the evaluation (5)
 #   LAUNCH      put before fairseq-train, e.g. "srun"      TRAIN_FLAGS added to every training
-#   REFERENCES  to score against (text/test.$TGT)          BLEU_TOKENIZE  sacreBLEU's --tokenize (13a)
+#   REFERENCES  to score against (text/test.$TGT; empty: data-bin's)      BLEU_TOKENIZE  sacreBLEU's --tokenize (13a)
 #   REMOVE_BPE  fairseq's --remove-bpe (sentencepiece)     SUBWORDS    what the names of subword text end in (.spm)
 #   USER_DIR    the plugin (kd_plugin of this checkout)    KD_CACHE    read the teacher from a cache of its top K
 #   DATA_BIN    what is trained on (data-bin)              ENGINE      of decoding: fairseq, or ctranslate2
-#   GREEDY      1: evaluate with beam 1, too
+#   GREEDY      1: judge with beam 1, too                   REPORT_FLAGS, EXPORT_FLAGS  added to these commands
 #
 # $WORK afterwards:  text/  raw sentences, and the same as subwords      spm.model   SentencePiece
 #                    data-bin/  binarised       models/NAME/  checkpoints and train.log      cache-K/  of the teacher
 #                    hypotheses/  n-best lists of the teacher            data-NAME/  data-bin made of them
-#                    eval/NAME.txt  translations of test; eval/NAME.json  their scores; table.md
+#                    exported/NAME/  for CTranslate2               report/  report.html, .md, .json, translations of test
 
 USER_DIR=${USER_DIR:-$REPO/kd_plugin}
 WORK=$(mkdir -p "$WORK" && cd "$WORK" && pwd)
@@ -30,6 +30,13 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 ALL_DATA="--required-batch-size-multiple 1 --skip-invalid-size-inputs-valid-test"
 
 tools() { python "$REPO/recipes/tools.py" "$@"; }
+
+# A command of this checkout's plugin.
+command_of() { # NAME ARGUMENTS...
+    local name=$1
+    shift
+    PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" python -W ignore -m "kd_plugin.commands.$name" "$@"
+}
 
 done_already() { # RESULT
     [ -e "$1" ] || return 1
@@ -122,7 +129,7 @@ distil_sequences() { # NAME TEACHER FLAGS...
     device_flags
     say "translating the training set with the teacher: $name"
     # shellcheck disable=SC2086
-    PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" python -W ignore -m kd_plugin.commands.sequences "$WORK/data-bin" \
+    command_of sequences "$WORK/data-bin" \
         --path "$teacher" --output "$WORK/data-$name" --hypotheses "$WORK/hypotheses" --beam 5 --nbest 5 \
         --source-lang "$SRC" --target-lang "$TGT" --remove-bpe "${REMOVE_BPE:-sentencepiece}" \
         --engine "${ENGINE:-fairseq}" --max-tokens 4096 $DEVICE_FLAGS "$@" ${SEQUENCES_FLAGS:-} ||
@@ -137,8 +144,7 @@ cache_teacher() { # TEACHER
     device_flags
     say "caching the teacher's $KD_CACHE likeliest symbols"
     # shellcheck disable=SC2086
-    PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" python -W ignore -m kd_plugin.commands.cache \
-        "$WORK/${DATA_BIN:-data-bin}" --path "$1" --cache "$(cache_folder)" --top-k "$KD_CACHE" \
+    command_of cache "$WORK/${DATA_BIN:-data-bin}" --path "$1" --cache "$(cache_folder)" --top-k "$KD_CACHE" \
         --source-lang "$SRC" --target-lang "$TGT" --max-tokens 4096 $DEVICE_FLAGS ${CACHE_FLAGS:-} || die "caching failed. Run the recipe again to go on."
 }
 
@@ -150,7 +156,8 @@ distil_flags() { # TEACHER
     if [ -n "${KD_CACHE:-}" ]; then teacher="--teacher-cache $(cache_folder)"; fi
     echo "--task kd_translation $teacher
         --criterion kd_label_smoothed_cross_entropy --label-smoothing ${LABEL_SMOOTHING:-0.1}
-        --kd-weight ${KD_WEIGHT:-0.5} --kd-temperature ${KD_TEMPERATURE:-1} ${KD_FLAGS:-}"
+        ${KD_WEIGHT:+--kd-weight $KD_WEIGHT} ${KD_TEMPERATURE:+--kd-temperature $KD_TEMPERATURE}
+        ${KD_FLAGS:-}"
 }
 
 plain_flags() {
@@ -164,34 +171,47 @@ average() { # NAME COUNT
     paths=$(cd "$folder" && ls | sed -n 's/^checkpoint\([0-9][0-9]*\)\.pt$/\1/p' | sort -n | tail -n "$2" |
         sed "s|.*|$folder/checkpoint&.pt|" | paste -sd: -)
     [ -n "$paths" ] || die "expected at least one whole epoch's checkpoint in $folder; train for longer."
-    quietly "$folder/average.log" "" env PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" \
-        python -m kd_plugin.commands.export --path "$paths" --average --output "$folder/averaged.new.pt"
-    mv "$folder/averaged.new.pt" "$folder/averaged.pt"
+    quietly "$folder/average.log" "" command_of export --path "$paths" --average --data "$WORK/data-bin" \
+        --output "$folder/averaged.pt"
 }
 
-# Translates test; scores against the raw references; notes size and speed.
-evaluate() { # NAME CHECKPOINT
-    translate_and_score "$1" "$2" "$BEAM"
-    [ -z "${GREEDY:-}" ] || translate_and_score "$1.greedy" "$2" 1
-}
-
-translate_and_score() { # NAME CHECKPOINT BEAM
-    local name=$1 checkpoint=$2 out=$WORK/eval/$1
-    if done_already "$out.json"; then return; fi
-    device_flags
-    mkdir -p "$WORK/eval"
-    say "translating test with $name (beam $3)"
+# exported/NAME/: models/NAME's checkpoint for CTranslate2 in int8, compared with it on valid. Without CTranslate2 nothing.
+export_int8() { # NAME CHECKPOINT
+    if done_already "$WORK/exported/$1"; then return; fi
+    if ! python -c 'import ctranslate2' 2>/dev/null; then
+        say "no int8 export: it needs pip install ctranslate2"
+        return
+    fi
+    say "exporting $1 in int8"
+    mkdir -p "$WORK/exported"
+    set -- "$@" --remove-bpe "${REMOVE_BPE:-sentencepiece}"
+    if [ -f "$WORK/spm.model" ]; then set -- "$@" --spm "$WORK/spm.model"; fi
     # shellcheck disable=SC2086
-    quietly "$out.log" "" fairseq-generate "$WORK/data-bin" --user-dir "$USER_DIR" --path "$checkpoint" \
-        --source-lang "$SRC" --target-lang "$TGT" --gen-subset test --beam "$3" --max-tokens 4096 \
-        --remove-bpe "${REMOVE_BPE:-sentencepiece}" $ALL_DATA $DEVICE_FLAGS
-    tools score "$USER_DIR" "$checkpoint" "$out.log" "${REFERENCES:-$WORK/text/test.$TGT}" "$out" \
-        "${BLEU_TOKENIZE:-13a}"
+    command_of export --path "$2" --format ctranslate2 --quantization int8 --output "$WORK/exported/$1" \
+        --data "$WORK/data-bin" --beam "$BEAM" "${@:3}" ${EXPORT_FLAGS:-} >"$WORK/export.log" 2>&1 ||
+        die "exporting failed: $(tail -n 1 "$WORK/export.log")"
 }
 
-# One table of all that was evaluated.
-print_table() { # NAME...
-    tools table "$WORK" "$@" >"$WORK/table.new" && mv "$WORK/table.new" "$WORK/table.md"
-    echo
-    cat "$WORK/table.md"
+# report/: all models on test, the first one being the teacher: quality, cost, differences (fairseq-kd-report, whose
+# flags REPORT_FLAGS adds to). Curves are of models/NAME/train.log. What has been decoded already is kept; an exported
+# int8 model is one more, named NAME-int8.
+judge() { # NAME=CHECKPOINT...
+    local models=("$@") logs=() flags=() pair name
+    device_flags
+    for pair in "${models[@]}"; do
+        name=${pair%%=*}
+        if [ -f "$WORK/models/$name/train.log" ]; then logs+=("$name=$WORK/models/$name/train.log"); fi
+        if [ -d "$WORK/exported/$name" ]; then models+=("$name-int8=$WORK/exported/$name"); fi
+    done
+    if [ ${#logs[@]} -gt 0 ]; then flags+=(--logs "${logs[@]}"); fi
+    if [ -n "${REFERENCES-$WORK/text/test.$TGT}" ]; then
+        flags+=(--reference "${REFERENCES-$WORK/text/test.$TGT}")
+    fi
+    if [ -n "${GREEDY:-}" ]; then flags+=(--greedy); fi
+    say "judging on test"
+    # shellcheck disable=SC2086
+    LOGLEVEL=${LOGLEVEL:-WARNING} command_of report "$WORK/data-bin" --source-lang "$SRC" --target-lang "$TGT" --output "$WORK/report" \
+        --teacher "${models[0]%%=*}" --models "${models[@]}" ${flags[@]+"${flags[@]}"} --beam "$BEAM" --max-tokens 4096 \
+        --bleu-tokenize "${BLEU_TOKENIZE:-13a}" --remove-bpe "${REMOVE_BPE:-sentencepiece}" \
+        $ALL_DATA $DEVICE_FLAGS ${REPORT_FLAGS:-} || die "judging failed. Run the recipe again to go on."
 }

@@ -38,6 +38,7 @@ _MODULES = {
 _COMMANDS = {
     "fairseq-kd-cache": "kd_plugin.commands.cache",
     "fairseq-kd-export": "kd_plugin.commands.export",
+    "fairseq-kd-report": "kd_plugin.commands.report",
     "fairseq-kd-sequences": "kd_plugin.commands.sequences",
 }
 _forked = multiprocessing.get_context("forkserver")

@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -87,6 +88,19 @@ def test_opens_args_of_old_versions(save):
     assert get(section(state, "model"), "max_source_positions") == 77
     assert get(section(state, "task"), "task") == "translation"
     assert get(section(state, "task"), "data") == "bin"
+
+
+@pytest.mark.parametrize("name", [b"numpy.core.", b"numpy._core."])
+def test_opens_what_another_numpy_wrote(name, tmp_path):
+    """numpy 2 renamed what its scalars and arrays are pickled with."""
+    path = tmp_path / "checkpoint.pt"
+    torch.save(fairseq_like(), str(path), _use_new_zipfile_serialization=False)
+    content = re.sub(rb"numpy\._?core\.", name, path.read_bytes())
+    assert name in content
+    path.write_bytes(content)
+    state = read_checkpoint(str(path))
+    assert state["extra_state"]["best"] == 4.25
+    assert state["extra_state"]["counts"].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", sorted(evil_states("x")))

@@ -139,7 +139,18 @@ def test_a_teacher_that_is_not_finite_is_named_with_the_samples():
         (dict(kd_selection="batch", kd_selection_rate=0.0), ["--kd-selection-rate must be"]),
         (dict(kd_selection="batch", kd_queue_size=5), ["--kd-queue-size means nothing"]),
         (dict(kd_weight=0.9, kd_weight_schedule="linear:0:1:5"), ["-schedule linear", "exclude"]),
+        (dict(kd_weight=0.5, kd_weight_schedule="linear:0:1:5"), ["--kd-weight 0.5", "exclude"]),
+        (
+            dict(kd_temperature=1.0, kd_temperature_schedule="linear:1:2:5"),
+            ["--kd-temperature 1.0", "exclude"],
+        ),
         (dict(kd_weight_schedule="linear:0:2:5"), ["--kd-weight-schedule must be"]),
+        (dict(kd_top_k=1, kd_tail="renormalise"), ["--kd-top-k 1 with --kd-tail renormalise"]),
+        (dict(kd_weight=0.0, kd_top_k=3), ["--kd-weight 0 distils nothing", "out --kd-top-k"]),
+        (
+            dict(kd_weight=0.0, kd_selection="batch", kd_weight_schedule="adaptive"),
+            ["--kd-weight 0 distils nothing", "--kd-selection, --kd-weight-schedule adaptive"],
+        ),
         (
             dict(kd_divergence="logit-mse", kd_temperature=2.0, kd_top_k=3, kd_skew=0.1),
             ["logit-mse has no temperature", "--kd-tail renormalise", "--kd-skew means nothing"],
@@ -151,6 +162,21 @@ def test_what_cannot_mean_anything_is_refused_all_at_once(flags, words):
         criterion(**flags)
     for word in words:
         assert word in str(error.value)
+
+
+def test_weight_0_alone_is_plain_training():
+    assert criterion(kd_weight=0.0).weight(None) == 0
+    c = criterion()
+    assert (c.weight(None), c.temperature(None)) == (0.5, 1.0)
+
+
+def test_a_cache_of_one_symbol_is_not_renormalised():
+    criterion().refuse_cache(1, [1.0], False)
+    task = Namespace(
+        asks_a_teacher=True, target_dictionary=Dictionary(), cfg=Namespace(teacher_cache="c")
+    )
+    with pytest.raises(ValueError, match="one symbol with --kd-tail renormalise"):
+        criterion(task, kd_tail="renormalise").refuse_cache(1, [1.0], False)
 
 
 def test_another_task_is_refused():

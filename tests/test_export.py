@@ -163,6 +163,23 @@ def test_ctranslate2_scores_the_same(name, data, tmp_path):
     assert largest == pytest.approx(0.01, abs=1e-3) and mean == pytest.approx(0.01, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["tied", "learned positions"])
+def test_ctranslate2_without_positions_that_never_come(name, data, tmp_path):
+    """Sentences that fit score as before, and the file is smaller."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    path = made(data, tmp_path / "model.pt", MODELS[name])
+    state, stock = opened(path, data)
+    export.convert(str(path), stock, tmp_path / "long")
+    export.convert(str(path), export.shortened(stock, 10), tmp_path / "short")
+    sizes = [(tmp_path / n / "model.bin").stat().st_size for n in ("long", "short")]
+    # sinusoidal tables are the same on both sides and written once
+    assert sizes[0] - sizes[1] == (64 - 10) * 16 * 4 * (1 if name == "tied" else 2)
+    text = text_of(data, tmp_path / "text")
+    expected = verification.reference_scores(verification.build(str(path), state, text, 1), text)
+    translator = ctranslate2.Translator(str(tmp_path / "short"))
+    assert verification.compare_token_scores(expected, translator, text)[0] < 1e-3
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_ctranslate2_refuses_other_architectures_by_name(name, data, tmp_path):
     pytest.importorskip("ctranslate2")
@@ -351,6 +368,7 @@ def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
         (("--path", path, "--data", other), "is not the model's"),
         (("--path", path, "--data", tmp_path / "absent"), "absent"),
         (("--path", path, "--quantization", "int8"), "--quantization needs --format ctranslate2"),
+        (("--path", path, "--max-positions", 9), "--max-positions needs --format ctranslate2"),
         (("--path", path, "--spm", "absent"), "--spm needs --format ctranslate2; --spm absent"),
         (("--path", path, "--beam", 0), "--beam must be"),
         (("--path", lstm, "--data", "absent", "--format", "ctranslate2"), "'lstm'"),

@@ -20,14 +20,13 @@ from fairseq.data import Dictionary, data_utils
 
 from .. import export, verification
 from ..checkpoint import average, digest, get, read_checkpoint, section
-from ..export import ExportError
+from ..export import RECORD, ExportError
 from ..files import temporary, write_json
 from ..sequences import DataBin
 from ..teacher import find_dictionaries
 from .arguments import Help, exit_code
 
 PROG = "fairseq-kd-export"
-RECORD = "kd_export.json"
 logger = logging.getLogger("kd_plugin.export")
 
 
@@ -53,6 +52,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="SentencePiece model to put into CTranslate2's folder; implies --remove-bpe "
         "sentencepiece",
+    )
+    add(
+        "--max-positions",
+        type=int,
+        metavar="N",
+        help="longest sentence, in subwords, that CTranslate2's model takes; a small model gets "
+        "smaller by what is left out (default: the checkpoint's)",
     )
     add("-s", "--source-lang", metavar="SRC", help="(default: the checkpoint's)")
     add("-t", "--target-lang", metavar="TRG", help="(default: the checkpoint's)")
@@ -112,6 +118,8 @@ def run(options: argparse.Namespace) -> None:
     langs = _languages(options, path, state)
     data, source, target = _dictionaries(options, path, state, langs)
     stock = export.stock_state(path, state, source, target, langs)
+    if options.max_positions:
+        stock = export.shortened(stock, options.max_positions)
     with _text(options, path, data, stock) as text, _replacing(output, options.overwrite) as new:
         if to_ctranslate2:
             record = _write_ctranslate2(options, paths, state, stock, text, new)
@@ -133,9 +141,12 @@ def _refuse(options: argparse.Namespace, paths: List[str], output: Path) -> None
             "be exported".format(len(paths))
         )
     if options.format == "fairseq":
-        for name in ("quantization", "spm"):
-            if getattr(options, name):
-                faults.append("--{} needs --format ctranslate2".format(name))
+        for name in ("quantization", "spm", "max_positions"):
+            if getattr(options, name) is not None:
+                flag = name.replace("_", "-")
+                faults.append("--{} needs --format ctranslate2".format(flag))
+    if options.max_positions is not None and options.max_positions < 2:
+        faults.append("--max-positions must be 2 or more")
     if options.beam < 1:
         faults.append("--beam must be 1 or more")
     if options.verify_sentences is not None and options.verify_sentences < 0:
@@ -289,7 +300,7 @@ def _write_stock(
         lines.append(
             "| verified in stock fairseq: {} sentences of {} translated the same (beam {}), "
             "scores within {:.1g} per token".format(
-                len(text), options.gen_subset, options.beam, difference
+                text.sentences, options.gen_subset, options.beam, difference
             )
         )
     return lines

@@ -15,7 +15,7 @@ def refused(run, folder, *words):
     for word in words:
         assert word in message, "{!r} not in: {}".format(word, message)
     assert not run.records("train_inner")
-    assert not list(folder.glob("**/checkpoint*.pt"))
+    assert not [*folder.glob("**/checkpoint*.pt"), *folder.glob("**/crash.pt")]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_decoder_only(corpus, tmp_path):
     refused(distil(corpus.data, path, student), student, str(path), "decoder-only")
 
 
-def test_teacher_too_short_for_the_data(data, tmp_path):
+def test_teacher_too_short_for_the_data(data, distilled, tmp_path):
     """It names the lengths and the flags, and with these flags training runs."""
     theirs = train_teacher(
         *(data, tmp_path / "teacher", support.transformer(16), 60),
@@ -195,6 +195,12 @@ def test_teacher_too_short_for_the_data(data, tmp_path):
         *("--max-source-positions", 6, "--max-target-positions", 6),
         "--skip-invalid-size-inputs-valid-test",
     ).ok()
+    run = fairseq(
+        "fairseq-validate",
+        *(data, *USER_DIR, "--task", "kd_translation", "--path", distilled.checkpoint, "--cpu"),
+        *("--max-sentences", 16, "--teacher-checkpoint-path", theirs, *LANGUAGES),
+    )
+    assert "--max-source-positions 6" in run.error and "--max-target-positions 6" in run.error
 
 
 def test_adaptive_softmax_in_the_teacher(data, tmp_path):

@@ -25,8 +25,6 @@ SHORT = ("--max-update", 8)
 def test_stock_options_at_kd_weight_0(options, data, teacher, tmp_path):
     """Each means what it means in stock fairseq."""
     more = (*SGD, *SHORT, "--report-accuracy", *options)
-    if "--ignore-prefix-size" in options:
-        more = (*more, "--disable-validation")
     stock = fairseq(
         "fairseq-train",
         *(data, *STOCK, *TRAINING, *support.STUDENT, "--save-dir", tmp_path / "stock", *more),
@@ -36,6 +34,10 @@ def test_stock_options_at_kd_weight_0(options, data, teacher, tmp_path):
         expected = stock.series("train_inner", key)
         assert len(expected) == 8
         assert ours.series("train_inner", key) == pytest.approx(expected, abs=0.0021), key
+    for key in ("valid_loss", "valid_nll_loss", "valid_accuracy"):
+        expected = stock.series("valid", key)
+        assert len(expected) == 1
+        assert ours.series("valid", key) == pytest.approx(expected, abs=0.0021), key
     assert_same_weights(
         *(tmp_path / "ours/checkpoint_last.pt", tmp_path / "stock/checkpoint_last.pt"),
         rtol=1e-3,

@@ -26,6 +26,29 @@ def exported(path, output, *more, tool=fairseq):
     return tool("fairseq-kd-export", "--path", path, "--output", output, *more)
 
 
+HUB = """
+import sys
+from fairseq.models.transformer import TransformerModel
+folder, data, sentence = sys.argv[1:]
+model = TransformerModel.from_pretrained(folder, "student.pt", data)
+assert "kd_plugin" not in sys.modules
+print("found:", model.translate(sentence, max_len_b=10))
+"""
+
+
+def python(program, *arguments, **how):
+    """What a program prints in a process that has nothing of ours."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        **how,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def stock(distilled, tmp_path_factory):
     """The distilled student, by the installed command."""
@@ -44,15 +67,13 @@ def test_nothing_of_the_teacher_is_left(stock, distilled):
 
 
 def test_it_opens_in_a_process_without_the_plugin(stock):
-    done = subprocess.run(
-        [sys.executable, "-c", OPENING, str(stock)],
-        cwd=str(stock.parent),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        universal_newlines=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "'_name': 'translation'" in done.stdout
+    printed = python(OPENING, stock, cwd=str(stock.parent))
+    assert "'_name': 'translation'" in printed
+
+
+def test_the_hub_interface_opens_it(stock, corpus):
+    sentence = (corpus.text / ("test." + support.SOURCE)).read_text().splitlines()[0]
+    assert "found: b" in python(HUB, stock.parent, corpus.data, sentence, cwd=str(stock.parent))
 
 
 def test_it_translates_in_stock_fairseq(stock, distilled, data):
@@ -103,15 +124,8 @@ def test_ctranslate2(quantization, distilled, corpus, tmp_path):
     readme = (output / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     sentence = (corpus.text / ("test." + support.SOURCE)).read_text().splitlines()[0]
-    done = subprocess.run(
-        [sys.executable, "-c", snippet],
-        cwd=str(output),
-        input=sentence + "\n",
-        stdout=subprocess.PIPE,
-        universal_newlines=True,
-    )
-    assert done.returncode == 0
-    assert re.fullmatch(r"(b\d\d ?)+", done.stdout.strip())
+    printed = python(snippet, cwd=str(output), input=sentence + "\n")
+    assert re.fullmatch(r"(b\d\d ?)+", printed.strip())
 
     again = exported(distilled.checkpoint, output, *more)
     assert again.code == 1 and "is there already" in again.text

@@ -1,0 +1,167 @@
+"""``fairseq-kd-report``: judge students beside their teacher.
+
+Decodes a test set with each model, and writes tables, pictures and a page: of quality (sacreBLEU,
+with significance), of cost (size, speed, memory), and of where students still differ from the
+teacher.
+"""
+
+import argparse
+import os
+import sys
+from typing import Any, List, Optional
+
+from fairseq import options as fairseq_options
+
+from .. import report
+from ..files import FileError
+from .arguments import (
+    Help,
+    accept_user_dir,
+    exit_code,
+    parse_like_fairseq,
+    useless_for_decoding,
+)
+
+PROG = "fairseq-kd-report"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = fairseq_options.get_generation_parser(default_task="translation")
+    parser.prog, parser.description, parser.formatter_class = PROG, __doc__, Help
+    parser.usage = "%(prog)s DATA --models NAME=CHECKPOINT [...] --output DIR [options]"
+    # without a multiple: newer fairseq would leave sentences out
+    parser.set_defaults(required_batch_size_multiple=1)
+    add = parser.add_argument_group("report").add_argument
+    add(
+        "--models",
+        nargs="+",
+        required=True,
+        metavar="NAME=CHECKPOINT",
+        help="what to judge: checkpoints, ensembles (a.pt:b.pt), or folders of fairseq-kd-export "
+        "--format ctranslate2",
+    )
+    add("--output", required=True, metavar="DIR", help="folder to write")
+    add(
+        "--teacher",
+        metavar="NAME",
+        help="the model that the others are students of (default: the one named teacher, else the "
+        "first)",
+    )
+    add(
+        "--baseline",
+        metavar="NAME",
+        help="the model that significance is tested against (default: the one named baseline or "
+        "plain, else the first)",
+    )
+    add("--greedy", action="store_true", help="also decode with beam 1, as rows of their own")
+    add(
+        "--model-data",
+        nargs="+",
+        default=[],
+        metavar="NAME=DIR",
+        help="data-bin of the same sentences for a model whose dictionaries are not DATA's",
+    )
+    add(
+        "--reference",
+        metavar="FILE",
+        help="raw references, one per line (default: DATA's own, without subwords)",
+    )
+    add("--bleu-tokenize", default="13a", metavar="NAME", help="BLEU's, as sacrebleu --tokenize")
+    add(
+        "--significance",
+        default="bs",
+        choices=sorted(report.TESTS),
+        help="paired bootstrap (bs) or approximate randomisation (ar)",
+    )
+    add(
+        "--significance-samples",
+        type=int,
+        metavar="N",
+        help="of that test (default: sacreBLEU's, 1000 for bs and 10000 for ar)",
+    )
+    add("--repeats", type=int, default=3, metavar="N", help="passes over the data that are timed")
+    add(
+        "--logs",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="fairseq-train's output or --log-file, for training curves",
+    )
+    add("--examples", type=int, default=10, metavar="N", help="sentences to show of each student")
+    add("--overwrite", action="store_true", help="replace a report of other settings in --output")
+    add(
+        "--trust-checkpoint",
+        action="store_true",
+        help="open checkpoints with the full pickle machinery, which runs whatever code they ask "
+        "for",
+    )
+    return parser
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    accept_user_dir(arguments)
+    options = parse_like_fairseq(make_parser(), arguments)
+    return exit_code(PROG, lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    _refuse(options)
+    models = report.read_models(options.models, options.data, options.model_data)
+    samples = options.significance_samples or {"bs": 1000, "ar": 10000}[options.significance]
+    made = report.make(
+        report.Asked(
+            models=models,
+            teacher=report.pick(models, options.teacher, "--teacher", ("teacher",)),
+            baseline=report.pick(models, options.baseline, "--baseline", ("baseline", "plain")),
+            beam=options.beam,
+            greedy=options.greedy,
+            repeats=options.repeats,
+            reference=options.reference,
+            tokenize=options.bleu_tokenize,
+            test=options.significance,
+            samples=samples,
+            logs=report.named(options.logs, "--logs", "FILE"),
+            examples=options.examples,
+            trust=options.trust_checkpoint,
+        ),
+        options,
+        options.output,
+        options.overwrite,
+    )
+    print(report.summary(made), flush=True)
+    print("The report is {}".format(os.path.join(options.output, "report.html")), flush=True)
+    failed = [model["name"] for model in made["models"] if model["error"]]
+    if failed:
+        raise FileError(
+            "{} of {} models failed ({}); the report says why".format(
+                len(failed), len(models), ", ".join(failed)
+            )
+        )
+
+
+def _refuse(options: Any) -> None:
+    faults = useless_for_decoding(options)
+    if options.path:
+        faults.append("instead of --path give --models NAME={}".format(options.path))
+    if options.nbest != 1:
+        faults.append("--nbest: the likeliest translation is what is judged")
+    for flag in ("repeats", "beam"):
+        if getattr(options, flag) < 1:
+            faults.append("--{} must be 1 or more".format(flag))
+    if options.examples < 0:
+        faults.append("--examples must be 0 or more")
+    if options.significance_samples is not None and options.significance_samples < 1:
+        faults.append("--significance-samples must be 1 or more")
+    if options.task != "translation":
+        faults.append("--task must be translation, whatever the models were trained with")
+    if options.model_overrides not in (None, "{}"):
+        faults.append("--model-overrides cannot be used here")
+    if options.reference and not os.path.isfile(options.reference):
+        faults.append("--reference {}: no such file".format(options.reference))
+    if faults:
+        raise FileError("; ".join(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""Judge students: how good, at what cost, and where they still differ from the teacher."""
+
+from .build import Asked, make
+from .page import summary
+from .score import TESTS
+from .systems import named, pick, read_models
+
+__all__ = ["TESTS", "Asked", "make", "named", "pick", "read_models", "summary"]

@@ -1,0 +1,182 @@
+"""Where a student still differs from its teacher, token by token on the references.
+
+Both read the reference up to each token and say what they expect next. Their distributions, at
+temperature 1 and in the data's vocabulary, are compared on the reference's tokens, the end of
+sentence included.
+"""
+
+import math
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from fairseq.data import Dictionary
+
+from ..divergences import forward_kl
+from ..signal import rows_ahead, rows_at_once
+from ..teacher import Teacher
+
+
+class Tokens(NamedTuple):
+    """One value for each target token: arrays of the same length, in bits where they are losses.
+
+    Attributes:
+        sentence: its number in the data.
+        position: in its sentence, from 1.
+        symbol: the reference's.
+        student_nll, teacher_nll: of the reference.
+        kl: KL(teacher || student).
+        entropy: of the teacher.
+        student_best, teacher_best: the likeliest symbols.
+    """
+
+    sentence: np.ndarray
+    position: np.ndarray
+    symbol: np.ndarray
+    student_nll: np.ndarray
+    teacher_nll: np.ndarray
+    kl: np.ndarray
+    entropy: np.ndarray
+    student_best: np.ndarray
+    teacher_best: np.ndarray
+
+    def only(self, which: np.ndarray) -> "Tokens":
+        return Tokens(*(part[which] for part in self))
+
+
+@torch.no_grad()
+def compare(
+    teacher: Teacher,
+    students: Sequence[Teacher],
+    batches: Iterable[Dict[str, Any]],
+    dictionary: Dictionary,
+) -> List[Tokens]:
+    """Run the teacher and all students on the same batches.
+
+    Args:
+        teacher, students: models whose vocabularies are mapped to the data's.
+        batches: collated, in the data's indices, with references.
+        dictionary: the data's, of the target.
+
+    Returns:
+        of each student, its tokens in the order of the batches.
+    """
+    parts: List[List[Tuple[torch.Tensor, ...]]] = [[] for _ in students]
+    step = rows_ahead(teacher.device) * rows_at_once(teacher.device, len(dictionary))
+    like = torch.zeros((), device=teacher.device)
+    for batch in batches:
+        target = batch["target"].to(teacher.device)
+        real = target.ne(dictionary.pad())
+        sentence, position = real.nonzero(as_tuple=True)
+        rows = sentence * target.size(1) + position
+        position = real.cumsum(1)[real]
+        sentence = batch["id"].to(target.device)[sentence]
+        taught = teacher(batch["net_input"])
+        said = [student(batch["net_input"]) for student in students]
+        for start in range(0, len(rows), step):
+            chunk = slice(start, start + step)
+            reference = target[real][chunk]
+            p = taught.about(rows[chunk], like)
+            for found, signal in zip(parts, said):
+                q = signal.about(rows[chunk], like)
+                found.append(
+                    (
+                        sentence[chunk],
+                        position[chunk],
+                        reference,
+                        q.nll(reference) / math.log(2),
+                        p.nll(reference) / math.log(2),
+                        forward_kl(p.plain, q.plain)[0] / math.log(2),
+                        p.entropy() / math.log(2),
+                        q.best(),
+                        p.best(),
+                    )
+                )
+    return [
+        Tokens(*(torch.cat(columns).cpu().numpy() for columns in zip(*found))) for found in parts
+    ]
+
+
+class Bucket(NamedTuple):
+    """The tokens of a kind, and what is true of them on average."""
+
+    label: str
+    tokens: int
+    agreement: Optional[float]
+    kl: Optional[float]
+    nll: Optional[float]
+    teacher_nll: Optional[float]
+
+    @classmethod
+    def of(cls, label: str, tokens: Tokens) -> "Bucket":
+        n = len(tokens.symbol)
+        if n == 0:
+            return cls(label, 0, None, None, None, None)
+        return cls(
+            label,
+            n,
+            float((tokens.student_best == tokens.teacher_best).mean()),
+            float(tokens.kl.mean(dtype=np.float64)),
+            float(tokens.student_nll.mean(dtype=np.float64)),
+            float(tokens.teacher_nll.mean(dtype=np.float64)),
+        )
+
+
+# Upper ends of the buckets; one more holds the rest
+_COUNTS = (0, 9, 99, 999, 9999)
+_POSITIONS = (1, 2, 4, 8, 16, 32, 64)
+_LENGTHS = (5, 10, 20, 40, 80)
+_ENTROPIES = (0.1, 0.5, 1.0, 2.0, 4.0)
+
+
+def buckets(tokens: Tokens, counts: np.ndarray, end: int) -> Dict[str, List[Bucket]]:
+    """Agreement, KL and nll by kinds of tokens; kinds without any token are left out.
+
+    Args:
+        counts: how often each symbol occurs in training, (V,).
+        end: the end of sentence, a kind of its own among the frequencies.
+    """
+    lengths = np.zeros(int(tokens.sentence.max(initial=0)) + 1, dtype=np.int64)
+    np.add.at(lengths, tokens.sentence, 1)
+    is_end = tokens.symbol == end
+    frequency = _cut(tokens.only(~is_end), counts[tokens.symbol[~is_end]], _COUNTS, 0, "{:,}")
+    return {
+        "frequency": frequency + _some(Bucket.of("end of sentence", tokens.only(is_end))),
+        "position": _cut(tokens, tokens.position, _POSITIONS, 1, "{}"),
+        "length": _cut(tokens, lengths[tokens.sentence], _LENGTHS, 1, "{}"),
+        "entropy": _cut(tokens, tokens.entropy, _ENTROPIES, 0, "{:g}", whole=False),
+    }
+
+
+def _cut(
+    tokens: Tokens,
+    values: np.ndarray,
+    ends: Sequence[float],
+    least: float,
+    write: str,
+    whole: bool = True,
+) -> List[Bucket]:
+    """Buckets whose values, ``least`` or more, are above the last end and up to the next."""
+    found: List[Bucket] = []
+    number = np.searchsorted(np.asarray(ends), values, side="left")
+    for i in range(len(ends) + 1):
+        low = ends[i - 1] + whole if i else least
+        if i == len(ends):
+            label = ("{} and more" if whole else "above {}").format(write.format(low))
+        elif low == ends[i]:
+            label = write.format(low)
+        else:
+            label = "{} to {}".format(write.format(low), write.format(ends[i]))
+        found += _some(Bucket.of(label, tokens.only(number == i)))
+    return found
+
+
+def _some(bucket: Bucket) -> List[Bucket]:
+    return [bucket] if bucket.tokens else []
+
+
+def farthest(tokens: Tokens, count: int) -> List[int]:
+    """The sentences with the largest divergence per token, the largest first."""
+    sentences, index = np.unique(tokens.sentence, return_inverse=True)
+    mean = np.bincount(index, tokens.kl) / np.maximum(np.bincount(index), 1)
+    return [int(sentences[i]) for i in np.argsort(-mean, kind="stable")[:count]]

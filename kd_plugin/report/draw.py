@@ -1,0 +1,174 @@
+"""The report's pictures: PNG files of what its JSON says."""
+
+import itertools
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed
+
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+from matplotlib.transforms import Bbox  # noqa: E402
+
+# Told apart also by readers who see fewer colours (Okabe & Ito 2008), and by their marks
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+_MARKS = "osD^vPX*"
+_KINDS = {
+    "frequency": "times the token occurs in training",
+    "position": "position in the sentence",
+    "length": "length of the reference, tokens",
+    "entropy": "the teacher's entropy, bits",
+}
+_FIELDS = {
+    "nll_loss": "student's nll_loss, bits",
+    "kd_loss": "kd_loss",
+    "agreement": "agreement with the teacher",
+}
+
+
+def draw(report: Dict[str, Any], folder: Path) -> List[str]:
+    """All pictures that the report has something for; returns their names."""
+    drawn = []
+    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        pictures: List[Tuple[str, Any, Callable[[Any], Any]]] = [
+            ("quality-speed.png", [s for s in report["systems"] if s["scores"]], _quality_speed),
+            ("curves.png", report["curves"], _curves),
+            ("differences.png", report["differences"], _differences),
+        ]
+        for name, of, work in pictures:
+            if of:
+                figure = work(of)
+                # without the date and version, so that the same report is the same file
+                figure.savefig(str(folder / name), dpi=120, metadata={"Software": None})
+                plt.close(figure)
+                drawn.append(name)
+    return drawn
+
+
+def _colour(names: Sequence[str], name: str) -> Dict[str, Any]:
+    i = list(names).index(name)
+    return {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[i % len(_MARKS)]}
+
+
+def _quality_speed(systems: List[Dict[str, Any]]) -> Any:
+    figure, axes = plt.subplots(figsize=(7.2, 4.8), constrained_layout=True)
+    models = list(dict.fromkeys(system["model"] for system in systems))
+    for model in models:
+        own = [system for system in systems if system["model"] == model]
+        x = [system["sentences_per_second"]["median"] for system in own]
+        y = [system["scores"]["BLEU"]["score"] for system in own]
+        style = _colour(models, model)
+        axes.plot(x, y, linewidth=1, alpha=0.6, color=style["color"])
+        for system, at, score in zip(own, x, y):
+            axes.plot([at], [score], markersize=7, linestyle="", **style)
+            interval = [system["scores"]["BLEU"]["ci"]]
+            axes.errorbar([at], [score], yerr=interval, color=style["color"], alpha=0.3)
+    axes.set_xscale("log")
+    axes.margins(x=0.18, y=0.12)
+    _plain_numbers(axes.xaxis)
+    axes.set_xlabel("sentences per second")
+    axes.set_ylabel("BLEU (bars: 95% intervals)")
+    axes.grid(alpha=0.25)
+    _label_points(figure, axes, systems)
+    return figure
+
+
+def _plain_numbers(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: "{:g}".format(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _label_points(figure: Any, axes: Any, systems: List[Dict[str, Any]]) -> None:
+    """Each name beside its point, where it covers neither another name nor a point."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    points = [
+        (system["sentences_per_second"]["median"], system["scores"]["BLEU"]["score"])
+        for system in systems
+    ]
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in axes.transData.transform(points)]
+    for system, at in zip(systems, points):
+        label = None
+        for dy, dx in itertools.product((4, -12, 16, -24, 28, -36), (8, -8)):
+            if label is not None:
+                label.remove()
+            label = axes.annotate(
+                system["name"],
+                at,
+                (dx, dy),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right",
+                fontsize=9,
+                bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1},
+            )
+            box = label.get_window_extent(renderer)
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        assert label is not None
+        taken.append(label.get_window_extent(renderer))
+
+
+def _curves(curves: Dict[str, Any]) -> Any:
+    fields = [
+        field
+        for field in _FIELDS
+        if any(field in curve[subset] for curve in curves.values() for subset in curve)
+    ]
+    figure, all_axes = plt.subplots(
+        1, len(fields), figsize=(4.2 * len(fields), 3.6), constrained_layout=True, squeeze=False
+    )
+    for field, axes in zip(fields, all_axes[0]):
+        for name, curve in curves.items():
+            colour = _colour(list(curves), name)["color"]
+            for subset, style in (("train", {"alpha": 0.3}), ("valid", {"label": name})):
+                points = curve[subset].get(field)
+                if points:
+                    axes.plot(*zip(*points), color=colour, linewidth=1.5, **style)
+        axes.set_xlabel("updates")
+        axes.set_ylabel(_FIELDS[field])
+        axes.grid(alpha=0.25)
+    handles, names = all_axes[0][0].get_legend_handles_labels()
+    if handles:
+        all_axes[0][0].legend(handles, names, frameon=False, title="valid (pale: train)")
+    return figure
+
+
+def _differences(differences: Dict[str, Any]) -> Any:
+    rows = (("kl", "KL(teacher || student), bits"), ("agreement", "agreement of argmaxes"))
+    figure, all_axes = plt.subplots(
+        *(len(rows), len(_KINDS)),
+        figsize=(14, 6),
+        constrained_layout=True,
+        sharex="col",
+        sharey="row",
+    )
+    for (measure, title), row in zip(rows, all_axes):
+        for (kind, about), axes in zip(_KINDS.items(), row):
+            labels = list(
+                dict.fromkeys(b["label"] for d in differences.values() for b in d["by"][kind])
+            )
+            for name, difference in differences.items():
+                found = {bucket["label"]: bucket[measure] for bucket in difference["by"][kind]}
+                at = [i for i, label in enumerate(labels) if label in found]
+                axes.plot(
+                    at,
+                    [found[labels[i]] for i in at],
+                    markersize=5,
+                    label=name,
+                    **_colour(list(differences), name),
+                )
+            axes.set_xticks(range(len(labels)))
+            axes.set_xticklabels(labels, rotation=40, ha="right", fontsize=8)
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.25)
+            if measure == rows[-1][0]:
+                axes.set_xlabel(about)
+        row[0].set_ylabel(title)
+    all_axes[0][0].legend(frameon=False)
+    return figure

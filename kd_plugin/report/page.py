@@ -1,0 +1,360 @@
+"""The report in words: Markdown and one self-contained HTML page, of what its JSON says.
+
+Both are functions of the JSON's content alone. The page needs no scripts and nothing from outside.
+"""
+
+import base64
+import html
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+_NONE = "–"
+_TITLES = {
+    "frequency": "By how often the token occurs in training",
+    "position": "By position in the sentence",
+    "length": "By length of the reference",
+    "entropy": "By the teacher's entropy, in bits",
+}
+_CAPTIONS = {
+    "quality-speed.png": "Quality against speed: up and to the right is better.",
+    "curves.png": "Training, as the logs have it.",
+    "differences.png": "Where students differ from the teacher: divergence (0 is best) and "
+    "agreement (1 is best).",
+}
+
+
+class Table(NamedTuple):
+    title: str
+    header: List[str]
+    rows: List[List[str]]
+    notes: List[str] = []
+
+
+def _number(value: Optional[float], form: str) -> str:
+    return _NONE if value is None else form.format(value)
+
+
+def _megabytes(value: Optional[float]) -> str:
+    return _NONE if value is None else "{:,.2f}".format(value / 1e6)
+
+
+def _tables(report: Dict[str, Any]) -> Iterator[Table]:
+    yield _overview(report)
+    yield _quality(report)
+    yield _cost(report)
+    for name, difference in report["differences"].items():
+        yield from _difference(name, difference)
+
+
+def _overview(report: Dict[str, Any]) -> Table:
+    models = {model["name"]: model for model in report["models"]}
+    rows = []
+    for system in report["systems"]:
+        model = models[system["model"]]
+        if system["scores"] is None:
+            rows.append([system["name"], _NONE, "failed", *[_NONE] * 5])
+            continue
+        rows.append(
+            [
+                system["name"],
+                _number(model["parameters"], "{:,}"),
+                "{:.2f}".format(system["scores"]["BLEU"]["score"]),
+                "{:.2f}".format(system["scores"]["chrF2"]["score"]),
+                "{:.1%}".format(system["kept"]) if system["kept"] is not None else _NONE,
+                _megabytes(model["bytes"]),
+                "{:,.1f}".format(system["sentences_per_second"]["median"]),
+                _number(system["speedup"], "{:.1f} x"),
+            ]
+        )
+    header = ["model", "parameters", "BLEU", "chrF2", "of the teacher's BLEU", "MB", "sentences/s",
+        "speed-up"]  # fmt: skip
+    return Table("At a glance", header, rows, _failures(report))
+
+
+def _failures(report: Dict[str, Any]) -> List[str]:
+    return [
+        "{} failed: {}".format(model["name"], model["error"])
+        for model in report["models"]
+        if model["error"]
+    ]
+
+
+def _quality(report: Dict[str, Any]) -> Table:
+    rows = []
+    for system in report["systems"]:
+        scores = system["scores"]
+        if scores is None:
+            continue
+        cells = []
+        for metric in report["signatures"]:
+            found = scores[metric]
+            cells += [
+                "{:.2f}".format(found["score"]),
+                "{:.2f} ± {:.2f}".format(found["mean"], found["ci"]),
+                _p(system, found["p"]),
+            ]
+        length = "{:.3f}".format(system["length_ratio"])
+        rows.append([system["name"], str(system["beam"]), *cells, length])
+    header = ["model", "beam"]
+    for metric in report["signatures"]:
+        header += [metric, "95% interval", "p"]
+    notes = [
+        "{:,} sentences of {}, {}, against {}; translations without subwords.".format(
+            report["sentences"], report["subset"], "-".join(report["languages"]),
+            report["references"],
+        ),
+        "p: {} against {}. TER is better when lower; length is the translations' over the "
+        "references'.".format(report["significance"], report["baseline"]),
+        *("sacreBLEU: " + signature for signature in report["signatures"].values()),
+    ]  # fmt: skip
+    for system in report["systems"]:
+        if system["scores"] and system["left_out"]:
+            notes.append(
+                "{}: {} sentences are longer than the model reads, and count as not "
+                "translated.".format(system["name"], system["left_out"])
+            )
+    return Table("Quality", [*header, "length"], rows, notes)
+
+
+def _p(system: Dict[str, Any], p: Optional[float]) -> str:
+    if system["identical"]:
+        return "identical"
+    return _number(p, "{:.4f}")
+
+
+def _cost(report: Dict[str, Any]) -> Table:
+    models = {model["name"]: model for model in report["models"]}
+    rows = []
+    for system in report["systems"]:
+        if system["scores"] is None:
+            continue
+        model = models[system["model"]]
+        speed, tokens = system["sentences_per_second"], system["tokens_per_second"]
+        rows.append(
+            [
+                system["name"],
+                model["kind"],
+                model["precision"] or _NONE,
+                _number(model["parameters"], "{:,}"),
+                _number(model["parameters_without_embeddings"], "{:,}"),
+                _megabytes(model["bytes"]),
+                _megabytes(model["file_bytes"]),
+                "{:,.1f}".format(speed["median"]),
+                "{:,.1f} to {:,.1f}".format(speed["low"], speed["high"]),
+                "{:,.0f}".format(tokens["median"]),
+                _megabytes(model["peak_memory_bytes"]),
+                _number(system["speedup"], "{:.1f} x"),
+            ]
+        )
+    header = [
+        "model", "runs in", "precision", "parameters", "without embeddings", "MB", "file MB",
+        "sentences/s", "quartiles", "tokens/s", "peak memory MB", "speed-up",
+    ]  # fmt: skip
+    notes = [
+        "Speed: medians of {} passes, all models in turns, on {}, {} threads; from batches of "
+        "source symbols to target symbols.".format(
+            report["repeats"], report["device"], report["threads"]
+        ),
+        "MB: the model alone, without optimizer state or vocabulary; file MB: all that is there. "
+        "Peak memory: of decoding, beyond what the process held before the model was opened.",
+        "Speed-up: sentences/s over those of {}, beam {}.".format(
+            report["teacher"], report["beam"]
+        ),
+        *report["notes"],
+    ]
+    return Table("Cost", header, rows, notes)
+
+
+def _difference(name: str, difference: Dict[str, Any]) -> Iterator[Table]:
+    def row(label: str, bucket: Dict[str, Any]) -> List[str]:
+        return [
+            label,
+            "{:,}".format(bucket["tokens"]),
+            _number(bucket["agreement"], "{:.3f}"),
+            *(_number(bucket[key], "{:.3f}") for key in ("kl", "nll", "teacher_nll")),
+        ]
+
+    columns = ["tokens", "agreement", "KL(teacher || student)", "nll", "teacher's nll"]
+    yield Table(
+        "Where {} differs from its teacher".format(name),
+        ["", *columns],
+        [row("all", difference["all"])],
+        [
+            "Both read the reference and say what comes next, at each of its tokens. Agreement is "
+            "the share of tokens where their likeliest symbols are the same; KL and nll are in "
+            "bits per token."
+        ],
+    )
+    for kind, title in _TITLES.items():
+        rows = [row(bucket["label"], bucket) for bucket in difference["by"][kind]]
+        yield Table("{}: {}".format(name, title[0].lower() + title[1:]), ["", *columns], rows)
+
+
+def markdown(report: Dict[str, Any]) -> str:
+    """The report's tables, and its pictures by name."""
+    parts = ["# Teacher and students"]
+    for table in _tables(report):
+        parts.append("## " + _md(table.title))
+        parts.append(_markdown_table(table))
+        parts += [_md(note) for note in table.notes]
+        if table.title == "At a glance":
+            parts += ["![{}]({})".format(_CAPTIONS[name], name) for name in report["pictures"]]
+    parts += [_md(note) for note in _not_compared(report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    lines = ["| " + " | ".join(map(_md, row)) + " |" for row in (table.header, *table.rows)]
+    lines.insert(1, "|---|" + "---:|" * (len(table.header) - 1))
+    return "\n".join(lines)
+
+
+def summary(report: Dict[str, Any]) -> str:
+    """The first table, for a terminal."""
+    return _markdown_table(_overview(report))
+
+
+def _md(text: str) -> str:
+    """Text that cannot end a table's cell."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _not_compared(report: Dict[str, Any]) -> List[str]:
+    return [
+        "{} is not compared with the teacher token by token: {}".format(name, why)
+        for name, why in report["not_compared"].items()
+    ]
+
+
+_STYLE = """
+:root { --ink: #1c2430; --pale: #5c6672; --line: #dde2e8; --accent: #0072b2; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink); background: #fff;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; margin: .5rem 0 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; color: var(--pale); font-weight: 600; }
+p { margin: .3rem 0; } .note { color: var(--pale); font-size: .87rem; overflow-wrap: anywhere; }
+.failed { color: #a40000; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th { font-weight: 600; font-size: .85rem; color: var(--pale); vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; }
+figcaption { color: var(--pale); font-size: .87rem; }
+details { border: 1px solid var(--line); border-radius: .4rem; margin: .6rem 0;
+  padding: .5rem .8rem; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; margin: .6rem 0; }
+dt { color: var(--pale); } dd { margin: 0; overflow-wrap: anywhere; }
+.tokens { display: flex; flex-wrap: wrap; gap: .25rem; margin: .6rem 0; }
+.token { border-radius: .25rem; padding: .1rem .35rem; text-align: center; max-width: 100%;
+  overflow-wrap: anywhere; border: 1px solid var(--line); }
+.token small { display: block; color: #333; font-size: .72rem; line-height: 1.25; }
+@media (max-width: 40rem) { body { padding: .7rem; } dl { grid-template-columns: 1fr; } }
+"""
+
+
+def page(report: Dict[str, Any], folder: Path) -> str:
+    """One HTML page with the pictures of ``folder`` in it."""
+    e = html.escape
+    title = "Teacher and students: {} of {}".format(report["subset"], "-".join(report["languages"]))
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        "<title>{}</title><style>{}</style></head><body>".format(e(title), _STYLE),
+        "<h1>{}</h1>".format(e(title)),
+    ]
+    pictures = list(report["pictures"])
+    for table in _tables(report):
+        level = "h3" if ": by " in table.title else "h2"
+        parts.append("<{0}>{1}</{0}>".format(level, e(table.title)))
+        parts.append(_html_table(table))
+        parts += [
+            '<p class="{}">{}</p>'.format(
+                "failed" if table.title == "At a glance" else "note", e(note)
+            )
+            for note in table.notes
+        ]
+        # the first two belong to all models, the third to what follows
+        if table.title == "At a glance":
+            parts += [_picture(name, folder) for name in pictures if name != "differences.png"]
+        elif table.title == "Cost" and "differences.png" in pictures:
+            parts.append(_picture("differences.png", folder))
+    for name, difference in report["differences"].items():
+        parts.append("<h2>Sentences where {} is farthest from its teacher</h2>".format(e(name)))
+        parts.append(
+            '<p class="note">Each token of the reference, the redder the larger the divergence, '
+            "with its KL in bits. Below a token, where they differ: what the teacher (T) and the "
+            "student (S) expected.</p>"
+        )
+        parts += [
+            _sentence(sentence, "" if i else " open")
+            for i, sentence in enumerate(difference["farthest"])
+        ]
+    parts += ['<p class="note">{}</p>'.format(e(note)) for note in _not_compared(report)]
+    parts.append("</body></html>")
+    return "\n".join(parts) + "\n"
+
+
+def _html_table(table: Table) -> str:
+    head = "".join("<th>{}</th>".format(html.escape(cell)) for cell in table.header)
+    rows = "".join(
+        "<tr>{}</tr>".format("".join("<td>{}</td>".format(html.escape(cell)) for cell in row))
+        for row in table.rows
+    )
+    return (
+        '<div class="wide"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'.format(
+            head, rows
+        )
+    )
+
+
+def _picture(name: str, folder: Path) -> str:
+    data = base64.b64encode((folder / name).read_bytes()).decode("ascii")
+    return (
+        '<figure><img alt="{0}" src="data:image/png;base64,{1}"><figcaption>{0}</figcaption>'
+        "</figure>".format(html.escape(_CAPTIONS[name]), data)
+    )
+
+
+def _sentence(sentence: Dict[str, Any], opened: str) -> str:
+    e = html.escape
+    said = "".join(
+        '<dt>{}</dt><dd dir="auto">{}</dd>'.format(label, e(sentence[key] or ""))
+        for label, key in (
+            ("source", "source"),
+            ("reference", "reference"),
+            ("teacher", "teacher"),
+            ("student", "student"),
+        )
+        if sentence[key] is not None
+    )
+    tokens = "".join(map(_token, sentence["tokens"]))
+    return (
+        "<details{}><summary>sentence {}, {:.2f} bits per token: "
+        '<span dir="auto">{}</span></summary><dl>{}</dl>'
+        '<div class="tokens">{}</div></details>'.format(
+            *(opened, sentence["number"], sentence["kl"], e(sentence["reference"] or "")),
+            *(said, tokens),
+        )
+    )
+
+
+def _token(token: Dict[str, Any]) -> str:
+    shade = min(token["kl"] / 8, 1) * 0.75  # a divergence of 8 bits is as red as it gets
+    differ = token["teacher"] != token["student"]
+    return (
+        '<span class="token" style="background:rgba(213,94,0,{:.2f})"><bdi>{}</bdi>'
+        "<small>{:.2f}</small>{}</span>".format(
+            shade,
+            html.escape(token["symbol"]),
+            token["kl"],
+            "<small>T <bdi>{}</bdi><br>S <bdi>{}</bdi></small>".format(
+                html.escape(token["teacher"]), html.escape(token["student"])
+            )
+            if differ
+            else "",
+        )
+    )

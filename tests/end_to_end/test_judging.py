@@ -1,0 +1,259 @@
+"""fairseq-kd-report: two models and an exported one, from decoding to the page."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import sacrebleu
+import support
+from conftest import binarise, permuted_dictionaries, train_teacher
+from support import LANGUAGES, USER_DIR, fairseq, start, transformer
+
+HOW = ("--cpu", "--beam", 3, "--repeats", 2, "--num-workers", 0, *LANGUAGES)
+
+
+def judge(data, output, models, *more, **how):
+    named = ["{}={}".format(name, path) for name, path in models.items()]
+    return fairseq(
+        "fairseq-kd-report", data, *("--output", output, *HOW, *more), "--models", *named, **how
+    )
+
+
+def refused(run) -> str:
+    assert run.code == 1 and "Traceback" not in run.text, run.text[-3000:]
+    return run.text.strip().splitlines()[-1]
+
+
+def report_of(folder):
+    return json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+
+
+def tree(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in Path(folder).rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+@pytest.fixture(scope="module")
+def int8(data, distilled, tmp_path_factory):
+    pytest.importorskip("ctranslate2")
+    folder = tmp_path_factory.mktemp("int8") / "model"
+    fairseq(
+        "fairseq-kd-export",
+        *("--path", distilled.checkpoint, "--format", "ctranslate2", "--quantization", "int8"),
+        *("--output", folder, "--data", data, "--no-verify"),
+    ).ok()
+    return folder
+
+
+class Judged(NamedTuple):
+    folder: Path
+    run: support.Run
+    report: dict
+
+
+@pytest.fixture(scope="module")
+def judged(corpus, teacher, distilled, int8, tmp_path_factory) -> Judged:
+    folder = tmp_path_factory.mktemp("judged") / "report"
+    log = folder.parent / "train.log"
+    log.write_text(distilled.run.text)
+    run = judge(
+        *("{}/".format(corpus.data), folder),
+        {"teacher": teacher, "student": distilled.checkpoint, "int8": int8},
+        *("--greedy", "--reference", corpus.text / "test.bb", "--logs", "student={}".format(log)),
+    ).ok()
+    return Judged(folder, run, report_of(folder))
+
+
+def test_what_is_written(judged):
+    names = {name for name in tree(judged.folder) if not name.startswith(("measured", "trans"))}
+    assert names == {
+        *("report.json", "report.md", "report.html", "settings.json"),
+        *("quality-speed.png", "curves.png", "differences.png"),
+    }
+    systems = [system["name"] for system in judged.report["systems"]]
+    assert systems == [
+        *("teacher", "teacher, greedy", "student", "student, greedy", "int8", "int8, greedy"),
+    ]
+    assert "| student, greedy |" in judged.run.text
+    page = (judged.folder / "report.html").read_text(encoding="utf-8")
+    for system in judged.report["systems"]:
+        assert "{:.2f}".format(system["scores"]["BLEU"]["score"]) in page
+
+
+def test_translations_are_fairseq_generates_and_scores_sacrebleus(corpus, teacher, judged):
+    references = (corpus.text / "test.bb").read_text().splitlines()
+    for beam, file, name in (
+        (3, "teacher.txt", "teacher"),
+        (1, "teacher.greedy.txt", "teacher, greedy"),
+    ):
+        run = fairseq(
+            "fairseq-generate",
+            *(corpus.data, *USER_DIR, "--path", teacher, "--cpu", "--beam", beam, *LANGUAGES),
+        ).ok()
+        lines = (judged.folder / "translations" / file).read_text().splitlines()
+        assert lines == support.hypotheses(run.text) and len(lines) == len(references) == 16
+        (system,) = [s for s in judged.report["systems"] if s["name"] == name]
+        for metric, score in (
+            ("BLEU", sacrebleu.corpus_bleu(lines, [references])),
+            ("chrF2", sacrebleu.corpus_chrf(lines, [references])),
+            ("TER", sacrebleu.corpus_ter(lines, [references])),
+        ):
+            assert system["scores"][metric]["score"] == pytest.approx(score.score)
+
+
+def test_costs_and_sizes(judged, teacher, distilled, int8):
+    models = {model["name"]: model for model in judged.report["models"]}
+    weights = support.load(distilled.checkpoint)["model"]
+    # input and output embeddings of the decoder are one
+    expected = sum(
+        tensor.numel()
+        for name, tensor in support.used_weights(distilled.checkpoint).items()
+        if name != "decoder.output_projection.weight"
+    )
+    tables = weights["encoder.embed_tokens.weight"].numel()
+    tables += weights["decoder.embed_tokens.weight"].numel()
+    assert models["student"]["parameters"] == models["int8"]["parameters"] == expected
+    assert models["student"]["parameters_without_embeddings"] == expected - tables
+    assert models["student"]["bytes"] == 4 * expected < models["student"]["file_bytes"]
+    assert models["int8"]["bytes"] == (int8 / "model.bin").stat().st_size
+    assert models["int8"]["file_bytes"] == sum(f.stat().st_size for f in int8.iterdir())
+    assert models["int8"]["precision"] == "int8"
+    for system in judged.report["systems"]:
+        assert len(system["seconds"]) == 2 and system["left_out"] == 0
+        speeds = sorted(16 / seconds for seconds in system["seconds"])
+        assert system["sentences_per_second"]["median"] == pytest.approx(sum(speeds) / 2)
+    teachers = judged.report["systems"][0]
+    assert teachers["speedup"] == teachers["kept"] == 1
+
+
+def test_the_student_is_compared_as_training_did(judged, data, teacher, distilled):
+    assert set(judged.report["differences"]) == {"student"}
+    assert "CTranslate2" in judged.report["not_compared"]["int8"]
+    found = judged.report["differences"]["student"]
+    run = fairseq(
+        "fairseq-validate",
+        *(data, *USER_DIR, "--path", distilled.checkpoint, "--task", "kd_translation", "--cpu"),
+        *("--teacher-checkpoint-path", teacher, "--valid-subset", "test", *LANGUAGES),
+        *("--log-format", "json", "--num-workers", 0, "--batch-size", 16),
+    ).ok()
+    (valid,) = run.records("test")
+    assert found["all"]["kl"] == pytest.approx(valid["test_kd_loss"], abs=1e-3)
+    assert found["all"]["nll"] == pytest.approx(valid["test_nll_loss"], abs=1e-3)
+    assert found["all"]["teacher_nll"] == pytest.approx(valid["test_teacher_nll_loss"], abs=1e-3)
+    assert found["all"]["agreement"] == pytest.approx(valid["test_agreement"], abs=1e-3)
+    for kind in found["by"].values():
+        assert sum(bucket["tokens"] for bucket in kind) == found["all"]["tokens"]
+    worst = found["farthest"][0]
+    assert worst["tokens"][-1]["symbol"] == "</s>"
+    assert [t["symbol"] for t in worst["tokens"][:-1]] == worst["reference"].split()
+    assert worst["kl"] == max(sentence["kl"] for sentence in found["farthest"])
+    curve = judged.report["curves"]["student"]
+    assert len(curve["train"]["kd_loss"]) == 60 and curve["valid"]["agreement"]
+
+
+def test_the_same_again_decodes_nothing(corpus, judged):
+    before = tree(judged.folder)
+    models = {model["name"]: model["path"] for model in judged.report["models"]}
+    assert "opening teacher" in judged.run.text
+    log = judged.folder.parent / "train.log"
+    again = judge(
+        *(corpus.data, judged.folder, models, "--greedy"),
+        *("--reference", corpus.text / "test.bb", "--logs", "student={}".format(log)),
+    ).ok()
+    assert "opening" not in again.text
+    assert tree(judged.folder) == before
+
+
+def test_killed_and_run_again(data, teacher, distilled, tmp_path):
+    models = {"teacher": teacher, "student": distilled.checkpoint}
+    named = ["{}={}".format(name, path) for name, path in models.items()]
+    arguments = (data, "--output", tmp_path / "r", *HOW, "--repeats", 40, "--models", *named)
+    first = start("fairseq-kd-report", *arguments)
+    deadline = time.time() + 120
+    measured = tmp_path / "r" / "measured" / "student.json"
+    while not measured.is_file() and time.time() < deadline:
+        time.sleep(0.05)
+    first.process.kill()
+    first.finish()
+    passes = len(json.loads(measured.read_text())["seconds"]["3"])
+    assert passes < 40
+    run = fairseq("fairseq-kd-report", *arguments).ok()
+    report = report_of(tmp_path / "r")
+    assert [len(system["seconds"]) for system in report["systems"]] == [40, 40]
+    assert report["notes"] and "opening student" in run.text
+
+
+def test_a_broken_model_stands_in_the_table(data, teacher, tmp_path):
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(teacher.read_bytes()[:5000])
+    run = judge(data, tmp_path / "r", {"teacher": teacher, "broken": broken})
+    assert "1 of 2 models failed (broken)" in refused(run)
+    report = report_of(tmp_path / "r")
+    assert report["systems"][0]["scores"] and report["systems"][1]["scores"] is None
+    assert "cannot be read as a fairseq checkpoint" in report["models"][1]["error"]
+    assert "broken failed: " in (tmp_path / "r" / "report.md").read_text()
+    assert report["not_compared"] == {"broken": "it failed"}
+
+
+def test_other_settings_and_other_folders(data, corpus, teacher, judged, tmp_path):
+    output = tmp_path / "r"
+    shutil.copytree(str(judged.folder), str(output))
+    before = tree(output)
+    message = refused(judge(data, output, {"teacher": teacher}, "--lenpen", 2))
+    assert "generation: lenpen is 2" in message and "--overwrite" in message
+    assert tree(output) == before
+    judge(data, output, {"teacher": teacher}, "--lenpen", 2, "--overwrite").ok()
+    assert [m["name"] for m in report_of(output)["models"]] == ["teacher"]
+    assert not (output / "curves.png").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    message = refused(judge(data, tmp_path / "mine", {"teacher": teacher}))
+    assert "did not write" in message
+    assert tree(tmp_path / "mine") == {"letter.txt": b"dear"}
+
+
+def test_a_vocabulary_of_its_own(corpus, teacher, judged, tmp_path):
+    """Scores are on text: a model with other dictionaries is judged on a data-bin of its own."""
+    options = permuted_dictionaries(corpus, tmp_path)
+    test = ("--testpref", corpus.text / "test")
+    other = binarise(corpus.text, tmp_path / "other", *options, *test)
+    stranger = train_teacher(other, tmp_path / "stranger", transformer(16), 20)
+    models = {"teacher": teacher, "stranger": stranger}
+    run = judge(corpus.data, tmp_path / "r", models)
+    assert "1 of 2 models failed (stranger)" in refused(run)
+    assert "--model-data NAME=DIR" in report_of(tmp_path / "r")["models"][1]["error"]
+    judge(corpus.data, tmp_path / "r", models, "--model-data", "stranger={}".format(other)).ok()
+    report = report_of(tmp_path / "r")
+    assert report["systems"][1]["scores"] and report["models"][1]["error"] is None
+    assert report["not_compared"]["stranger"] == "it has a vocabulary of its own"
+
+
+def test_wrong_input(data, corpus, teacher, tmp_path):
+    models = {"teacher": teacher}
+    (tmp_path / "short").write_text("one line\n")
+    for more, words in (
+        (("--gen-subset", "tset"), "no subset 'tset'"),
+        (("--reference", tmp_path / "short"), "expected 16 lines, as many as test has"),
+        (("--reference", tmp_path / "none"), "no such file"),
+        (("--logs", "x"), "NAME=FILE"),
+        (("--teacher", "boss"), "--teacher boss: no model is named so"),
+        (("--nbest", 2, "--repeats", 0), "--repeats must be 1 or more"),
+        (("--lm-path", "x", "--amp"), "--lm-path cannot be used here"),
+    ):
+        message = refused(judge(data, tmp_path / "r", models, *more))
+        assert words in message, message
+        assert not (tmp_path / "r" / "report.json").exists()
+    message = refused(judge(data, tmp_path / "r", {"teacher": tmp_path / "gone.pt"}))
+    assert "no such file" in message
+
+
+def test_help():
+    run = fairseq("fairseq-kd-report", "--help").ok()
+    for flag in ("--models", "--significance-samples", "--reference", "--lenpen", "--source-lang"):
+        assert flag in run.text

@@ -1,0 +1,473 @@
+"""Scores, differences from the teacher, curves, and pages of the report."""
+
+import html.parser
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sacrebleu.significance
+import torch
+from fairseq.data import Dictionary
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_plugin.files import FileError
+from kd_plugin.report import build, compare, curves, named, pick, read_models
+from kd_plugin.report.score import METRICS, score
+from kd_plugin.signal import Member, TeacherSignal
+
+REFERENCES = [
+    "A dog runs across the green field.",
+    "Two men are talking on the street.",
+    "A woman in a red coat is reading a book.",
+    "Children play football in the park.",
+    "The old man is sitting on a bench.",
+    "Three girls are jumping over the wall.",
+    "A boy eats an apple near the window.",
+    "People are waiting for the train today.",
+] * 5  # fmt: skip
+GOOD = [line.replace("the", "a") if i % 4 == 0 else line for i, line in enumerate(REFERENCES)]
+BAD = [" ".join(line.split()[::-1]) for line in REFERENCES]
+
+
+# scores
+
+
+@pytest.fixture(scope="module")
+def scored():
+    systems = {"plain": BAD, "student": GOOD, "copy": list(BAD)}
+    return score(systems, REFERENCES, "plain", "13a", "bs", 1000)
+
+
+def test_scores_are_those_of_the_command_line(scored, tmp_path):
+    scores, signatures = scored
+    (tmp_path / "ref").write_text("\n".join(REFERENCES) + "\n")
+    (tmp_path / "hyp").write_text("\n".join(GOOD) + "\n")
+    command = [sys.executable, "-m", "sacrebleu", str(tmp_path / "ref")]
+    command += ["-i", str(tmp_path / "hyp")]
+    command += ["-m", "bleu", "chrf", "ter", "--confidence", "-w", "6", "-f", "json"]
+    printed = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    assert [one["name"] for one in printed] == list(METRICS)
+    for one in printed:
+        ours = scores["student"][one["name"]]
+        assert ours["score"] == pytest.approx(one["score"], abs=1e-6)
+        assert ours["mean"] == pytest.approx(one["confidence_mean"], abs=1e-6)
+        assert ours["ci"] == pytest.approx(one["confidence_var"], abs=1e-6)
+        assert signatures[one["name"]] == "{} {}".format(one["name"], one["signature"])
+
+
+def test_a_clearly_better_system_is_significantly_so_and_a_copy_is_called_one(scored):
+    scores, _ = scored
+    for metric in METRICS:
+        assert scores["student"][metric]["p"] < 0.05
+        assert scores["plain"][metric]["p"] is None
+        assert scores["copy"][metric]["p"] is None
+        assert scores["copy"][metric]["score"] == scores["plain"][metric]["score"]
+    assert scores["copy"]["identical"]
+    assert not scores["plain"]["identical"] and not scores["student"]["identical"]
+    assert scores["student"]["BLEU"]["score"] > 80 > scores["plain"]["BLEU"]["score"]
+
+
+def test_approximate_randomisation_is_sacrebleus(scored):
+    ours, _ = score({"a": BAD, "b": GOOD}, REFERENCES, "a", "13a", "ar", 200)
+    metrics = {"BLEU": sacrebleu.metrics.BLEU()}
+    systems = [("a", BAD), ("b", GOOD)]
+    paired = sacrebleu.significance.PairedTest(systems, metrics, [REFERENCES], "ar", 200)
+    assert ours["b"]["BLEU"]["p"] == pytest.approx(paired()[1]["BLEU"][1].p_value)
+
+
+# differences from the teacher
+
+PAD, V = 1, 8  # fairseq's four special symbols, and a to d
+
+
+@pytest.fixture
+def dictionary():
+    found = Dictionary()
+    for symbol in "abcd":
+        found.add_symbol(symbol)
+    return found
+
+
+def model_of(logits):
+    """Stands for a teacher: says the same logits (B, T, V) of every batch."""
+
+    def answer(net_input):
+        flat = logits.flatten(0, 1)
+        return TeacherSignal([Member("m", lambda rows: flat[rows])])
+
+    answer.device = torch.device("cpu")
+    return answer
+
+
+@pytest.mark.parametrize("left_pad", (False, True))
+def test_tokens_against_float64_by_hand(dictionary, left_pad):
+    generator = torch.Generator().manual_seed(5)
+    t, s = (3 * torch.randn(2, 3, V, generator=generator) for _ in range(2))
+    target = torch.tensor([[4, 5, 2], [6, 2, PAD]])
+    if left_pad:
+        target[1] = torch.tensor([PAD, 6, 2])
+    batch = {"id": torch.tensor([7, 3]), "target": target, "net_input": {}}
+    (tokens,) = compare.compare(model_of(t), [model_of(s)], [batch], dictionary)
+    where = [(0, 0), (0, 1), (0, 2), (1, left_pad + 0), (1, left_pad + 1)]
+    assert tokens.sentence.tolist() == [7, 7, 7, 3, 3]
+    assert tokens.position.tolist() == [1, 2, 3, 1, 2]
+    assert tokens.symbol.tolist() == [4, 5, 2, 6, 2]
+    for i, (b, at) in enumerate(where):
+        p = np.exp(t[b, at].double().numpy())
+        q = np.exp(s[b, at].double().numpy())
+        p, q = p / p.sum(), q / q.sum()
+        symbol = tokens.symbol[i]
+        assert tokens.kl[i] == pytest.approx((p * np.log2(p / q)).sum(), rel=1e-5, abs=2e-6)
+        assert tokens.entropy[i] == pytest.approx(-(p * np.log2(p)).sum(), rel=1e-5, abs=2e-6)
+        assert tokens.teacher_nll[i] == pytest.approx(-np.log2(p[symbol]), rel=1e-5, abs=2e-6)
+        assert tokens.student_nll[i] == pytest.approx(-np.log2(q[symbol]), rel=1e-5, abs=2e-6)
+        assert tokens.teacher_best[i] == p.argmax() and tokens.student_best[i] == q.argmax()
+
+
+def test_chunks_do_not_change_what_is_found(dictionary, monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    t, s = (torch.randn(3, 5, V, generator=generator) for _ in range(2))
+    target = torch.randint(4, V, (3, 5), generator=generator)
+    batch = {"id": torch.arange(3), "target": target, "net_input": {}}
+    whole = compare.compare(model_of(t), [model_of(s)], [batch], dictionary)[0]
+    monkeypatch.setattr(compare, "rows_at_once", lambda *_: 1)
+    monkeypatch.setattr(compare, "rows_ahead", lambda *_: 2)
+    parts = compare.compare(model_of(t), [model_of(s)], [batch], dictionary)[0]
+    for one, other in zip(whole, parts):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def tokens_by_hand() -> compare.Tokens:
+    # sentence 0: a a b </s>; sentence 1: c </s>
+    return compare.Tokens(
+        sentence=np.array([0, 0, 0, 0, 1, 1]),
+        position=np.array([1, 2, 3, 4, 1, 2]),
+        symbol=np.array([4, 4, 5, 2, 6, 2]),
+        student_nll=np.array([1.0, 2.0, 3.0, 0.5, 8.0, 0.1]),
+        teacher_nll=np.array([0.5, 1.0, 2.0, 0.5, 4.0, 0.1]),
+        kl=np.array([0.2, 0.4, 0.6, 0.0, 3.0, 1.0]),
+        entropy=np.array([0.05, 0.5, 0.50001, 1.0, 4.5, 3.0]),
+        student_best=np.array([4, 5, 5, 2, 7, 2]),
+        teacher_best=np.array([4, 4, 5, 2, 6, 6]),
+    )
+
+
+def test_buckets_by_hand():
+    counts = np.array([0, 0, 0, 0, 1500, 9, 0, 5])
+    found = compare.buckets(tokens_by_hand(), counts, end=2)
+    bucket = compare.Bucket
+    assert found["frequency"] == [
+        bucket("0", 1, 0.0, 3.0, 8.0, 4.0),
+        bucket("1 to 9", 1, 1.0, 0.6, 3.0, 2.0),
+        bucket("1,000 to 9,999", 2, 0.5, pytest.approx(0.3), 1.5, 0.75),
+        bucket("end of sentence", 2, 0.5, 0.5, pytest.approx(0.3), pytest.approx(0.3)),
+    ]
+    assert [(b.label, b.tokens) for b in found["position"]] == [("1", 2), ("2", 2), ("3 to 4", 2)]
+    assert found["position"][0] == bucket("1", 2, 0.5, pytest.approx(1.6), 4.5, 2.25)
+    assert [(b.label, b.tokens) for b in found["length"]] == [("1 to 5", 6)]
+    entropies = [("0 to 0.1", 1), ("0.1 to 0.5", 1), ("0.5 to 1", 2), ("2 to 4", 1), ("above 4", 1)]
+    assert [(b.label, b.tokens) for b in found["entropy"]] == entropies
+
+
+@given(st.integers(0, 2**31), st.integers(1, 60))
+@settings(deadline=None, max_examples=40)
+def test_every_token_is_in_one_bucket_of_each_kind(seed, n):
+    rng = np.random.default_rng(seed)
+    sentence = np.sort(rng.integers(0, 5, n))
+    symbol = rng.integers(2, V, n)
+    best = rng.integers(4, V, (2, n))
+    losses = rng.exponential(2, (4, n))
+    tokens = compare.Tokens(sentence, rng.integers(1, 100, n), symbol, *losses, *best)
+    found = compare.buckets(tokens, rng.integers(0, 20000, V), end=2)
+    whole = compare.Bucket.of("all", tokens)
+    for kind in found.values():
+        assert sum(bucket.tokens for bucket in kind) == n
+        for name in ("agreement", "kl", "nll", "teacher_nll"):
+            mean = sum(bucket.tokens * getattr(bucket, name) for bucket in kind) / n
+            assert mean == pytest.approx(getattr(whole, name))
+
+
+def test_the_farthest_sentences_by_divergence_per_token():
+    assert compare.farthest(tokens_by_hand(), 5) == [1, 0]  # 2.0 and 0.3 per token
+    assert compare.farthest(tokens_by_hand(), 1) == [1]
+    assert compare.farthest(tokens_by_hand(), 0) == []
+
+
+# curves
+
+
+def record(update, nll, **more):
+    values = {"num_updates": str(update), "nll_loss": str(nll), **more}
+    return "2026-01-01 00:00:00 | INFO | train_inner | " + json.dumps(values)
+
+
+def valid(update, nll, kd):
+    values = {
+        "valid_nll_loss": str(nll),
+        "valid_kd_loss": str(kd),
+        "valid_num_updates": str(update),
+    }
+    return "2026-01-01 00:00:00 | INFO | valid | " + json.dumps(values)
+
+
+def test_curves_of_a_json_log(tmp_path):
+    lines = [
+        *(record(50, 9.5), record(100, 8.25, kd_loss="2.5"), valid(100, 8.5, 2.75)),
+        *("noise | train_inner | {broken", "2026 | INFO | valid1 | {}"),
+        # an epoch's average is no point of the curve
+        '2026 | INFO | train | {"train_nll_loss": "9", "train_num_updates": "100"}',
+        # killed, and resumed from update 60
+        *(record(100, 8.0), record(150, 7.0)),
+    ]
+    (tmp_path / "log").write_text("\n".join(lines))
+    found = curves.read_curves(str(tmp_path / "log"))
+    assert found["train"]["nll_loss"] == [(50, 9.5), (100, 8.0), (150, 7.0)]
+    assert found["train"]["kd_loss"] == [(100, 2.5)]
+    assert found["valid"] == {"nll_loss": [(100, 8.5)], "kd_loss": [(100, 2.75)]}
+
+
+def test_curves_of_a_plain_log(tmp_path):
+    lines = (
+        "2026 | INFO | train_inner | epoch 001:     50 / 253 loss=12.3, nll_loss=12.236, "
+        "kd_loss=3.5, num_updates=50, lr=0.0001",
+        "2026 | INFO | valid | epoch 001 | valid on 'valid' subset | loss 7.1 | nll_loss 6.164 | "
+        "ppl 71.68 | agreement 0.25 | num_updates 253",
+        "2026 | INFO | train | epoch 001 | loss 9.2 | nll_loss 8.7 | num_updates 253",
+    )
+    (tmp_path / "log").write_text("\n".join(lines))
+    found = curves.read_curves(str(tmp_path / "log"))
+    assert found["train"] == {"nll_loss": [(50, 12.236)], "kd_loss": [(50, 3.5)]}
+    assert found["valid"] == {"nll_loss": [(253, 6.164)], "agreement": [(253, 0.25)]}
+
+
+def test_a_file_that_is_no_log(tmp_path):
+    (tmp_path / "log").write_text("nothing\n")
+    with pytest.raises(FileError, match="no line of fairseq-train's progress"):
+        curves.read_curves(str(tmp_path / "log"))
+    with pytest.raises(FileError, match="cannot be read"):
+        curves.read_curves(str(tmp_path / "missing"))
+
+
+# names
+
+
+def test_models_by_name(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    folder = tmp_path / "int8"
+    folder.mkdir()
+    (folder / "model.bin").write_bytes(b"x")
+    a, b = str(tmp_path / "a.pt"), str(tmp_path / "b.pt")
+    pairs = ["teacher={}:{}".format(a, b), "student=" + a, "int8={}".format(folder)]
+    models = read_models(pairs, "data", ["student=other"])
+    assert [(m.name, m.kind, m.data) for m in models] == [
+        ("teacher", "fairseq", "data"),
+        ("student", "fairseq", "other"),
+        ("int8", "ctranslate2", "data"),
+    ]
+    assert models[0].paths == [a, b]
+    assert models[0].fingerprint() != models[1].fingerprint()
+    assert pick(models, None, "--teacher", ("teacher",)) is models[0]
+    assert pick(models, "int8", "--teacher", ("teacher",)) is models[2]
+    assert pick(models, None, "--baseline", ("baseline",)) is models[0]
+    with pytest.raises(FileError, match="--teacher x: no model is named so, but teacher, student"):
+        pick(models, "x", "--teacher", ())
+
+
+def test_wrong_names_are_all_named_at_once(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"x")
+    a = str(tmp_path / "a.pt")
+    with pytest.raises(FileError) as error:
+        named(["m=" + a, "m=" + a, a], "--models", "CHECKPOINT")
+    assert "'m' stands there twice" in str(error.value) and "NAME=CHECKPOINT" in str(error.value)
+    with pytest.raises(FileError) as error:
+        read_models(
+            ["m={}".format(tmp_path / "no.pt"), "a/b=" + a, "c={}".format(tmp_path)], "", ["x=y"]
+        )
+    for part in ("no such file", "'a/b'", "without model.bin", "no model is named 'x'"):
+        assert part in str(error.value)
+
+
+# pages
+
+NASTY = '<script>alert("x")</script> a | b & c \u202eabc'
+
+
+def a_report():
+    def scores(x, p):
+        return {m: {"score": x, "mean": x + 0.1, "ci": 1.5, "p": p} for m in METRICS}
+
+    def spread(x):
+        return {"median": x, "low": x * 0.9, "high": x * 1.1}
+
+    def system(name, model, beam, bleu, speed, p=None):
+        return {
+            **{"name": name, "model": model, "beam": beam, "scores": scores(bleu, p)},
+            **{"length_ratio": 0.95, "identical": False, "left_out": 1, "seconds": [3.5]},
+            **{"tokens": 1234, "kept": bleu / 40, "speedup": speed / 110},
+            "sentences_per_second": spread(speed),
+            "tokens_per_second": spread(12 * speed),
+        }
+
+    def model(name, kind="fairseq", error=None):
+        sizes = {"parameters": 7524352, "parameters_without_embeddings": 5529600}
+        return {
+            **{"name": name, "kind": kind, "path": "/x", "error": error, "precision": "float32"},
+            **{**sizes, "bytes": 30097408, "file_bytes": 30160000, "peak_memory_bytes": 9e7},
+        }
+
+    bucket = compare.Bucket.of("all", tokens_by_hand())._asdict()
+    by = compare.buckets(tokens_by_hand(), np.arange(8), 2)
+    token = {"symbol": NASTY, "kl": 1.25, "teacher": "</s>", "student": "<b>"}
+    sentence = {
+        **{"number": 17, "source": NASTY, "reference": NASTY, "teacher": NASTY, "student": None},
+        **{"kl": 1.25, "tokens": [token, {**token, "student": "</s>"}]},
+    }
+    return {
+        **{"format": "kd_plugin report", "version": 1, "settings": {}, "subset": "test"},
+        **{"languages": ["de", "en"], "sentences": 1000, "references": "ref.en"},
+        **{"teacher": "teacher", "baseline": "teacher", "beam": 5, "device": "CPU", "threads": 2},
+        **{"repeats": 3, "significance": "paired bootstrap resampling, 1,000 samples"},
+        "signatures": {metric: metric + " nrefs:1|bs:1000" for metric in METRICS},
+        "notes": [],
+        "models": [model("teacher"), model("s|t"), model("broken", error="unreadable: " + NASTY)],
+        "systems": [
+            system("teacher", "teacher", 5, 39.97, 110.0),
+            system("s|t, greedy", "s|t", 1, 38.5, 2222.25, 0.0125),
+            {"name": "broken", "model": "broken", "beam": 5, "scores": None},
+        ],
+        "curves": {"student": {"train": {"nll_loss": [(1, 2.0)]}, "valid": {}}},
+        "differences": {
+            "s|t": {
+                "all": bucket,
+                "by": {kind: [b._asdict() for b in own] for kind, own in by.items()},
+                "farthest": [sentence],
+            }
+        },
+        "not_compared": {"int8": "CTranslate2 tells no distributions"},
+    }
+
+
+class Text(html.parser.HTMLParser):
+    """Tags and visible text of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text, self._style = [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._style = tag in ("style", "title")
+
+    def handle_endtag(self, tag):
+        self._style = False
+
+    def handle_data(self, data):
+        if not self._style:
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    report = a_report()
+    build._write(report, folder)
+    return report, folder
+
+
+def test_the_page_needs_nothing_from_outside_and_escapes_text(written):
+    _, folder = written
+    found = Text((folder / "report.html").read_text(encoding="utf-8"))
+    assert {tag for tag, _ in found.tags} & {"script", "link", "iframe", "b"} == set()
+    for tag, attributes in found.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        if tag == "img":
+            assert attributes["src"].startswith("data:image/png;base64,")
+    images = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert len(images) == len(draw_names(folder)) == 3
+    assert any(NASTY in text for text in found.text)
+    assert any("unreadable" in text for text in found.text)
+    assert {"name": "viewport"}.items() <= dict(found.tags[3][1]).items()
+
+
+def draw_names(folder):
+    return sorted(path.name for path in folder.glob("*.png"))
+
+
+def numbers_of(value):
+    """All numbers in a JSON value, its strings included."""
+    if isinstance(value, dict):
+        return {n for part in value.values() for n in numbers_of(part)}
+    if isinstance(value, list):
+        return {n for part in value for n in numbers_of(part)}
+    if isinstance(value, (int, float)):
+        return {float(value)}
+    found = re.findall(r"\d[\d,]*\.?\d*", value) if isinstance(value, str) else ()
+    return {float(number.replace(",", "")) for number in found}
+
+
+def test_every_number_of_the_page_is_in_the_json(written):
+    _, folder = written
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    known = sorted(numbers_of(report))
+    shown = [
+        number
+        for text in Text((folder / "report.html").read_text(encoding="utf-8")).text
+        for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?%?", text)
+    ]
+    assert len(shown) > 100
+    labels = {95.0, 0.0, 1.0}  # of intervals; what is best
+    for number in shown:
+        digits = number.rstrip("%").replace(",", "")
+        rounding = 0.5000001 * 10.0 ** -len(digits.partition(".")[2])
+        value = float(digits)
+        candidates = [(value, rounding), (value * 1e6, rounding * 1e6)]  # megabytes
+        if number.endswith("%"):
+            candidates = [(value / 100, rounding / 100)]
+        assert value in labels or any(
+            any(abs(x - wanted) <= allowed for x in known) for wanted, allowed in candidates
+        ), number
+
+
+def test_the_tables_in_markdown(written):
+    _, folder = written
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| s\\|t, greedy"))
+    assert "38.50" in row and "20.2 x" in row and "2,222.2" in row
+    assert "broken failed: unreadable" in text and "not translated" in text
+    assert re.search(r"^\| broken \| – \| failed \|", text, re.MULTILINE)
+
+
+def test_pictures_of_an_earlier_report_go(written, tmp_path):
+    report = a_report()
+    (tmp_path / "curves.png").write_bytes(b"old")
+    report["curves"] = {}
+    build._write(report, tmp_path)
+    assert draw_names(tmp_path) == ["differences.png", "quality-speed.png"]
+    assert report["pictures"] == ["quality-speed.png", "differences.png"]
+
+
+def test_numbers_without_a_word_in_json(tmp_path):
+    plain = build._plain({"a": [math.inf, (1.5, math.nan)], "b": "x"})
+    assert plain == {"a": [None, [1.5, None]], "b": "x"}
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/chromium"), reason="no Chromium")
+def test_the_page_in_a_browser_without_scripts(written, tmp_path):
+    _, folder = written
+    for width in (420, 1200):
+        picture = tmp_path / "{}.png".format(width)
+        how = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        how += ["--disable-quic", "--no-first-run", "--disable-component-update", "--disable-sync"]
+        how += ["--user-data-dir={}".format(tmp_path / "profile"), "--hide-scrollbars"]
+        how += ["--screenshot={}".format(picture), "--window-size={},1600".format(width)]
+        page_address = "file://{}/report.html".format(folder)
+        subprocess.run(["/usr/bin/chromium", *how, page_address], check=True, timeout=120)
+        assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 20_000

@@ -1,0 +1,121 @@
+"""A teacher on its own: what it says about a batch, whatever its checkpoint and vocabulary."""
+
+import re
+from argparse import Namespace
+
+import pytest
+import torch
+from fairseq import models
+from fairseq.data import Dictionary
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+from kd_plugin.teacher import Student, Teacher
+
+SOURCE, TARGET = "abcdefg", "ABCDEFGHI"
+
+
+def dictionary(symbols):
+    made = Dictionary()
+    for symbol in symbols:
+        made.add_symbol(symbol)
+    return made
+
+
+def write_teacher(folder, source=SOURCE, target=TARGET, arch="transformer"):
+    """A model as it was initialised, with its dictionaries beside it."""
+    sides = {"layers": 1, "embed_dim": 8, "ffn_embed_dim": 16, "attention_heads": 2}
+    sides.update(hidden_size=8, out_embed_dim=8)  # an lstm's
+    args = Namespace(arch=arch, criterion="cross_entropy", source_lang="aa", target_lang="bb")
+    for side in ("encoder", "decoder"):
+        vars(args).update({"{}_{}".format(side, key): value for key, value in sides.items()})
+    models.ARCH_CONFIG_REGISTRY[arch](args)
+    source, target = dictionary(source), dictionary(target)
+    task = TranslationTask(TranslationConfig(), source, target)
+    torch.manual_seed(1)
+    model = models.build_model(args, task)
+    save_dictionaries(folder, source, target)
+    torch.save({"args": args, "model": model.state_dict()}, str(folder / "teacher.pt"))
+    return str(folder / "teacher.pt")
+
+
+def save_dictionaries(folder, source, target):
+    source.save(str(folder / "dict.aa.txt"))
+    target.save(str(folder / "dict.bb.txt"))
+
+
+# a transformer's logits are projected when they are asked for, an lstm's are not
+@pytest.fixture(params=["transformer", "lstm"])
+def arch(request):
+    return request.param
+
+
+SENTENCES = [("abac", "ABAC"), ("gfe", "GIFE"), ("d", "DH")]
+
+
+def logits(path, source=SOURCE, target=TARGET):
+    """What a teacher says to a student of these symbols, (tokens, the student's vocabulary)."""
+    source, target = dictionary(source), dictionary(target)
+    opened = Teacher.open([path], Student(source, target, "aa", "bb"))
+
+    def batch(symbols, sentences, bos):
+        rows = [[*bos, *map(symbols.index, s), *[symbols.pad()] * (4 - len(s))] for s in sentences]
+        return torch.tensor(rows)
+
+    sources, targets = zip(*SENTENCES)
+    signal = opened(
+        {
+            "src_tokens": batch(source, sources, []),
+            "src_lengths": torch.tensor([len(s) for s in sources]),
+            "prev_output_tokens": batch(target, targets, [target.eos()]),
+        }
+    )
+    return signal.logits(torch.arange(15))
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_second_copies_of_weights_come_and_go_between_versions(copies, tmp_path):
+    """fairseq 0.12.2 writes them, and later ones know nothing of them."""
+    teacher = write_teacher(tmp_path)
+    expected = logits(teacher)
+    state = torch.load(teacher)
+    weights = {k: w for k, w in state["model"].items() if not re.search(r"_(weight|bias)$", k)}
+    if copies:
+        layer = "encoder.layers.0."
+        for kind in ("weight", "bias"):
+            parts = [weights["{}self_attn.{}_proj.{}".format(layer, p, kind)] for p in "qkv"]
+            weights[layer + "in_proj_" + kind] = torch.cat(parts)
+            weights[layer + "out_proj_" + kind] = weights[layer + "self_attn.out_proj." + kind]
+            for fc in ("fc1", "fc2"):
+                weights["{}{}_{}".format(layer, fc, kind)] = weights[layer + fc + "." + kind]
+    torch.save({**state, "model": weights}, teacher)
+    assert torch.equal(logits(teacher), expected)
+
+
+def test_another_order_of_its_dictionaries_changes_nothing(arch, tmp_path):
+    """Its rows move along, so that it is the same teacher."""
+    teacher = write_teacher(tmp_path, arch=arch)
+    expected = logits(teacher)
+    state = torch.load(teacher)
+    moved = dictionary("gcafdbe"), dictionary("CIBADHGEF")
+    for side, before, after in zip(
+        ("encoder", "decoder"), (dictionary(SOURCE), dictionary(TARGET)), moved
+    ):
+        rows = torch.tensor([before.index(symbol) for symbol in after.symbols])
+        for name, weight in state["model"].items():
+            if re.match(side + r"\.(embed_tokens|output_projection|fc_out)\.", name):
+                state["model"][name] = weight[rows]
+    torch.save(state, teacher)
+    save_dictionaries(tmp_path, *moved)
+    torch.testing.assert_close(logits(teacher), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_more_symbols_than_the_students_are_as_if_they_were_impossible(arch, tmp_path):
+    """The student's get the teacher's probabilities, given that it is one of them."""
+    larger = "uabcvdefgw", "xABCDyEFGHIz"
+    teacher = write_teacher(tmp_path, *larger, arch=arch)
+    p = torch.softmax(logits(teacher, *larger).double(), -1)
+    theirs, ours = dictionary(larger[1]), dictionary("IHGFEDCBA")
+    p = p[:, [theirs.index(symbol) for symbol in ours.symbols]]
+    assert (p.sum(-1) < 0.9).all()
+    found = torch.softmax(logits(teacher, SOURCE, "IHGFEDCBA").double(), -1)
+    torch.testing.assert_close(found, p / p.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
