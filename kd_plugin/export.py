@@ -72,6 +72,12 @@ def languages(state: Dict[str, Any]) -> Tuple[Any, Any]:
     return checkpoint.get(task, "source_lang"), checkpoint.get(task, "target_lang")
 
 
+def max_positions(path: str, state: Dict[str, Any]) -> Tuple[int, int]:
+    """Symbols of the longest sentence that a checkpoint's model takes, on either side."""
+    args = model_arguments(path, state)
+    return args.max_source_positions, args.max_target_positions
+
+
 def model_arguments(path: str, state: Dict[str, Any]) -> Namespace:
     """What building a checkpoint's model reads of its configuration, defaults filled in.
 

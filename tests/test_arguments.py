@@ -10,6 +10,7 @@ import pytest
     [
         ("cache", ("--cache DIR", "--temperatures T[,T...]", "--max-source-positions")),
         ("export", ("--output OUT", "--average")),
+        ("report", ("--output DIR", "--max-source-positions")),
         ("sequences", ("--output DIR", "--student-spm MODEL", "--max-source-positions")),
     ],
 )

@@ -153,7 +153,9 @@ def test_ctranslate2_scores_the_same(name, data, tmp_path):
     export.check_ctranslate2(str(path), state)
     export.convert(str(path), stock, tmp_path / "ct2")
     text = text_of(data, tmp_path / "text")
-    expected = verification.reference_scores(verification.build(str(path), state, text, 1), text)
+    model = verification.build(str(path), state, text, 1)
+    assert export.max_positions(str(path), state) == model.max_positions()
+    expected = verification.reference_scores(model, text)
     translator = ctranslate2.Translator(str(tmp_path / "ct2"))
     assert verification.compare_token_scores(expected, translator, text)[0] < 1e-3
     changed = {i: [score + 0.01 for score in scores] for i, scores in expected.items()}

@@ -36,6 +36,7 @@ from kd_plugin.sequences import (
     hypotheses,
     plan,
     select,
+    teachers,
 )
 
 HEADER = {"teachers": [{"sha256": "1" * 64, "bytes": 7}], "generation": {"beam": 5}}
@@ -430,7 +431,7 @@ TOY_LISTS = [
 def test_best_and_closest(toy):
     best = choose(*(toy[0], TOY_LISTS, toy[1], Choice(), 1.0, False))
     assert best.which.tolist() == [0, 0, 0, -1, 0]
-    assert best.dropped["not_decoded"] == 1 and sum(best.dropped.values()) == 1
+    assert best.dropped["longer_than_the_teacher_reads"] == 1 and sum(best.dropped.values()) == 1
     assert best.means["score_per_token"] == pytest.approx(-(0.1 + 0.3 + 0.5 + 0.9) / 4)
     assert best.means["closeness"] is None
     for metric in ("bleu", "chrf"):
@@ -543,6 +544,49 @@ def test_what_kills_leave_beside_complete_lists_is_removed(finished, tmp_path):
     (folder / "ctranslate2-1.0123.new").mkdir()
     HypothesisStore(folder, HEADER).clean_up()
     assert tree(folder) == tree(finished) and not list(folder.glob("*.new*"))
+
+
+def test_train1_is_not_left_out_without_a_word(databin_of_letters, caplog):
+    data = databin_of_letters
+    Corpus.of_subset(task_of(data), data, "train")
+    assert "would read" not in caplog.text
+    for path in data.folder.glob("train.*"):
+        shutil.copy(str(path), str(path).replace("train.", "train1."))
+    Corpus.of_subset(task_of(data), data, "train1")
+    assert "would read" not in caplog.text
+    assert len(Corpus.of_subset(task_of(data), data, "train").source) == 5
+    assert "would read train1 with it" in caplog.text and "--gen-subset train1" in caplog.text
+
+
+@pytest.mark.parametrize("unknown, said", [(1, False), (2, True)])
+def test_many_unknown_symbols_are_said(databin_of_letters, tmp_path, caplog, unknown, said):
+    """5 of 100 are none too many; it is said before anything is decoded."""
+    data, text = databin_of_letters, tmp_path / "text"
+    text.write_text(" ".join(["a"] * (24 - unknown) + ["raw"] * unknown) + "\n")
+    Corpus.of_text(task_of(data), data, str(text), str, tmp_path / "source-1")
+    assert ("OF THE SYMBOLS OF {} ARE UNKNOWN".format(text) in caplog.text) == said
+
+
+def test_subwords_of_another_model_are_said(databin_of_letters, tmp_path, caplog):
+    data = databin_of_letters
+    corpus = Toy(data.side("train", "aa"), data.side("train", "bb"), data)
+    student = Student(data, lambda text: text, lambda text: text.replace("b", "x"))
+    chosen = choose(corpus, TOY_LISTS, student, Choice(), 1.0, False)
+    output = distil.Output(str(tmp_path / "out"), {})
+    output.write(corpus, TOY_LISTS, chosen, student, None, 1)
+    assert "12% OF THE SYMBOLS OF train.aa ARE UNKNOWN" in caplog.text
+    assert output.record()["counts"]["unknown_tokens"] == 4
+
+
+def test_a_teacher_of_the_other_direction_is_said(databin_of_letters, tmp_path, caplog):
+    data, path = databin_of_letters, tmp_path / "teacher.pt"
+    symbols = {"source_symbols": data.source.symbols, "target_symbols": data.target.symbols}
+    weights = {side + ".embed_tokens.weight": torch.zeros(12, 2) for side in ("encoder", "decoder")}
+    for langs, said in ((("aa", "bb"), False), (("bb", "aa"), True)):
+        task = {"source_lang": langs[0], "target_lang": langs[1]}
+        torch.save({"cfg": {"task": task}, "model": weights, "task_state": symbols}, str(path))
+        teachers.read_teachers([str(path)], task_of(data), {}, False)
+        assert ("FROM bb TO aa, not from aa to bb" in caplog.text) == said
 
 
 def task_of(data) -> TranslationTask:

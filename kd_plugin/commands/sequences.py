@@ -20,6 +20,7 @@ from omegaconf import OmegaConf, open_dict
 
 from .. import sequences
 from ..checkpoint import digest
+from ..export import max_positions
 from ..files import FileError
 from .arguments import (
     Help,
@@ -237,32 +238,34 @@ def run(options: argparse.Namespace) -> None:
         store.clean_up()
     else:
         states = sequences.read_teachers(paths, task, overrides, options.trust_checkpoint)
-        models = sequences.build_teachers(states, task, overrides, cfg, device, dtype)
+        engine: Any
+        if fairseq_engine:
+            models = sequences.build_teachers(states, task, overrides, cfg, device, dtype)
+            positions = [model.max_positions() for model in models]
+            engine = sequences.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
+        else:
+            kept = store.beside("ctranslate2", "teachers", "files")
+            converted = sequences.converted(*states[0], task, kept)
+            positions = [max_positions(*states[0])]
+            engine = sequences.CTranslate2Engine(
+                task,
+                converted,
+                cfg.generation,
+                device.type,
+                device_id,
+                compute_type,
+                positions[0][1],
+            )
         plan = None
         if not store.planned:
             plan = sequences.plan(
                 task,
                 corpus,
-                [model.max_positions() for model in models],
+                positions,
                 cfg.dataset.max_tokens,
                 cfg.dataset.batch_size,
                 cfg.dataset.required_batch_size_multiple,
                 cfg.common.seed,
-            )
-        engine: Any
-        if fairseq_engine:
-            engine = sequences.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
-        else:
-            kept = store.beside("ctranslate2", "teachers", "files")
-            model = sequences.converted(*states[0], task, kept)
-            engine = sequences.CTranslate2Engine(
-                task,
-                model,
-                cfg.generation,
-                device.type,
-                device_id,
-                compute_type,
-                models[0].max_positions()[1],
             )
         if options.overwrite:  # by now all has been checked
             _clear(output, store)

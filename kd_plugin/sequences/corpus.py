@@ -1,6 +1,8 @@
 """What is distilled: a subset of a data-bin, or a text of source sentences alone."""
 
+import logging
 import os
+import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -15,6 +17,8 @@ from ..checkpoint import digest
 from ..files import FileError, temporary
 from . import databin
 from .databin import DataBin
+
+logger = logging.getLogger(__name__)
 
 
 class Corpus(NamedTuple):
@@ -43,6 +47,14 @@ class Corpus(NamedTuple):
             raise FileError(
                 "{}: no subset {!r} for {}-{}; there are {}".format(
                     data.folder, subset, *data.langs, ", ".join(sorted(data.splits())) or "none"
+                )
+            )
+        more = sorted(split for split in data.splits() if re.match(r"train\d+$", split))
+        if subset == "train" and more:
+            logger.warning(
+                "{}: only train is translated, and fairseq-train would read {} with it: binarise "
+                "them into one, or run again with --gen-subset {} and another --output".format(
+                    data.folder, ", ".join(more), more[0]
                 )
             )
         if isinstance(task, TranslationTask) and references is not None:
@@ -81,6 +93,7 @@ def _binarise(
 ) -> None:
     new = temporary(prefix)
     writer = databin.Writer(new, len(data.source))
+    unknown = 0
     try:
         with open(text, encoding="utf-8", newline="\n") as file:
             for line in file:
@@ -88,8 +101,10 @@ def _binarise(
                 if cut is not None and len(tokens) > cut:
                     tokens = torch.cat([tokens[: cut - 1], tokens[-1:]])
                 writer.add(tokens)
+                unknown += int(tokens.eq(data.source.unk()).sum())
         if writer.sentences == 0:
             raise FileError("--source-text {}: it has no line".format(text))
+        databin.warn_of_unknown(unknown, writer.tokens, text)
         writer.close()
         for end in (".bin", ".idx"):  # without the second one there is none
             os.replace(str(new) + end, str(prefix) + end)

@@ -1,6 +1,7 @@
 """fairseq's data-bin folders: find, read and write what fairseq-preprocess would."""
 
 import glob
+import logging
 import os
 import re
 import shutil
@@ -11,6 +12,10 @@ import torch
 from fairseq.data import Dictionary, data_utils, indexed_dataset
 
 from ..files import FileError
+
+_MUCH_UNKNOWN = 0.05
+
+logger = logging.getLogger(__name__)
 
 
 class DataBin:
@@ -92,6 +97,18 @@ def decode(dictionary: Dictionary, tokens: Sequence[int]) -> str:
     special = {dictionary.eos(), dictionary.pad()}
     symbols = dictionary.symbols
     return " ".join(symbols[int(t)] for t in tokens if int(t) not in special)
+
+
+def warn_of_unknown(unknown: int, tokens: int, where: str) -> None:
+    """If so many symbols are in no dictionary, the text is hardly what it was meant to be."""
+    if unknown > _MUCH_UNKNOWN * tokens:
+        logger.warning(
+            "{:.0%} OF THE SYMBOLS OF {} ARE UNKNOWN to its dictionary: they look like subwords of "
+            "another model, or like words. Raw --source-text needs --bpe and the teacher's model; "
+            "--student-spm must be the one that --student-data was encoded with.".format(
+                unknown / tokens, where
+            )
+        )
 
 
 def carried_files(data: DataBin) -> List[Path]:

@@ -153,7 +153,7 @@ def choose(
                 continue
             which[i] = best
             scores[i] = per_token(chosen, lenpen, unnormalized)
-    dropped["not_decoded"] = sentences - decoded
+    dropped["longer_than_the_teacher_reads"] = sentences - decoded
     if choice.min_score_quantile > 0 and (which >= 0).any():
         least = np.quantile(scores[which >= 0], choice.min_score_quantile)
         low = (which >= 0) & (scores < least)
@@ -329,7 +329,7 @@ class Output:
             ]
             for lang in pair
         ]
-        unknown = 0
+        unknown = [0, 0]
         total = int((chosen.which >= 0).sum()) + (repeat * len(originals[0]) if originals else 0)
         try:
             with _progress(total, "writing") as progress:
@@ -340,7 +340,7 @@ class Output:
                         if student.recode is not None:
                             subwords = student.recode(running)
                         tokens = databin.encode(dictionaries[side], subwords)
-                        unknown += int(tokens.eq(dictionaries[side].unk()).sum())
+                        unknown[side] += int(tokens.eq(dictionaries[side].unk()).sum())
                         sides[side].add(tokens)
                         files[side][0].write(running + "\n")
                         files[side][1].write(subwords + "\n")
@@ -348,12 +348,13 @@ class Output:
         finally:
             for file in [*files[0], *files[1]]:
                 file.close()
-        for writer in sides:
+        for writer, lang, count in zip(sides, pair, unknown):
             writer.close()
+            databin.warn_of_unknown(count, writer.tokens, "{}.{}".format(_SPLIT, lang))
         return {
             "source_tokens": sides[0].tokens,
             "target_tokens": sides[1].tokens,
-            "unknown_tokens": unknown,
+            "unknown_tokens": sum(unknown),
         }
 
     @staticmethod

@@ -11,7 +11,7 @@ from .hypotheses import Hypothesis
 METRICS = ("bleu", "chrf")
 # Why a sentence is dropped, in the order in which that is asked
 REASONS = (
-    "not_decoded",
+    "longer_than_the_teacher_reads",
     "empty",
     "unfinished",
     "too_long",

@@ -87,6 +87,15 @@ def _check_dictionaries(
     path: str, state: Dict[str, Any], task: Any, overrides: Dict[str, Any], otherwise: str
 ) -> None:
     langs = (task.cfg.source_lang, task.cfg.target_lang)
+    trained = checkpoint.section(state, "task")
+    theirs = [
+        overrides.get(key, checkpoint.get(trained, key)) for key in ("source_lang", "target_lang")
+    ]
+    if theirs == [langs[1], langs[0]]:
+        logger.warning(
+            "teacher {} WAS TRAINED TO TRANSLATE FROM {} TO {}, not from {} to {}: if that is not "
+            "meant, swap --source-lang and --target-lang".format(path, *theirs, *langs)
+        )
     ours = (task.source_dictionary, task.target_dictionary)
     found = find_dictionaries(path, state, *langs, overrides=overrides)
     if found is None:

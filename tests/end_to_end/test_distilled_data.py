@@ -26,6 +26,9 @@ from support import (
     write_sequences,
 )
 
+from kd_plugin import sequences
+from kd_plugin.commands import sequences as command
+
 BEAM = ("--beam", 4, "--nbest", 4)
 
 
@@ -246,6 +249,15 @@ def test_both_engines(data, weak, made, tmp_path):
         assert fast[i][0][1] == pytest.approx(slow[i][0][1], abs=1e-2)
 
 
+def test_ctranslate2_decodes_without_the_torch_model(data, weak, tmp_path, monkeypatch):
+    pytest.importorskip("ctranslate2")
+    monkeypatch.setattr(sequences, "build_teachers", None)
+    arguments = [data, "--path", weak, "--output", tmp_path, *LANGUAGES, "--gen-subset", "valid"]
+    options = ["--engine", "ctranslate2", "--cpu", "--num-workers", 0]
+    assert command.main([str(argument) for argument in (*arguments, *options)]) == 0
+    assert len(lists(tmp_path / "hypotheses")) == 48
+
+
 def test_ctranslate2_refuses_what_it_cannot_take(data, tmp_path):
     pytest.importorskip("ctranslate2")
     lstm = train_teacher(data, tmp_path / "lstm", support.ARCHITECTURES["lstm"], 2)
@@ -369,13 +381,14 @@ def test_sources_that_are_too_long(corpus, data, tmp_path):
     lengths = [len(line.split()) + 1 for line in (corpus.text / "train.aa").open()]
     too_long = sum(length > 7 for length in lengths)
     assert too_long > 50
-    write_sequences(data, teacher, tmp_path / "left", "--no-filters").ok()
+    run = write_sequences(data, teacher, tmp_path / "left", "--no-filters").ok()
+    assert "{} longer than the teacher reads".format(too_long) in run.text
     counts = record(tmp_path / "left")["counts"]
-    assert counts["dropped"]["not_decoded"] == too_long
+    assert counts["dropped"]["longer_than_the_teacher_reads"] == too_long
     options = ("--no-filters", "--truncate-source", "--max-source-positions", 7)
     write_sequences(data, teacher, tmp_path / "cut", *options).ok()
     counts = record(tmp_path / "cut")["counts"]
-    assert counts["dropped"]["not_decoded"] == 0
+    assert counts["dropped"]["longer_than_the_teacher_reads"] == 0
     assert max(len(line.split()) for line in text_of(tmp_path / "cut", SOURCE)) == 6
 
 
