@@ -35,7 +35,7 @@ def test_the_quick_start(tmp_path):
     expected = ["teacher", *(name + "_student" for name in students)]
     if importlib.util.find_spec("ctranslate2"):
         expected.append(expected[-1] + "-int8")
-    row = r"^\| (\w[\w-]+) \| [\d,]+ \| \d+\.\d\d \|"
+    row = r"^\| (\w[\w-]+) \| \d+\.\d\d \| (?:[\d.]+ x|–) \|"
     assert re.findall(row, done.stdout, re.MULTILINE) == expected
     report = (tmp_path / "report" / "report.md").read_text()
     assert re.findall(row, report.split("## Quality")[0], re.MULTILINE) == expected
