@@ -3,6 +3,7 @@
 #
 # Prepare:  nothing but Python; see setup.sh for the environment that is used or made.
 # Run:      bash recipes/test.sh
+#           bash recipes/test.sh --long      the fault suite (tests/faults) not in its short form, but as a whole
 # Adapt:    arguments go to pytest: bash recipes/test.sh -k vocabulary -x
 #           Both ends of the supported versions, each in its own environment, as CI does: .ci/run
 set -euo pipefail

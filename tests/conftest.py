@@ -1,5 +1,87 @@
-"""What all tests share: one thread per process, so that tests do not fight for cores."""
+"""What all tests share: one thread per process, so that tests do not fight for cores; the runs that
+many tests look at; and the two sizes of the fault suite."""
 
 import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from support import kd_arguments, script, transformer
+from toy import Corpus, Distilled, binarise, train_teacher, write_text
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the fault suite as a whole")
+
+
+@pytest.fixture(scope="session")
+def long(request) -> bool:
+    """Whether the fault suite runs as a whole (hundreds of faults) or in its short form."""
+    return request.config.getoption("--long")
+
+
+_counts: Counter = Counter()
+
+
+@pytest.fixture(scope="session")
+def count() -> Callable[..., None]:
+    """``count("kill -9 while training")`` for each fault that was really caused."""
+
+    def add(what: str, number: int = 1) -> None:
+        _counts[what] += number
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _counts:
+        terminalreporter.section("faults that were caused")
+        for what, number in sorted(_counts.items()):
+            terminalreporter.write_line("{:>8,}  {}".format(number, what))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpus")
+    text = write_text(folder / "text")
+    valid = "{},{}".format(text / "valid", text / "valid1")
+    data = binarise(text, folder / "data", "--validpref", valid, "--testpref", text / "test")
+    return Corpus(text, data)
+
+
+@pytest.fixture(scope="session")
+def data(corpus) -> Path:
+    return corpus.data
+
+
+@pytest.fixture(scope="session")
+def teacher(data, tmp_path_factory) -> Path:
+    """A teacher from stock fairseq that knows the language pair rather well.
+
+    With dropout, so that one that is not in eval mode would show.
+    """
+    folder = tmp_path_factory.mktemp("teacher")
+    return train_teacher(data, folder, transformer(32), 300, "--dropout", 0.1)
+
+
+@pytest.fixture(scope="session")
+def distilled(data, teacher, tmp_path_factory) -> Distilled:
+    """The ordinary distillation: the installed command, an epoch and a half, metrics reported.
+
+    The teacher's file is gone afterwards.
+    """
+    folder = tmp_path_factory.mktemp("distilled")
+    passing = folder / "passing" / "teacher.pt"
+    passing.parent.mkdir()
+    shutil.copy(str(teacher), str(passing))
+    arguments = kd_arguments(
+        *(data, passing, folder, "--max-update", 60, "--report-accuracy"),
+        *("--valid-subset", "valid,valid1"),
+    )
+    run = script("fairseq-train", *arguments).ok()
+    passing.unlink()
+    return Distilled(run, folder)

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import support
 import torch
-from conftest import binarise, train_teacher
 from support import ARCHITECTURES, LANGUAGES, STOCK, TRAINING, USER_DIR, distil, fairseq, load
+from toy import binarise, train_teacher
 
 
 def refused(run, folder, *words):

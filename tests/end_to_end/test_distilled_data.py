@@ -12,7 +12,6 @@ from typing import Dict, List, NamedTuple, Tuple
 import pytest
 import sacrebleu
 import support
-from conftest import binarise, dictionary_lines, train_teacher, write_dictionaries
 from support import (
     LANGUAGES,
     SOURCE,
@@ -25,6 +24,7 @@ from support import (
     transformer,
     write_sequences,
 )
+from toy import binarise, dictionary_lines, train_teacher, write_dictionaries
 
 from kd_plugin import sequences
 from kd_plugin.commands import sequences as command

@@ -8,8 +8,8 @@ import sys
 import pytest
 import support
 import torch
-from conftest import train_teacher
 from support import LANGUAGES, distil, fairseq, hypotheses, script
+from toy import train_teacher
 
 DECODING = ("--cpu", "--beam", 2, "--max-len-b", 10, "--required-batch-size-multiple", 1)
 # it opens the file as stock fairseq does, and as carefully as this torch can

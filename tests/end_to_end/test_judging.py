@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 import sacrebleu
 import support
-from conftest import binarise, permuted_dictionaries, train_teacher
 from support import LANGUAGES, USER_DIR, fairseq, start, transformer
+from toy import binarise, permuted_dictionaries, train_teacher
 
 HOW = ("--cpu", "--beam", 3, "--repeats", 2, "--num-workers", 0, *LANGUAGES)
 

@@ -160,7 +160,7 @@ def test_finetunes_without_a_teacher(data, distilled, tmp_path):
 
 def test_teaches_with_the_dictionaries_in_its_checkpoint(corpus, distilled, tmp_path):
     """Far from every dict file, and in another order than the next student's vocabulary."""
-    from conftest import binarise, permuted_dictionaries
+    from toy import binarise, permuted_dictionaries
 
     (tmp_path / "away").mkdir()
     teacher = tmp_path / "away" / "teacher.pt"

@@ -6,7 +6,8 @@ from argparse import Namespace
 import pytest
 import support
 import torch
-from conftest import (
+from support import ARCHITECTURES, SOURCE, TARGET, assert_same_weights, distil, load
+from toy import (
     binarise,
     dictionary_lines,
     permuted_dictionaries,
@@ -14,7 +15,6 @@ from conftest import (
     write_dictionaries,
     write_text,
 )
-from support import ARCHITECTURES, SOURCE, TARGET, assert_same_weights, distil, load
 
 OTHERS = ["lstm", "fconv", "lightconv", "transformer_align"]
 UPDATES = ("--max-update", 12)

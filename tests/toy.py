@@ -1,17 +1,14 @@
-"""A toy language pair, and the runs that many tests look at.
+"""A toy language pair, and teachers that know it.
 
 Each word of the source language has one translation, and sentences keep their order: a model of a
 few thousand weights learns some of it within seconds.
 """
 
 import random
-import shutil
 from pathlib import Path
 from typing import Any, List, NamedTuple
 
-import pytest
-import support
-from support import SOURCE, TARGET, TRAINING, fairseq, kd_arguments, script, transformer
+from support import SOURCE, STOCK, TARGET, TRAINING, Run, fairseq
 
 WORDS = 20
 # all divisible by 8: fairseq drops a remainder unless told otherwise
@@ -72,62 +69,19 @@ def permuted_dictionaries(corpus: Corpus, folder: Path) -> List[Any]:
     return write_dictionaries(folder / "dictionaries", *both)
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Corpus:
-    folder = tmp_path_factory.mktemp("corpus")
-    text = write_text(folder / "text")
-    valid = "{},{}".format(text / "valid", text / "valid1")
-    data = binarise(text, folder / "data", "--validpref", valid, "--testpref", text / "test")
-    return Corpus(text, data)
-
-
-@pytest.fixture(scope="session")
-def data(corpus) -> Path:
-    return corpus.data
-
-
-@pytest.fixture(scope="session")
-def teacher(data, tmp_path_factory) -> Path:
-    """A teacher from stock fairseq that knows the language pair rather well.
-
-    With dropout, so that one that is not in eval mode would show.
-    """
-    folder = tmp_path_factory.mktemp("teacher")
-    return train_teacher(data, folder, transformer(32), 300, "--dropout", 0.1)
-
-
 def train_teacher(data: Path, folder: Path, arch: List[Any], updates: int, *more: Any) -> Path:
     fairseq(
         "fairseq-train",
-        *(data, *support.STOCK, *TRAINING, *arch, "--save-dir", folder),
+        *(data, *STOCK, *TRAINING, *arch, "--save-dir", folder),
         *("--max-update", updates, "--log-interval", 50, *more),
     ).ok()
     return folder / "checkpoint_last.pt"
 
 
 class Distilled(NamedTuple):
-    run: support.Run
+    run: Run
     folder: Path
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint_last.pt"
-
-
-@pytest.fixture(scope="session")
-def distilled(data, teacher, tmp_path_factory) -> Distilled:
-    """The ordinary distillation: the installed command, an epoch and a half, metrics reported.
-
-    The teacher's file is gone afterwards.
-    """
-    folder = tmp_path_factory.mktemp("distilled")
-    passing = folder / "passing" / "teacher.pt"
-    passing.parent.mkdir()
-    shutil.copy(str(teacher), str(passing))
-    arguments = kd_arguments(
-        *(data, passing, folder, "--max-update", 60, "--report-accuracy"),
-        *("--valid-subset", "valid,valid1"),
-    )
-    run = script("fairseq-train", *arguments).ok()
-    passing.unlink()
-    return Distilled(run, folder)
