@@ -22,9 +22,10 @@
 #   DISTILLED      distilled        name of the distilled student; another one for another try beside the first:
 #                  DISTILLED=t2 KD_TEMPERATURE=2 bash recipes/multi30k.sh CORPUS_DIR
 #   STUDENTS       all              which rows: plain, $DISTILLED (word-level), and of sequence level best (the teacher's
-#                                   likeliest hypothesis), closest (to the reference, of 5) and closest_word (that, and
-#                                   word-level on top)
-#   INT8           closest          which of them are exported for CTranslate2 in int8, as rows of their own
+#                                   likeliest hypothesis), closest (to the reference, of 5), closest_word (that, and
+#                                   word-level on top) and mixed (closest beside the original references, which are twice
+#                                   the updates, and the last AVERAGE=5 checkpoints averaged)
+#   INT8           mixed            which of them are exported for CTranslate2 in int8, as rows of their own
 #   ENGINE         fairseq          decodes the training set; ctranslate2 is faster (pip install ctranslate2)
 #   KD_CACHE       none             run the teacher once and keep its K likeliest symbols: worth it from the second
 #                                   or third epoch on (8 is a good K; --temperatures of CACHE_FLAGS for T other than 1)
@@ -78,7 +79,8 @@ student() { # NAME FLAGS...
         --required-batch-size-multiple 8 ${STUDENT_FLAGS:-}
 }
 GREEDY=1
-STUDENTS=${STUDENTS:-plain $DISTILLED best closest closest_word}
+AVERAGE=${AVERAGE:-5}
+STUDENTS=${STUDENTS:-plain $DISTILLED best closest closest_word mixed}
 for name in $STUDENTS; do
     case $name in
         plain) student plain $(plain_flags) ;;
@@ -91,6 +93,11 @@ for name in $STUDENTS; do
             DATA_BIN=data-closest cache_teacher "$teacher"
             DATA_BIN=data-closest student closest_word $(DATA_BIN=data-closest distil_flags "$teacher")
             ;;
+        mixed)
+            distil_sequences mixed "$teacher" --select closest --mix original
+            DATA_BIN=data-mixed KEEP="--keep-last-epochs $AVERAGE" student mixed $(plain_flags)
+            average mixed "$AVERAGE"
+            ;;
         *)
             cache_teacher "$teacher"
             student "$name" $(distil_flags "$teacher")
@@ -100,7 +107,9 @@ done
 
 models=("teacher=$teacher")
 for name in $STUDENTS; do
-    models+=("$name=$WORK/models/$name/checkpoint_best.pt")
-    case " ${INT8:-closest} " in *" $name "*) export_int8 "$name" "$WORK/models/$name/checkpoint_best.pt" ;; esac
+    checkpoint=$WORK/models/$name/averaged.pt
+    [ -f "$checkpoint" ] || checkpoint=$WORK/models/$name/checkpoint_best.pt
+    models+=("$name=$checkpoint")
+    case " ${INT8:-mixed} " in *" $name "*) export_int8 "$name" "$checkpoint" ;; esac
 done
 judge "${models[@]}"

@@ -1,49 +1,94 @@
-"""The quick start from its corpus to its table, at toy size."""
+"""The recipes from text to table, at toy size."""
 
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import support
+from support import CHECKOUT, SCRIPTS, Run
+
+RECIPES = CHECKOUT / "recipes"
+# of "At a glance", which is also printed
+ROW = r"^\| (\w[\w-]+) \| \d+\.\d\d \| (?:[\d.]+ x|–) \|"
+
+
+def run(recipe: str, work: Path, *arguments, **settings) -> Run:
+    settings.update(
+        SETUP="skip",
+        VIRTUAL_ENV=sys.prefix,
+        PATH="{}:{}".format(SCRIPTS, os.environ["PATH"]),
+        WORK=work,
+        OMP_NUM_THREADS=1,
+        SEQUENCES_FLAGS="--no-filters",
+    )
+    done = subprocess.run(
+        ["bash", str(RECIPES / recipe), *map(str, arguments)],
+        env={**os.environ, **{key: str(value) for key, value in settings.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+    )
+    return Run(done.returncode, done.stdout)
+
+
+def with_int8(models, *exported):
+    if importlib.util.find_spec("ctranslate2"):
+        models = [*models, *(name + "-int8" for name in exported)]
+    return models
 
 
 @pytest.mark.slow
 def test_the_quick_start(tmp_path):
     sizes = dict(SIZE=500, HELD_OUT=24, VOCAB=300, TEACHER_UPDATES=30, STUDENT_UPDATES=3)
     sizes.update(TEACHER_DIM=32, STUDENT_DIM=16, MAX_TOKENS=4000, KD_CACHE=4)
-    how = dict(SETUP="skip", VIRTUAL_ENV=sys.prefix, WORK=tmp_path, OMP_NUM_THREADS=1)
-    how.update(
-        SEQUENCES_FLAGS="--no-filters", PATH="{}:{}".format(support.SCRIPTS, os.environ["PATH"])
-    )
-    settings = {key: str(value) for key, value in {**sizes, **how}.items()}
 
-    def run():
-        return subprocess.run(
-            ["bash", str(support.CHECKOUT / "recipes" / "quickstart.sh")],
-            env={**os.environ, **settings},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            universal_newlines=True,
-        )
-
-    done = run()
-    assert done.returncode == 0, done.stdout[-5000:]
+    done = run("quickstart.sh", tmp_path, **sizes).ok()
     students = ["plain", "word_level", "sequence_level", "sequence_and_word_level"]
     expected = ["teacher", *(name + "_student" for name in students)]
-    if importlib.util.find_spec("ctranslate2"):
-        expected.append(expected[-1] + "-int8")
-    row = r"^\| (\w[\w-]+) \| \d+\.\d\d \| (?:[\d.]+ x|–) \|"
-    assert re.findall(row, done.stdout, re.MULTILINE) == expected
+    expected = with_int8(expected, expected[-1])
+    assert re.findall(ROW, done.text, re.MULTILINE) == expected
     report = (tmp_path / "report" / "report.md").read_text()
-    assert re.findall(row, report.split("## Quality")[0], re.MULTILINE) == expected
+    assert re.findall(ROW, report.split("## Quality")[0], re.MULTILINE) == expected
     assert "against plain_student" in report
     # again: every stage has its result
-    again = run()
-    assert again.returncode == 0, again.stdout[-5000:]
+    again = run("quickstart.sh", tmp_path, **sizes).ok()
     work = "^(training|translating|binarising|exporting|opening) "
-    assert re.search(work, done.stdout, re.MULTILINE)
-    assert not re.search(work, again.stdout, re.MULTILINE)
+    assert re.search(work, done.text, re.MULTILINE)
+    assert not re.search(work, again.text, re.MULTILINE)
     assert (tmp_path / "report" / "report.md").read_text() == report
+
+
+@pytest.fixture(scope="module")
+def text(long, tmp_path_factory) -> Path:
+    """What the quick start makes, as if it were a corpus of somebody's."""
+    if not long:
+        pytest.skip("minutes; with --long")
+    folder = tmp_path_factory.mktemp("corpus") / "text"
+    corpus = [sys.executable, str(RECIPES / "corpus.py"), str(folder), "--src", "de", "--tgt", "en"]
+    subprocess.run([*corpus, "--size", "800", "--held-out", "48"], check=True)
+    return folder
+
+
+def test_multi30k(text, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for split, name in (("train", "train"), ("valid", "val"), ("test", "test_2016_flickr")):
+        for lang in ("de", "en"):
+            shutil.copy(str(text / f"{split}.{lang}"), str(corpus / f"{name}.{lang}"))
+    flags = "--max-update 40 --lr 0.005 --warmup-updates 10"
+    done = run("multi30k.sh", tmp_path, corpus, VOCAB=500, TRAIN_FLAGS=flags, KD_CACHE=4).ok()
+    students = ["plain", "distilled", "best", "closest", "closest_word", "mixed"]
+    expected = with_int8(["teacher", *students], "mixed")
+    assert list(dict.fromkeys(re.findall(ROW, done.text, re.MULTILINE))) == expected
+
+
+def test_iwslt14(text, tmp_path):
+    flags = "--encoder-embed-dim 32 --decoder-embed-dim 32 --lr 0.01 --warmup-updates 10"
+    sizes = dict(AVERAGE=2, MAX_TOKENS=500, TEACHER_UPDATES=60, STUDENT_UPDATES=60)
+    done = run("iwslt14_de_en.sh", tmp_path, text, TRAIN_FLAGS=flags, **sizes).ok()
+    expected = with_int8(["teacher", "plain", "distilled", "sequences"], "distilled")
+    assert re.findall(ROW, done.text, re.MULTILINE) == expected
