@@ -4,6 +4,12 @@ Importing it registers the task ``kd_translation`` and the criterion
 ``kd_label_smoothed_cross_entropy``, and lets torch open fairseq's checkpoints safely.
 """
 
+import logging
+
+# On import, fairseq turns the root logger to DEBUG; then one task asks for tensorboardX in every
+# process anew.
+logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
+
 try:
     import fairseq  # noqa: F401
 except ImportError as error:
@@ -14,7 +20,7 @@ except ImportError as error:
         "3.12.".format(error)
     ) from error
 
-from .checkpoint import allow_fairseq_globals
+from .checkpoint import allow_fairseq_globals  # noqa: E402
 
 allow_fairseq_globals()
 

@@ -23,12 +23,15 @@
 #   MAX_TOKENS       2048              per batch
 #   TEACHER_LR, STUDENT_LR             0.004, 0.006
 #   KD_WEIGHT, KD_TEMPERATURE          0.5, 1
+#   KD_CACHE         8                 the teacher runs once, and its 8 likeliest symbols are kept; empty: it runs in
+#                                      every training anew
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 SRC=${SRC:-de} TGT=${TGT:-en}
 WORK=${WORK:-$HERE/../quickstart-work}
 VOCAB=${VOCAB:-2000}
+KD_CACHE=${KD_CACHE-8}
 
 source "$HERE/setup.sh"
 source "$HERE/stages.sh"
