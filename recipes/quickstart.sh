@@ -19,19 +19,16 @@
 #   VOCAB            2000              joint SentencePiece vocabulary
 #   TEACHER_LAYERS, TEACHER_DIM        2, 128    of encoder and decoder each; the ffn is 4 times as wide
 #   STUDENT_LAYERS, STUDENT_DIM        1, 48
-#   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 700 and 900
+#   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 700 and 800
 #   MAX_TOKENS       2048              per batch
 #   TEACHER_LR, STUDENT_LR             0.004, 0.006
 #   KD_WEIGHT, KD_TEMPERATURE          0.5, 1
-#   KD_CACHE         8                 the teacher runs once, and its 8 likeliest symbols are kept; empty: it runs in
-#                                      every training anew
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 SRC=${SRC:-de} TGT=${TGT:-en}
 WORK=${WORK:-$HERE/../quickstart-work}
 VOCAB=${VOCAB:-2000}
-KD_CACHE=${KD_CACHE-8}
 
 source "$HERE/setup.sh"
 source "$HERE/stages.sh"
@@ -65,7 +62,7 @@ set -f # the flags are split into words, and nothing else
 teacher=$(model "${TEACHER_LAYERS:-2}" "${TEACHER_DIM:-128}" "${TEACHER_LR:-0.004}" \
     "${TEACHER_UPDATES:-${UPDATES:-700}}")
 student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-48}" "${STUDENT_LR:-0.006}" \
-    "${STUDENT_UPDATES:-${UPDATES:-900}}")
+    "${STUDENT_UPDATES:-${UPDATES:-800}}")
 
 best=checkpoint_best.pt
 teacher_checkpoint=$WORK/models/teacher/$best
