@@ -25,6 +25,7 @@
 #                                   likeliest hypothesis), closest (to the reference, of 5), closest_word (that, and
 #                                   word-level on top) and mixed (closest beside the original references, which are twice
 #                                   the updates, and the last AVERAGE=5 checkpoints averaged)
+#   MIXED_FLAGS    none             added to the training of mixed, whose epochs are twice as long
 #   INT8           mixed            which of them are exported for CTranslate2 in int8, as rows of their own
 #   ENGINE         fairseq          decodes the training set; ctranslate2 is faster (pip install ctranslate2)
 #   KD_CACHE       none             run the teacher once and keep its K likeliest symbols: worth it from the second
@@ -95,7 +96,8 @@ for name in $STUDENTS; do
             ;;
         mixed)
             distil_sequences mixed "$teacher" --select closest --mix original
-            DATA_BIN=data-mixed KEEP="--keep-last-epochs $AVERAGE" student mixed $(plain_flags)
+            DATA_BIN=data-mixed KEEP="--keep-last-epochs $AVERAGE" \
+                STUDENT_FLAGS="${STUDENT_FLAGS:-} ${MIXED_FLAGS:-}" student mixed $(plain_flags)
             average mixed "$AVERAGE"
             ;;
         *)
