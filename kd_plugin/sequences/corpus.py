@@ -123,7 +123,8 @@ def text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[
     def to_text(subwords: str) -> str:
         text = data_utils.post_process(subwords, symbol)
         text = text if bpe is None else bpe.decode(text)
-        return text if tokenizer is None else tokenizer.decode(text)
+        text = text if tokenizer is None else tokenizer.decode(text)
+        return text.replace("\n", " ")  # a subword model may know it, too; here it ends a sentence
 
     def to_subwords(text: str) -> str:
         text = text if tokenizer is None else tokenizer.encode(text)
