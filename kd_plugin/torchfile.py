@@ -465,7 +465,10 @@ class _Limited:
         self._file, self._left = file, _LARGEST_PICKLE
 
     def read(self, size: int) -> bytes:
-        return self._take(self._file.read(min(size, self._left + 1)))
+        content = self._take(self._file.read(min(size, self._left + 1)))
+        if len(content) < size:
+            raise EOFError("its pickle ends too early")
+        return content
 
     def readline(self) -> bytes:
         return self._take(self._file.readline())
