@@ -41,7 +41,7 @@ def decode(
         numbers of sentences and of subwords that were decoded now.
     """
     store.begin(plan)
-    if any((batch >= len(corpus.source)).any() for batch in store.batches):
+    if any((batch >= len(corpus.dataset)).any() for batch in store.batches):
         raise FileError("{} is a plan for other sentences".format(store.folder))
     total = sum(map(len, store.batches))
     before = sum(map(len, store.batches[: store.done]))
