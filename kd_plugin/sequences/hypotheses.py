@@ -254,8 +254,10 @@ def _read_line(line: bytes) -> Tuple[int, List[Hypothesis]]:
         Hypothesis(one["subwords"], float(one["score"]), one["finished"]) for one in found["nbest"]
     ]
     for one in nbest:
-        if "\n" in one.subwords or not isinstance(one.finished, bool):
-            raise ValueError("no hypothesis")
+        if not isinstance(one.subwords, str) or "\n" in one.subwords:
+            raise ValueError("no subwords")
+        if not isinstance(one.finished, bool):
+            raise ValueError("neither finished nor not")
         one.subwords.encode("utf-8")
     if type(found["id"]) is not int or found["id"] < 0 or not nbest:
         raise ValueError("no list of a sentence")

@@ -130,12 +130,13 @@ def saved(content: Any, zipped: bool = True) -> bytes:
     return file.getvalue()
 
 
-def zipped(data: bytes, more: Dict[str, bytes] = {}, how: int = zipfile.ZIP_STORED) -> bytes:
-    """A zip file of torch.save's kind, with a storage of six float32."""
+def zipped(data: bytes, more: Any = (), how: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip file of torch.save's kind, with a storage of six float32 and more entries."""
+    usual = {"archive/version": b"3\n", "archive/data/0": bytes(24)}
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", how) as archive:
         archive.writestr("archive/data.pkl", data)
-        for entry, content in {"archive/version": b"3\n", "archive/data/0": bytes(24), **more}.items():
+        for entry, content in {**usual, **dict(more)}.items():
             archive.writestr(entry, content)
     return file.getvalue()
 
@@ -190,14 +191,18 @@ def extension_known() -> None:
         copyreg.add_extension("posix", "mkdir", EXTENSION)
 
 
-def executing(marker: Path) -> Dict[str, bytes]:
-    """Files that make a folder when torch opens them with Python's own pickle."""
-    path, mkdir, evil = text(marker), named("posix", "mkdir"), Mkdir(marker)
+def pieces_of_code(marker: Path) -> List[bytes]:
+    """Parts of pickles that make a folder when Python's own pickle runs them."""
+    return list(_code(marker).values())
+
+
+def _code(marker: Path) -> Dict[str, bytes]:
+    path, mkdir = text(marker), named("posix", "mkdir")
     partial, nothing = named("functools", "partial"), pickle.EMPTY_TUPLE
     made = partial + several(named("builtins", "int")) + pickle.NEWOBJ
     changed = made + several(mkdir, several(path), pickle.EMPTY_DICT, pickle.NONE) + pickle.BUILD
     expression = "__import__('os').mkdir({!r})".format(str(marker))
-    programs = {
+    return {
         "reduce": call(mkdir, path),
         "eval": call(named("__builtin__", "eval"), text(expression)),
         "build": changed + nothing + pickle.REDUCE,
@@ -211,15 +216,20 @@ def executing(marker: Path) -> Dict[str, bytes]:
         "persistent id": call(mkdir, path) + pickle.BINPERSID,
         "key": pickle.EMPTY_DICT + call(mkdir, path) + pickle.NONE + pickle.SETITEM,
     }
+
+
+def executing(marker: Path) -> Dict[str, bytes]:
+    """Files that make a folder when torch opens them with Python's own pickle."""
+    evil = Mkdir(marker)
     states = {
         "everything": evil,
         "nested": state(hidden=[{"deep": (evil,)}]),
         "in the optimizer state": state(last_optimizer_state={"state": evil}),
         "in the arguments": state(args=argparse.Namespace(arch="lstm", seed=evil)),
     }
-    plain = program(call(mkdir, path))
+    plain = program(_code(marker)["reduce"])
     return {
-        **{"zip, " + how: zipped(checkpoint(x=code)) for how, code in programs.items()},
+        **{"zip, " + how: zipped(checkpoint(x=code)) for how, code in _code(marker).items()},
         **{"zip, " + where: saved(content) for where, content in states.items()},
         **{"legacy, " + where: saved(content, False) for where, content in states.items()},
         "zip, compressed": zipped(plain, how=zipfile.ZIP_DEFLATED),
@@ -235,9 +245,7 @@ def executing(marker: Path) -> Dict[str, bytes]:
 
 def lying() -> Dict[str, bytes]:
     """Files that claim any size, or hold something that no checkpoint holds."""
-    found = {
-        "zip, " + what: zipped(checkpoint(x=part)) for what, part in _objects().items()
-    }
+    found = {"zip, " + what: zipped(checkpoint(x=part)) for what, part in _objects().items()}
     found.update(
         ("zip, " + what, zipped(checkpoint(model=pairs({"weight": WEIGHT, "a": part}))))
         for what, part in _tensors().items()

@@ -70,7 +70,10 @@ def models(teacher, marker, long):
                     ),
                     "evaluates, or opens",
                 ),
-                "a weight of text": ({**whole, "model": {**whole["model"], name: "x"}}, "no tensor"),
+                "a weight of text": (
+                    {**whole, "model": {**whole["model"], name: "x"}},
+                    "no tensor",
+                ),
                 "a language outside": (
                     {**whole, "cfg": {**whole["cfg"], "task": {"target_lang": "../bb"}}},
                     "no name of a language",
