@@ -116,8 +116,19 @@ def _binarise(
 
 
 def text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[[str], str]]:
-    """From subwords to running text, as fairseq-generate does it, and back, as -interactive."""
-    bpe, tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
+    """From subwords to running text, as fairseq-generate does it, and back, as -interactive.
+
+    Raises:
+        FileError: a model of subwords cannot be read.
+    """
+    try:
+        bpe, tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
+    except Exception as error:  # of the libraries that they are in
+        raise FileError(
+            "--bpe or --tokenizer cannot be set up as {} and {}: {}".format(
+                cfg.bpe, cfg.tokenizer, " ".join(str(error).split())
+            )
+        ) from error
     symbol = cfg.common_eval.post_process
 
     def to_text(subwords: str) -> str:

@@ -31,6 +31,7 @@ from ..files import (
     Shards,
     all_or_nothing,
     differences,
+    no_link,
     read_json,
     size,
     write_all,
@@ -145,7 +146,7 @@ class HypothesisStore:
             self.done = len(self.batches)
             return
         # what a kill left behind the last whole batch is cut off
-        self._file = open(self.shards.own / _LINES, "ab", buffering=0)
+        self._file = open(self.shards.own / _LINES, "ab", buffering=0, opener=no_link)
         ends = _line_ends(self.shards.own / _LINES)
         lines = np.cumsum([len(batch) for batch in self.batches], dtype=np.int64)
         self.done = int(np.searchsorted(lines, len(ends), side="right"))

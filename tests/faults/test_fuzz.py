@@ -23,6 +23,18 @@ import hostile
 import numpy as np
 import pytest
 import torch
+from folders import (
+    BATCHES,
+    HEADER,
+    LENGTHS,
+    begin_cache,
+    begin_hypotheses,
+    begun_cache,
+    begun_hypotheses,
+    finish_cache,
+    finish_hypotheses,
+    hypotheses,
+)
 
 from kd_plugin import vocabulary
 from kd_plugin.cache import CachedSubset
@@ -33,7 +45,7 @@ from kd_plugin.export import read_record, symbols_of
 from kd_plugin.files import FileError
 from kd_plugin.report.curves import read_curves
 from kd_plugin.report.decode import Measured
-from kd_plugin.sequences import Hypothesis, HypothesisStore, Output
+from kd_plugin.sequences import Output
 
 ALLOWED = 400 << 20  # bytes beyond what the process had
 SHARE = 200  # of the long form's inputs that the short one tries
@@ -158,48 +170,6 @@ def checkpoint_readers() -> List[Reader]:
     ]
 
 
-HEADER = {
-    "subset": "train",
-    "k": 2,
-    "temperatures": [2.0],
-    "vocabulary": 9,
-    "teachers": [{"path": "t.pt", "bytes": 3, "sha256": "0" * 64, "weight": 1.0, "overrides": {}}],
-    "dictionaries": {"source": "1" * 64, "target": "2" * 64},
-    "files": {"train.bin": "3" * 64},
-    "settings": {"source_lang": "aa", "target_lang": "bb"},
-}
-LENGTHS, BATCHES = np.array([2, 1, 3]), [np.array([0, 1]), np.array([2])]
-
-
-def begin_cache(folder: Path) -> CacheWriter:
-    writer = CacheWriter(str(folder), HEADER, LENGTHS, BATCHES)
-    writer.begin()
-    return writer
-
-
-def add_batches(writer: CacheWriter, count: int) -> None:
-    for batch in writer.batches[writer.done : count]:
-        rows = int(LENGTHS[batch].sum())
-        values = {"symbols": np.tile(np.array([8, 3]), (rows, 1))}
-        for name, array in writer.types.items():
-            values.setdefault(name, np.full((rows, *array.width), -1.5))
-        writer.append({name: values[name].astype(a.dtype) for name, a in writer.types.items()})
-
-
-def finish_cache(folder: Path) -> None:
-    writer = begin_cache(folder)
-    add_batches(writer, 2)
-    assert writer.finish(lambda i: np.full(LENGTHS[i], 8))
-
-
-def begun_cache(folder: Path) -> None:
-    writer = begin_cache(folder)
-    add_batches(writer, 1)
-    for file in writer._files.values():
-        file.close()
-    writer.shards.let_go()
-
-
 def change_cache(rng: random.Random, folder: Path) -> None:
     """As an attacker would, who knows how to write checksums."""
     path = folder / "train" / "manifest.json"
@@ -235,26 +205,6 @@ def change_begun_cache(rng: random.Random, folder: Path) -> None:
         change_bytes(rng, rng.choice(sorted(partial.glob("shard*/*.bin"))))
 
 
-PLAN = [np.array([3, 1]), np.array([0, 2, 4])]
-
-
-def hypotheses(folder: Path) -> HypothesisStore:
-    return HypothesisStore(folder, {"teachers": [{"sha256": "1" * 64}], "generation": {"beam": 2}})
-
-
-def make_hypotheses(folder: Path, batches: int = 2) -> None:
-    store = hypotheses(folder)
-    store.begin(PLAN)
-    for batch in PLAN[:batches]:
-        nbest = [Hypothesis("▁a b\u2028", -0.5, True), Hypothesis("", -2.0, False)]
-        store.append({int(i): nbest for i in batch})
-    if batches == len(PLAN):
-        assert store.finish()
-    else:
-        store._file.close()
-        store.shards.let_go()
-
-
 def change_hypotheses(rng: random.Random, folder: Path) -> None:
     path = folder / "hypotheses.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -288,13 +238,11 @@ def change_plan(rng: random.Random, folder: Path) -> None:
 
 
 def look_at_plan(folder: Path) -> None:
-    store = hypotheses(folder)
-    store.begin()
+    store = begin_hypotheses(folder)
     ids = np.concatenate([np.zeros(0, np.int64), *store.batches])
     assert (ids >= 0).all() and len(set(ids.tolist())) == len(ids)
     assert 0 <= store.done <= len(store.batches)
     store._file.close()
-    store.shards.let_go()
 
 
 RECORD = {
@@ -355,11 +303,11 @@ def readers() -> List[Reader]:
         *checkpoint_readers(),
         Reader("caches", 15000, finish_cache, change_cache, look_at_cache),
         Reader("caches that were begun", 4000, begun_cache, change_begun_cache, begin_cache),
-        Reader("n-best lists", 15000, make_hypotheses, change_hypotheses, look_at_hypotheses),
+        Reader("n-best lists", 15000, finish_hypotheses, change_hypotheses, look_at_hypotheses),
         Reader(
             "n-best lists that were begun",
             4000,
-            lambda folder: make_hypotheses(folder, 1),
+            begun_hypotheses,
             change_plan,
             look_at_plan,
         ),
