@@ -1,16 +1,18 @@
 """A stranger's checkpoints, opened by the one function that opens them all."""
 
 import multiprocessing
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import fairseq
 import hostile
 import pytest
 import torch
 
-from kd_plugin.checkpoint import CheckpointError, read_checkpoint
+from kd_plugin.checkpoint import BUILDABLE, EVALUATED, CheckpointError, read_checkpoint
 
 ALLOWED = 400 << 20  # bytes beyond what the process had
 # what torch < 2.6 does by default
@@ -126,3 +128,19 @@ def test_options_that_are_code(what, tmp_path):
     with pytest.raises(CheckpointError, match="would execute"):
         read_checkpoint(str(path))
     assert not marker.exists()
+
+
+def test_what_building_evaluates_in_this_fairseq():
+    """Modules whose models are built for a stranger evaluate known options, and open nothing."""
+    folder = Path(fairseq.__file__).parent
+    for path in [*folder.glob("models/**/*.py"), *folder.glob("modules/**/*.py")]:
+        parts = path.relative_to(folder).with_suffix("").parts
+        module = ".".join(("fairseq", *parts)).replace(".__init__", "")
+        if BUILDABLE.match(module) or module == "fairseq.modules.multihead_attention":
+            code = path.read_text()
+            # not x of a command line's type, nor model.eval()
+            for name in re.findall(r"\beval(?:_\w+)?\((?:\w+\.)*(\w+)", code):
+                assert name == "x" or EVALUATED.match(name), (module, name)
+            assert not re.search(
+                r"torch\.load\(|load_(checkpoint|model|pretrained_comp)\w*\(", code
+            )
