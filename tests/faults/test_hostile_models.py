@@ -7,7 +7,16 @@ from pathlib import Path
 import hostile
 import pytest
 import torch
-from support import LANGUAGES, USER_DIR, distil, fairseq, load, write_cache, write_sequences
+from support import (
+    LANGUAGES,
+    USER_DIR,
+    distil,
+    fairseq,
+    kd_arguments,
+    load,
+    write_cache,
+    write_sequences,
+)
 
 EXPORT = "fairseq-kd-export"
 
@@ -40,7 +49,13 @@ def ctranslate2_export(data, path, good, folder):
     return export(data, path, good, folder, "--format", "ctranslate2")
 
 
-COMMANDS = (train, cache, sequences, ctranslate2_sequences, export, average, ctranslate2_export)
+def benchmark(data, path, good, folder):
+    training = kd_arguments(data, path, folder)
+    return fairseq("fairseq-kd-benchmark", *training, "--rows", 0, "--repeats", 1)
+
+
+COMMANDS = (train, cache, sequences, ctranslate2_sequences, export, average, ctranslate2_export,
+    benchmark)  # fmt: skip
 
 
 def models(teacher, marker, long):
