@@ -31,8 +31,8 @@ SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias
 # What building a model evaluates as a Python expression, in the modules of fairseq's models that do
 # not open files that the configuration names
 EVALUATED = re.compile(
-    r"((encoder|decoder)_(layers|attention)|adaptive_(softmax|input)_cutoff|character_filters"
-    r"|(.*_)?xformers_att_config)$"
+    r"(.*_)?(layers|attention|adaptive_(softmax|input)_cutoff|character_filters"
+    r"|xformers_att_config)$"
 )
 BUILDABLE = re.compile(
     r"fairseq\.models\.(transformer(\.\w+)?|transformer_(legacy|align|lm)|multilingual_transformer"
@@ -226,8 +226,10 @@ def _refuse_code(path: str, state: Dict[str, Any]) -> None:
 
     config = section(state, "model")
     arch = get(config, "_name") or get(config, "arch")
-    # another module's is this user's own
-    module = getattr(models.ARCH_MODEL_REGISTRY.get(str(arch)), "__module__", "")
+    if not arch:  # fairseq would take the name of a section for it
+        raise ValueError("it names no architecture")
+    model = models.ARCH_MODEL_REGISTRY.get(arch, models.MODEL_REGISTRY.get(arch))
+    module = getattr(model, "__module__", "")  # other modules' are this user's own
     if module.startswith("fairseq.") and not BUILDABLE.match(module):
         raise CheckpointError(
             "{}: refused, because building its architecture {} evaluates, or opens, what the file "
@@ -303,10 +305,9 @@ def bounded_memory(state: Dict[str, Any]) -> Iterator[None]:
     before = None
     # where the system counts it
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        used = re.search(r"VmData:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        assert used is not None
+        (used,) = re.findall(r"VmData:\s*(\d+) kB", Path("/proc/self/status").read_text())
         limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        mine = int(used.group(1)) * 1024 + 4 * weights + _BUILDING
+        mine = int(used) * 1024 + 4 * weights + _BUILDING
         if limit == resource.RLIM_INFINITY or mine < limit:
             resource.setrlimit(resource.RLIMIT_DATA, (mine, hard))
             before = limit, hard

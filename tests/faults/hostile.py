@@ -116,9 +116,14 @@ WEIGHT = tensor(6, numbers(2, 3), numbers(3, 1))
 
 def checkpoint(**parts: bytes) -> bytes:
     """A program that leaves a checkpoint, some of its parts given."""
-    cfg = pairs({"model": pickle.EMPTY_DICT, "task": pickle.EMPTY_DICT})
     model = pairs({"weight": WEIGHT})
-    return program(pairs({"model": model, "args": pickle.NONE, "cfg": cfg, **parts}))
+    usual = {"model": model, "args": pickle.NONE, "cfg": configuration()}
+    return program(pairs({**usual, **parts}))
+
+
+def configuration(task: Any = (), **model: bytes) -> bytes:
+    model = {"arch": text("transformer"), **model}
+    return pairs({"model": pairs(model), "task": pairs({"data": pickle.NONE, **dict(task)})})
 
 
 # Files around pickles
@@ -319,21 +324,21 @@ def _objects() -> Dict[str, bytes]:
 def _parts() -> Dict[str, Dict[str, bytes]]:
     """Programs of whole checkpoints, by what they have in which part."""
     itself = pickle.EMPTY_DICT + pickle.BINPUT + b"\2" + text("x") + pickle.BINGET + b"\2"
-    models = {
-        "a configuration that doubles": pairs({"x": doubled(64, text("ha"))}),
-        "a configuration in itself": itself + pickle.SETITEM,
-        "a deep configuration": pairs({"x": b"]" * 1000 + pickle.APPEND * 999}),
-        "a configuration of text": text("model"),
-        "references that double": pairs({"x": text("${y}${y}")}),
-        "an architecture that is a list": pairs({"arch": pickle.EMPTY_LIST}),
-        "10^9 layers": pairs({"encoder_layers": number(10**9)}),
-        "positions of text": pairs({"max_source_positions": text("x")}),
+    models: Dict[str, Dict[str, bytes]] = {
+        "a configuration that doubles": {"x": doubled(64, text("ha"))},
+        "a configuration in itself": {"x": itself + pickle.SETITEM},
+        "a deep configuration": {"x": pickle.EMPTY_LIST * 1000 + pickle.APPEND * 999},
+        "references that double": {"x": text("${y}${y}")},
+        "an architecture that is a list": {"arch": pickle.EMPTY_LIST},
+        "an architecture without a name": {"arch": text("")},
+        "10^9 layers": {"encoder_layers": number(10**9)},
+        "positions of text": {"max_source_positions": text("x")},
     }
-    tasks = {
-        "the environment": pairs({"data": text("${env:HOME}")}),
-        "a language outside": pairs({"source_lang": text("../../x")}),
-        "a language that is a list": pairs({"source_lang": pickle.EMPTY_LIST}),
-        "data that is a number": pairs({"data": number(1)}),
+    tasks: Dict[str, Dict[str, bytes]] = {
+        "the environment": {"data": text("${env:HOME}")},
+        "a language outside": {"source_lang": text("../../x")},
+        "a language that is a list": {"source_lang": pickle.EMPTY_LIST},
+        "data that is a number": {"data": number(1)},
     }
     symbols = {
         "a symbol that is a number": number(1),
@@ -343,8 +348,9 @@ def _parts() -> Dict[str, Dict[str, bytes]]:
     one = listed(text("a"))
     items = pairs({"items": pickle.NONE}) + pickle.BUILD
     return {
-        **{w: {"cfg": pairs({"model": m, "task": b"}"})} for w, m in models.items()},
-        **{w: {"cfg": pairs({"model": b"}", "task": t})} for w, t in tasks.items()},
+        **{what: {"cfg": configuration(**model)} for what, model in models.items()},
+        **{what: {"cfg": configuration(task)} for what, task in tasks.items()},
+        "a configuration of text": {"cfg": pairs({"model": text("x"), "task": pickle.EMPTY_DICT})},
         **{
             w: {"task_state": pairs({"source_symbols": listed(s), "target_symbols": one})}
             for w, s in symbols.items()
@@ -409,15 +415,10 @@ def configured(whole: Dict[str, Any], **options: Any) -> Dict[str, Any]:
 def built(marker: Path) -> Dict[str, Dict[str, Any]]:
     """Options of a model that make a folder when stock fairseq builds it."""
     code = "[__import__('os').mkdir({!r})]".format(str(marker))
-    lists: List[Any] = [
-        {"arch": "transformer", "adaptive_softmax_cutoff": code},
-        {"arch": "fconv", "encoder_layers": code},
-        {"arch": "lstm", "decoder_attention": code},
-    ]
     return {
-        "{}'s {}".format(*[one["arch"], [k for k in one if k != "arch"][0]]): {
-            **one,
-            "_name": one["arch"],
-        }
-        for one in lists
+        "transformer": {"adaptive_softmax_cutoff": code},
+        "transformer_align": {"encoder": {"xformers_att_config": code}},
+        "fconv": {"encoder_layers": code},
+        "lstm": {"decoder_attention": code},
+        "wav2vec2": {"conv_feature_layers": code},
     }

@@ -119,15 +119,21 @@ def test_that_their_like_can_be_opened(tmp_path):
         assert weight.shape == (2, 3) and weight.dtype == torch.float32, what
 
 
-@pytest.mark.parametrize("what", ["transformer", "fconv", "lstm"])
-def test_options_that_are_code(what, tmp_path):
-    marker = tmp_path / "executed"
-    options = next(v for k, v in hostile.built(marker).items() if k.startswith(what))
-    path = tmp_path / "evil.pt"
-    torch.save(hostile.configured(hostile.state(), **options), str(path))
-    with pytest.raises(CheckpointError, match="would execute"):
-        read_checkpoint(str(path))
-    assert not marker.exists()
+@pytest.mark.parametrize("arch", sorted(hostile.built(Path())))
+def test_options_that_are_code(arch, tmp_path, count):
+    marker, path = tmp_path / "executed", tmp_path / "evil.pt"
+    options = hostile.built(marker)[arch]
+    named = {"arch": arch, "_name": arch, **options}
+    within = {"arch": None, "_name": None, arch: options}  # fairseq finds the name there, too
+    for model, words in (
+        (named, "would execute|evaluates, or opens"),
+        (within, "would execute|names no architecture"),
+    ):
+        torch.save(hostile.configured(hostile.state(), **model), str(path))
+        with pytest.raises(CheckpointError, match=words):
+            read_checkpoint(str(path))
+        assert not marker.exists()
+        count("checkpoints that execute code, given to the reader")
 
 
 def test_what_building_evaluates_in_this_fairseq():
