@@ -130,7 +130,7 @@ def _read(data: str, work: Callable[..., Any], *arguments: Any, **more: Any) -> 
         return work(*arguments, **more)
     except Exception as error:
         raise CacheError(
-            "the data in {} cannot be read: {}".format(data, error or repr(error))
+            "{}: the data cannot be read: {}".format(data, error or repr(error))
         ) from error
 
 

@@ -44,7 +44,7 @@ def set_up_task(cfg: Any) -> Any:
         task = tasks.setup_task(cfg.task)
     except Exception as error:  # fairseq's is a bare Exception, or an assertion
         raise FileError(
-            "the data in {} cannot be read: {}".format(cfg.task.data, error or repr(error))
+            "{}: the data cannot be read: {}".format(cfg.task.data, error or repr(error))
         ) from error
     if isinstance(task, TranslationTask):
         cfg.task.source_lang, cfg.task.target_lang = task.cfg.source_lang, task.cfg.target_lang
