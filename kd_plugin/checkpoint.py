@@ -1,84 +1,46 @@
 """Read fairseq checkpoints without running what is inside them; average and write them.
 
-A checkpoint is a pickle, and a teacher is often somebody else's file. Only the globals that
-fairseq's own checkpoints hold may be looked up while one is opened: torch >= 2.6 enforces that
-itself (``weights_only``), older torch gets an unpickler that does.
+A checkpoint is a pickle, and a teacher is often somebody else's file. ``torchfile`` opens it
+without running what is inside. Its configuration is somebody else's, too: building the model that
+it describes must neither run code nor open other files.
 """
 
+import ast
+import contextlib
 import hashlib
 import importlib
 import os
-import pickle
 import re
-import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+import resource
 from argparse import Namespace
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
-# What fairseq's checkpoints hold besides tensors, as (module, name). Some names exist at one end
-# of the supported versions only.
-_METERS = (
-    "AverageMeter",
-    "TimeMeter",
-    "StopwatchMeter",
-    "MetersDict",
-    "SumMeter",
-    "ConcatTensorMeter",
-)
-_NODES = (
-    "AnyNode",
-    "StringNode",
-    "IntegerNode",
-    "FloatNode",
-    "BooleanNode",
-    "EnumNode",
-    "BytesNode",
-)
-_BUILTINS = ("dict", "list", "tuple", "set", "int", "float", "str", "bool")
-FAIRSEQ_GLOBALS: Tuple[Tuple[str, str], ...] = (
-    ("argparse", "Namespace"),
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-    ("collections", "defaultdict"),
-    *(("builtins", name) for name in _BUILTINS),
-    *(("numpy", name) for name in ("ndarray", "dtype")),
-    *(
-        (module + ".multiarray", name)
-        for module in ("numpy.core", "numpy._core")
-        for name in ("_reconstruct", "scalar")
-    ),
-    *(
-        (module, name)
-        for module in ("fairseq.meters", "fairseq.logging.meters")
-        for name in _METERS
-    ),
-    ("omegaconf.dictconfig", "DictConfig"),
-    ("omegaconf.listconfig", "ListConfig"),
-    ("omegaconf.base", "Metadata"),
-    ("omegaconf.base", "ContainerMetadata"),
-    *(("omegaconf.nodes", name) for name in _NODES),
-    ("typing", "Any"),
-)
-# What tensors are pickled with. torch >= 2.6 allows these by itself.
-_TORCH_GLOBALS = (
-    ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    *(("torch", name) for name in ("float16", "bfloat16", "float32", "float64", "bool", "uint8")),
-    *(("torch", name) for name in ("int8", "int16", "int32", "int64")),
-    *(("torch", kind + "Storage") for kind in ("Half", "BFloat16", "Float", "Double", "Bool")),
-    *(("torch", kind + "Storage") for kind in ("Byte", "Char", "Short", "Int", "Long")),
-)
+from . import torchfile
+from .torchfile import FAIRSEQ_GLOBALS, ForbiddenGlobal, local_module
 
 # fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
 # later versions refuse them
 SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$")
+
+# What building a model evaluates as a Python expression, in the modules of fairseq's models that do
+# not open files that the configuration names
+EVALUATED = re.compile(
+    r"(.*_)?(layers|attention|adaptive_(softmax|input)_cutoff|character_filters"
+    r"|xformers_att_config)$"
+)
+BUILDABLE = re.compile(
+    r"fairseq\.models\.(transformer(\.\w+)?|transformer_(legacy|align|lm)|multilingual_transformer"
+    r"|nat\.\w+|(lstm|fconv|lightconv)(_lm)?)$"
+)
+_DEEPEST, _MOST_VALUES = 20, 1 << 16  # of a configuration
+_BUILDING = 1 << 32  # bytes for building a model, beyond some times its weights
+_MOST_NAMES = 8  # of a weight that is tied
 
 # Since 2.6 torch.load has weights_only by default, with an allow-list that can name aliases.
 _TORCH_CHECKS_GLOBALS = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) >= (2, 6)
@@ -100,7 +62,7 @@ def allow_fairseq_globals() -> None:
     received = ("fairseq.distributed.utils", "_TensorPlaceholder")
     for module, name in (*FAIRSEQ_GLOBALS, received):
         try:
-            found = getattr(importlib.import_module(_local(module)), name)
+            found = getattr(importlib.import_module(local_module(module)), name)
             allowed.append((found, module + "." + name))
         except (ImportError, AttributeError):
             continue
@@ -109,36 +71,6 @@ def allow_fairseq_globals() -> None:
         value for name, value in sorted(vars(dtypes or object).items()) if name.endswith("DType")
     )
     torch.serialization.add_safe_globals(allowed)  # type: ignore[attr-defined]
-
-
-def _local(module: str) -> str:
-    """The name here of what numpy 2 renamed to ``numpy._core``, with a mere alias left behind."""
-    names = ("numpy.core", "numpy._core")
-    return module.replace(*(names if hasattr(np, "_core") else names[::-1]))
-
-
-class _RestrictedPickle:
-    """Stands in for the ``pickle`` module in ``torch.load``: looks up allow-listed globals only."""
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            # torch pickles with protocol 2, which uses Python 2's names
-            module, name = NAME_MAPPING.get((module, name), (module, name))
-            module = IMPORT_MAPPING.get(module, module)
-            if (module, name) not in FAIRSEQ_GLOBALS and (module, name) not in _TORCH_GLOBALS:
-                raise pickle.UnpicklingError("forbidden global {}.{}".format(module, name))
-            return super().find_class(_local(module), name)
-
-    @classmethod
-    def load(cls, file: Any, **kwargs: Any) -> Any:
-        return cls.Unpickler(file, **kwargs).load()
-
-    UnpicklingError = pickle.UnpicklingError
-    __name__ = "restricted pickle"
-
-
-# The name in this reader's own refusal, and in torch's
-_FORBIDDEN = re.compile(r"(?:forbidden global|\bGLOBAL) ([\w.]+)")
 
 
 def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
@@ -160,19 +92,35 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
         raise CheckpointError("{}: no such checkpoint file".format(path))
     try:
         state = _load(path, trust)
-    except Exception as error:  # torch raises nearly anything on a file that is not its own
-        forbidden = _FORBIDDEN.search(str(error))
-        if forbidden:
-            raise CheckpointError(
-                "{}: refused, because its pickle asks for {}, which no fairseq checkpoint needs. "
-                "Nothing was executed. If you know where this file comes from and trust it, "
-                "--trust-checkpoint (in training --teacher-trust-checkpoint) opens it all the "
-                "same.".format(path, forbidden.group(1))
-            ) from None
+        _check(path, state)
+        if not trust:
+            _refuse_code(path, state)
+    except CheckpointError:
+        raise
+    except ForbiddenGlobal as error:
+        raise CheckpointError(
+            "{}: refused, because its pickle asks for {}, which no fairseq checkpoint needs. "
+            "Nothing was executed. If you know where this file comes from and trust it, "
+            "--trust-checkpoint (in training --teacher-trust-checkpoint) opens it all the "
+            "same.".format(path, error)
+        ) from None
+    except Exception as error:  # nearly any, on a file that is something else
         raise CheckpointError(
             "{}: cannot be read as a fairseq checkpoint; it is damaged, incomplete or something "
             "else ({}: {})".format(path, type(error).__name__, str(error).split("\n")[0][:300])
         ) from error
+    return state
+
+
+def _load(path: str, trust: bool) -> Any:
+    if not trust:
+        return torchfile.read(path)
+    more = {"weights_only": False} if _TORCH_CHECKS_GLOBALS else {}
+    return torch.load(path, map_location="cpu", **more)
+
+
+def _check(path: str, state: Any) -> None:
+    """That everything in it which is used anywhere is of the kind that it should be."""
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise CheckpointError(
             "{}: not a fairseq checkpoint: expected a dictionary with the model's weights under "
@@ -183,16 +131,151 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
                 else type(state).__name__,
             )
         )
-    if state.get("args") is None and state.get("cfg") is None:
+    args: Any = state.get("args")
+    cfg: Any = state.get("cfg")
+    if args is None and cfg is None:
         raise CheckpointError(
             "{}: holds weights but neither 'cfg' nor 'args', so the model cannot be rebuilt; "
             "use a checkpoint that fairseq-train wrote".format(path)
         )
-    if state.get("args") is not None:
+    if args is not None:
+        if not isinstance(args, Namespace):
+            raise TypeError("its 'args' are a {}".format(type(args).__name__))
+        state["args"] = _Plain().of(args)
         _modernise(state["args"])
-    weights = state["model"].items()
-    state["model"] = {k: w for k, w in weights if not SECOND_COPIES.search(str(k))}
-    return state
+    else:
+        if OmegaConf.is_config(cfg):
+            cfg = OmegaConf.create(_Plain().of(OmegaConf.to_container(cfg)))
+            cfg = OmegaConf.to_container(cfg, resolve=True)
+        parts = {name: _Plain().of(cfg[name]) for name in ("model", "task")}
+        for name, part in parts.items():
+            if not isinstance(part, (dict, Namespace)):
+                raise TypeError("its {} is a {}".format(name, type(part).__name__))
+        state["cfg"] = {**cfg, **parts}
+    task = section(state, "task")
+    for name in ("source_lang", "target_lang"):
+        lang = get(task, name)
+        if lang is not None and not re.fullmatch(r"\w[\w@.+-]*", lang):
+            raise ValueError("{!r} is no name of a language".format(lang)[:200])
+    kinds = {"max_source_positions": int, "max_target_positions": int, "data": str, "_name": str}
+    for part in (section(state, "model"), task):
+        for name, kind in {**kinds, "arch": str}.items():
+            if not isinstance(get(part, name), (kind, type(None))):
+                raise TypeError(
+                    "its option {} is a {}".format(name, type(get(part, name)).__name__)
+                )
+    _check_weights(path, state)
+    history = state.get("optimizer_history") or []
+    if not all(isinstance(one.get("num_updates", 0), int) for one in history):
+        raise TypeError("its number of updates is none")
+    for side in symbols_in(state) or ():
+        if not all(type(symbol) is str for symbol in side):
+            raise TypeError("a symbol of its vocabulary is no text")
+        # no dictionary's file could hold it
+        if any("\n" in symbol or "\r" in symbol for symbol in side):
+            raise ValueError("a symbol of its vocabulary has more than one line")
+        "\n".join(side).encode("utf-8")
+
+
+def _check_weights(path: str, state: Dict[str, Any]) -> None:
+    weights = state["model"]
+    if not all(type(k) is str and isinstance(w, torch.Tensor) for k, w in weights.items()):
+        raise TypeError("something among its weights is no tensor")
+    if not any(weight.is_floating_point() for weight in weights.values()):
+        raise ValueError("it has no weights")
+    # tied ones are there under several names
+    claimed = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    if claimed > _MOST_NAMES * os.path.getsize(path):
+        raise ValueError("its weights claim {:,} bytes".format(claimed))
+    state["model"] = {k: w for k, w in weights.items() if not SECOND_COPIES.search(k)}
+
+
+class _Plain:
+    """Configurations of plain types; neither deep nor large when it is written out."""
+
+    def __init__(self) -> None:
+        self.left = _MOST_VALUES
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        self.left -= 1
+        if self.left < 0 or depth > _DEEPEST:
+            raise ValueError("its configuration is too large")
+        if isinstance(value, str):
+            # references in them may multiply, or ask for the environment
+            if "${" in value and not re.fullmatch(r"\$\{[\w.]+\}", value):
+                raise ValueError("{!r} in its configuration".format(value)[:200])
+            return str(value)
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, Namespace):
+            return Namespace(**self.of(vars(value), depth + 1))
+        if isinstance(value, dict):
+            return {
+                # pretrained embeddings were read before training; the weights replace them
+                str(key): None if str(key).endswith("embed_path") else self.of(part, depth + 1)
+                for key, part in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            return type(value)([self.of(part, depth + 1) for part in value])
+        return value
+
+
+def _refuse_code(path: str, state: Dict[str, Any]) -> None:
+    """Refuse a configuration that makes fairseq run something, or more than the file is worth."""
+    from fairseq import models  # imports everything
+
+    config = section(state, "model")
+    arch = get(config, "_name") or get(config, "arch")
+    if not arch:  # fairseq would take the name of a section for it
+        raise ValueError("it names no architecture")
+    model = models.ARCH_MODEL_REGISTRY.get(arch, models.MODEL_REGISTRY.get(arch))
+    module = getattr(model, "__module__", "")  # other modules' are this user's own
+    if module.startswith("fairseq.") and not BUILDABLE.match(module):
+        raise CheckpointError(
+            "{}: refused, because building its architecture {} evaluates, or opens, what the file "
+            "says. If you know where this file comes from and trust it, --trust-checkpoint (in "
+            "training --teacher-trust-checkpoint) uses it all the same.".format(path, arch)
+        )
+    for name, value in _fields(config):
+        if isinstance(value, str) and EVALUATED.match(name) and not _is_literal(value):
+            raise CheckpointError(
+                "{}: refused, because its option {} is {:.200}, which building the model would "
+                "execute. Nothing was executed.".format(path, name, repr(value))
+            )
+        if name.endswith("layers") and isinstance(value, int) and value > len(state["model"]):
+            raise ValueError(
+                "its option {} is {}, and it has {} weights".format(
+                    name, value, len(state["model"])
+                )
+            )
+
+
+def _fields(config: Any) -> Iterator[Tuple[str, Any]]:
+    """All fields of a configuration, and of those within it."""
+    parts = vars(config) if isinstance(config, Namespace) else config
+    for name, value in parts.items():
+        yield name, value
+        if isinstance(value, (dict, Namespace)):
+            yield from _fields(value)
+
+
+def _is_literal(text: str) -> bool:
+    """Whether it is a literal, or short lists of such added and repeated: [(512, 3)] * 20."""
+    try:
+        return _length(ast.parse(text, mode="eval").body) <= _MOST_VALUES
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
+
+
+def _length(node: Any) -> int:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _length(node.left) + _length(node.right)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        times = ast.literal_eval(node.right)
+        if isinstance(times, int) and isinstance(node.left, (ast.List, ast.BinOp)):
+            return _length(node.left) * times
+    ast.literal_eval(node)
+    return len(getattr(node, "elts", "1"))
 
 
 def _modernise(args: Namespace) -> None:
@@ -205,18 +288,6 @@ def _modernise(args: Namespace) -> None:
         args.data = args.data[0]
 
 
-def _load(path: str, trust: bool) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise ValueError("it is a TorchScript archive")
-    if _TORCH_CHECKS_GLOBALS:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
-    # torch's stub wants a module here; anything with Unpickler and load does
-    module = pickle if trust else _RestrictedPickle
-    return torch.load(path, map_location="cpu", pickle_module=module)
-
-
 def section(state: Dict[str, Any], name: str) -> Any:
     """``name`` ("model", "task", ...) of a checkpoint's configuration, old or new format.
 
@@ -225,6 +296,26 @@ def section(state: Dict[str, Any], name: str) -> Any:
     """
     args = state.get("args")
     return args if args is not None else state["cfg"][name]
+
+
+@contextlib.contextmanager
+def bounded_memory(state: Dict[str, Any]) -> Iterator[None]:
+    """While a checkpoint's model is built: its configuration may claim any size."""
+    weights = sum(weight.numel() * weight.element_size() for weight in state["model"].values())
+    before = None
+    # where the system counts it
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        (used,) = re.findall(r"VmData:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        mine = int(used) * 1024 + 4 * weights + _BUILDING
+        if limit == resource.RLIM_INFINITY or mine < limit:
+            resource.setrlimit(resource.RLIMIT_DATA, (mine, hard))
+            before = limit, hard
+    try:
+        yield
+    finally:
+        if before is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def get(config: Any, name: str, default: Any = None) -> Any:

@@ -108,20 +108,27 @@ def model_arguments(path: str, state: Dict[str, Any]) -> Namespace:
     }
     for name in positions:
         found[name] = checkpoint.get(model, name) or checkpoint.get(task, name) or 1024
-    # pretrained embeddings were read before training; the checkpoint's weights replace them
-    for name in names & {"encoder_embed_path", "decoder_embed_path"}:
-        found[name] = None
     # an LSTM takes its adaptive softmax from there
     criterion = checkpoint.get(model, "criterion")
     found["criterion"] = criterion if criterion == "adaptive_loss" else None
     args = Namespace(**found, arch=arch, _name=arch)
-    models.ARCH_CONFIG_REGISTRY[arch](args)
-    for name in ("encoder_kernel_size_list", "decoder_kernel_size_list"):
-        if len(getattr(args, name, "many")) == 1:
-            raise ExportError(
-                "{}: stock fairseq cannot build the architecture {} with a single layer from plain "
-                "types".format(path, arch)
+    try:
+        models.ARCH_CONFIG_REGISTRY[arch](args)
+        kernels = [
+            len(getattr(args, side + "_kernel_size_list", "many"))
+            for side in ("encoder", "decoder")
+        ]
+    except Exception as error:  # an option of another kind than the architecture's
+        raise ExportError(
+            "{}: its options are not those of {} ({}: {})".format(
+                path, arch, type(error).__name__, error
             )
+        ) from error
+    if 1 in kernels:
+        raise ExportError(
+            "{}: stock fairseq cannot build the architecture {} with a single layer from plain "
+            "types".format(path, arch)
+        )
     return args
 
 
@@ -153,8 +160,9 @@ def stock_state(
     )
     try:
         # building completes the arguments; loading renames what older versions named otherwise
-        model = models.build_model(args, task)
-        model.load_state_dict(dict(state["model"]), strict=True, model_cfg=args)
+        with checkpoint.bounded_memory(state):
+            model = models.build_model(args, task)
+            model.load_state_dict(dict(state["model"]), strict=True, model_cfg=args)
     except Exception as error:
         raise ExportError(
             "{}: its model cannot be rebuilt with this fairseq and dictionaries of {} and {} "
@@ -307,8 +315,25 @@ def convert(path: str, stock: Dict[str, Any], folder: Path, quantization: str = 
 
 
 def read_record(folder: Path) -> Dict[str, Any]:
-    """What a CTranslate2 folder was made of; empty for one that another tool has made."""
-    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    """What a CTranslate2 folder was made of; empty for one that another tool has made.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    if not (folder / RECORD).is_file():
+        return {}
+    found = read_json(folder / RECORD)
+    kinds = {
+        "parameters": int,
+        "parameters_without_embeddings": int,
+        "max_source_positions": int,
+        "max_target_positions": int,
+        "quantization": str,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), (kind, type(None))):
+            raise FileError("{}: {} is no {}".format(folder / RECORD, name, kind.__name__))
+    return found
 
 
 def symbols_of(folder: Path) -> Tuple[Set[str], Set[str]]:
@@ -323,7 +348,7 @@ def symbols_of(folder: Path) -> Tuple[Set[str], Set[str]]:
         files = [shared, shared]
     try:
         source, target = [set(json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise FileError(
             "{}: expected a model of CTranslate2 4 with its vocabularies ({})".format(folder, error)
         ) from None

@@ -75,6 +75,17 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+def no_link(path: str, flags: int) -> int:
+    """An ``opener``: through a link that somebody has put there, another file would be changed.
+
+    Raises:
+        FileError: it is a link.
+    """
+    if os.path.islink(path):
+        raise FileError("{} is a link: expected a file that this command has written".format(path))
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_all(file: Any, block: memoryview) -> None:
     """To an unbuffered file, which may take less at a time."""
     while len(block):
@@ -150,7 +161,7 @@ def locked(path: Path, wait: bool = False) -> Any:
     Raises:
         FileError: another process holds it, and this one is not to wait.
     """
-    file = open(path, "w")
+    file = open(path, "w", opener=no_link)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

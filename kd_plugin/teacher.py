@@ -366,7 +366,7 @@ def find_dictionaries(
 
     def beside(folder: str) -> Optional[List[Dictionary]]:
         files = [os.path.join(folder, "dict.{}.txt".format(lang)) for lang in langs]
-        return [Dictionary.load(f) for f in files] if all(map(os.path.isfile, files)) else None
+        return [vocabulary.read(f) for f in files] if all(map(os.path.isfile, files)) else None
 
     if data is not None:
         found = beside(data)
@@ -439,8 +439,6 @@ def build_model(
     Raises:
         TeacherError: it cannot be built, or is no encoder-decoder.
     """
-    # pretrained embeddings were read before training; the checkpoint's weights replace them
-    embeddings = {"encoder_embed_path": None, "decoder_embed_path": None}
     config = checkpoint.section(state, "model")
     known = vars(config) if isinstance(config, Namespace) else config
     unknown = set(overrides) - set(known) - {"source_lang", "target_lang"}
@@ -450,16 +448,17 @@ def build_model(
                 path, ", ".join(sorted(map(repr, unknown)))
             )
         )
-    changed = {key: v for key, v in {**embeddings, **overrides}.items() if key in known}
-    if isinstance(config, Namespace):
-        config = Namespace(**{**vars(config), **changed})
-    else:
-        config = OmegaConf.create(config)
-        with open_dict(config):
-            config.update(changed)
+    changed = {key: v for key, v in overrides.items() if key in known}
     try:
-        model = models.build_model(config, task)
-        model.load_state_dict(state["model"], strict=True, model_cfg=config)
+        if isinstance(config, Namespace):
+            config = Namespace(**{**vars(config), **changed})
+        else:
+            config = OmegaConf.create(config)
+            with open_dict(config):
+                config.update(changed)
+        with checkpoint.bounded_memory(state):
+            model = models.build_model(config, task)
+            model.load_state_dict(state["model"], strict=True, model_cfg=config)
     except Exception as error:
         raise TeacherError(
             "teacher {}: its model cannot be rebuilt with this fairseq ({}: {}). Options that "

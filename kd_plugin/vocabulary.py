@@ -5,6 +5,7 @@ from collections import Counter
 from typing import List, Optional, Sequence
 
 import torch
+from fairseq.data import Dictionary
 
 # fairseq pads a dictionary to a multiple of 8 with these; they never occur in data
 _PADDING_SYMBOL = re.compile(r"madeupword\d{4,}$")
@@ -12,7 +13,23 @@ MISSING = -1
 
 
 class VocabularyError(ValueError):
-    """Two vocabularies that cannot be mapped onto each other."""
+    """A vocabulary that cannot be read, or two that cannot be mapped onto each other."""
+
+
+def read(path: str) -> Dictionary:
+    """A ``dict.LANG.txt``.
+
+    Raises:
+        VocabularyError: it is none.
+    """
+    try:
+        return Dictionary.load(path)
+    except Exception as error:  # fairseq's is a bare one for what is not UTF-8
+        raise VocabularyError(
+            "{}: cannot be read as a dictionary of fairseq-preprocess ({})".format(
+                path, " ".join(str(error).split())[:300]
+            )
+        ) from error
 
 
 def index_map(

@@ -36,6 +36,7 @@ _MODULES = {
     "fairseq-preprocess": "fairseq_cli.preprocess",
 }
 _COMMANDS = {
+    "fairseq-kd-benchmark": "kd_plugin.commands.benchmark",
     "fairseq-kd-cache": "kd_plugin.commands.cache",
     "fairseq-kd-export": "kd_plugin.commands.export",
     "fairseq-kd-report": "kd_plugin.commands.report",

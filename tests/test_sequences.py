@@ -584,7 +584,8 @@ def test_a_teacher_of_the_other_direction_is_said(databin_of_letters, tmp_path, 
     weights = {side + ".embed_tokens.weight": torch.zeros(12, 2) for side in ("encoder", "decoder")}
     for langs, said in ((("aa", "bb"), False), (("bb", "aa"), True)):
         task = {"source_lang": langs[0], "target_lang": langs[1]}
-        torch.save({"cfg": {"task": task}, "model": weights, "task_state": symbols}, str(path))
+        cfg = {"task": task, "model": {"arch": "transformer"}}
+        torch.save({"cfg": cfg, "model": weights, "task_state": symbols}, str(path))
         teachers.read_teachers([str(path)], task_of(data), {}, False)
         assert ("FROM bb TO aa, not from aa to bb" in caplog.text) == said
 

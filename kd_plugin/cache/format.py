@@ -200,15 +200,15 @@ def _well_formed(manifest: Dict[str, Any]) -> bool:
     def natural(x: Any, least: int = 0, most: int = 1 << 62) -> bool:
         return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
-    def number(x: Any) -> bool:
-        return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < 1e300
+    def number(x: Any, least: float = 0) -> bool:
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and least < x < 1e300
 
     def teacher(x: Any) -> bool:
         return (
             isinstance(x, dict)
             and isinstance(x.get("path"), str)
             and "\0" not in x["path"]
-            and natural(x.get("bytes"))
+            and natural(x.get("bytes"), 1)
             and isinstance(x.get("sha256"), str)
         )
 
@@ -224,5 +224,5 @@ def _well_formed(manifest: Dict[str, Any]) -> bool:
         and all(map(teacher, teachers))
         and isinstance(manifest.get("checksums"), dict)
         and isinstance(manifest.get("summary"), dict)
-        and all(isinstance(manifest["summary"].get(key), (int, float)) for key in SUMMARY)
+        and all(number(manifest["summary"].get(key), -1e300) for key in SUMMARY)
     )

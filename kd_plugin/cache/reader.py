@@ -47,6 +47,7 @@ class CachedSubset:
         except OSError as error:
             raise CacheError("the cache {} cannot be read: {}".format(self.folder, error)) from None
         self._check_offsets()
+        self._check_symbols()
         self._warn_of_other_teachers()
 
     @staticmethod
@@ -126,12 +127,24 @@ class CachedSubset:
             path = layout.array_file(self.folder, layout.OFFSETS)
             raise CacheError("{}: make the cache again".format(_damaged(path)))
 
+    def _check_symbols(self) -> None:
+        symbols = self._arrays["symbols"]
+        if len(symbols) and symbols.max() >= self.vocabulary:
+            path = layout.array_file(self.folder, "symbols")
+            raise CacheError(
+                "{}: symbol {} of a vocabulary of {}. Make the cache again.".format(
+                    _damaged(path), symbols.max(), self.vocabulary
+                )
+            )
+
     def _warn_of_other_teachers(self) -> None:
         for teacher in self.manifest["teachers"]:
             path, size = teacher["path"], teacher["bytes"]
             try:
+                if not os.path.isfile(path):  # gone, or nothing that ends
+                    continue
                 same = os.path.getsize(path) == size and digest(path) == teacher["sha256"]
-            except (OSError, ValueError):  # gone, not ours to read, or no path at all
+            except (OSError, ValueError):  # not ours to read, or no path at all
                 continue
             if not same:
                 logger.warning(

@@ -17,6 +17,7 @@ from ..files import (
     Shards,
     all_or_nothing,
     differences,
+    no_link,
     read_json,
     size,
     write_all,
@@ -136,7 +137,8 @@ class CacheWriter:
         self._rows = int(ends[-1]) if len(ends) else 0
         for name, array in self.types.items():
             # what a kill left behind the last whole batch is cut off
-            file = open(layout.array_file(self.shards.own, name), "ab", buffering=0)
+            path = layout.array_file(self.shards.own, name)
+            file = open(path, "ab", buffering=0, opener=no_link)
             file.truncate(whole * array.row_bytes)
             self._files[name] = file
 

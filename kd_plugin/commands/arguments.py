@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import logging
 import os
 import sys
@@ -10,6 +11,8 @@ from typing import Any, Callable, List, Optional, Tuple
 import torch
 from fairseq import options as fairseq_options
 from fairseq import utils
+
+_LONGEST = 4000  # characters of a message
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -94,6 +97,8 @@ def useless_for_decoding(options: Any) -> List[str]:
 def exit_code(prog: str, work: Callable[[], Any]) -> int:
     """Do a command's work; what can go wrong with a user's files and flags is one line."""
     _log_like_fairseq()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         work()
         return 0
@@ -103,11 +108,21 @@ def exit_code(prog: str, work: Callable[[], Any]) -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         kept = ". What is written is kept: run the same command again to go on." if full else ""
         message = "{}{}".format(error, kept)
+    except MemoryError:
+        message = "there is not enough memory"
     except KeyboardInterrupt:
         print("{}: run the same command again to go on".format(prog), file=sys.stderr)
         return 130
-    print("{}: {}".format(prog, message), file=sys.stderr)
+    print("{}: {}".format(prog, _printable(message)), file=sys.stderr)
     return 1
+
+
+def _printable(text: str) -> str:
+    """What a file's content in a message could do to a terminal, escaped."""
+    text = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _log_like_fairseq() -> None:

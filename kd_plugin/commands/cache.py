@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         cfg.task.teacher_checkpoint_path = cfg.common_eval.path
         cfg.task.teacher_overrides = cfg.common_eval.model_overrides
     utils.import_user_module(cfg.common)
-    task = _read(tasks.setup_task, cfg.task)
+    task = _read(cfg.task.data, tasks.setup_task, cfg.task)
 
     cuda = torch.cuda.is_available() and not cfg.common.cpu
     if cuda:
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         combine = subset == cfg.dataset.train_subset or (
             subset == "valid" and cfg.dataset.combine_valid_subsets
         )
-        _read(task.load_dataset, subset, combine=combine)
+        _read(cfg.task.data, task.load_dataset, subset, combine=combine)
         if subset == cfg.dataset.train_subset:
             task.probe(teacher, subset)
         complete, writer = fill(
@@ -124,12 +124,14 @@ def _refuse(options: argparse.Namespace) -> None:
         raise CacheError("; ".join(faults))
 
 
-def _read(work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+def _read(data: str, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     """What fairseq raises when the data is not what it expects is a bare Exception or worse."""
     try:
         return work(*arguments, **more)
     except Exception as error:
-        raise CacheError("the data cannot be read: {}".format(error or repr(error))) from error
+        raise CacheError(
+            "{}: the data cannot be read: {}".format(data, error or repr(error))
+        ) from error
 
 
 def _temperatures(text: str) -> List[float]:

@@ -20,7 +20,7 @@ from ..teacher import Student, Teacher
 from ..timing import Spread
 from . import compare, page
 from .curves import read_curves
-from .decode import Measured, configuration, measure
+from .decode import NUMBERS, Measured, configuration, measure
 from .score import METRICS, TESTS, score
 from .systems import CTRANSLATE2, Model, System
 
@@ -314,16 +314,7 @@ def _judge(
                 "kind": model.kind,
                 "path": model.path,
                 "error": failures.get(model.name),
-                **{
-                    key: measured[model.name].about.get(key)
-                    for key in (
-                        "parameters",
-                        "parameters_without_embeddings",
-                        "bytes",
-                        "file_bytes",
-                        "precision",
-                    )
-                },
+                **{key: measured[model.name].about.get(key) for key in (*NUMBERS, "precision")},
                 "peak_memory_bytes": measured[model.name].memory or None,
             }
             for model in asked.models
@@ -442,7 +433,7 @@ def _counts(data: _Data) -> np.ndarray:
     dictionary, bins = data.task.target_dictionary, data.corpus.data
     train = bins.side("train", bins.langs[1])
     if train is None:
-        return np.asarray(dictionary.count)
+        return np.array([min(n, _COUNTED) for n in dictionary.count])
     counts = np.zeros(len(dictionary), dtype=np.int64)
     for i in range(min(len(train), _COUNTED)):
         np.add.at(counts, train[i].numpy(), 1)
@@ -478,12 +469,14 @@ def _write(report: Dict[str, Any], folder: Path) -> None:
 
     pictures = draw(report)
     report["pictures"] = list(pictures)
-    content = {
-        **pictures,
-        "report.md": page.markdown(report).encode("utf-8"),
-        "report.html": page.page(report, pictures).encode("utf-8"),
-        "report.json": json.dumps(_plain(report), indent=1, ensure_ascii=False).encode("utf-8"),
+    texts = {
+        "report.md": page.markdown(report),
+        "report.html": page.page(report, pictures),
+        "report.json": json.dumps(_plain(report), indent=1, ensure_ascii=False),
     }
+    # a file's name may be no text
+    written = {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
+    content = {**pictures, **written}
     for name, data in content.items():
         with all_or_nothing(folder / name) as file:
             file.write(data)

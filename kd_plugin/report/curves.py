@@ -1,6 +1,7 @@
 """Training curves, read from fairseq's logs."""
 
 import json
+import math
 import re
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
@@ -47,7 +48,7 @@ def read_curves(path: str) -> Dict[str, Dict[str, Curve]]:
 
 def _add(curves: Dict[str, Curve], values: Dict[str, float]) -> None:
     for field in FIELDS:
-        if field in values and "num_updates" in values:
+        if field in values and math.isfinite(values.get("num_updates", math.nan)):
             curve, update = curves.setdefault(field, []), int(values["num_updates"])
             while curve and curve[-1][0] >= update:
                 curve.pop()
@@ -63,7 +64,7 @@ def _read(text: str) -> Tuple[Optional[str], Dict[str, float]]:
     if text.startswith("{"):
         try:
             values = _numbers(dict(json.loads(text)).items())
-        except ValueError:
+        except (ValueError, RecursionError):
             return None, {}
         if "valid_num_updates" in values:
             return "valid", {k[len("valid_") :]: v for k, v in values.items() if "valid_" in k}
@@ -80,6 +81,6 @@ def _numbers(pairs: Iterable[Tuple[str, Any]]) -> Dict[str, float]:
     for name, value in pairs:
         try:
             values[name] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     return values

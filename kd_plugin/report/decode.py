@@ -8,6 +8,7 @@ import contextlib
 import copy
 import gc
 import logging
+import math
 import multiprocessing
 import resource
 import signal
@@ -31,6 +32,9 @@ from ..sequences.databin import words
 from .systems import CTRANSLATE2, Model, System
 
 _OTHER_DICTIONARIES = "Name a data-bin made with its own dictionaries: --model-data NAME=DIR."
+
+
+NUMBERS = ("parameters", "parameters_without_embeddings", "bytes", "file_bytes")  # of a model
 
 
 class Said(NamedTuple):
@@ -79,8 +83,21 @@ class Measured:
                 self.tokens[int(beam)] = int(found["tokens"][beam])
                 self.seconds[int(beam)] = [float(s) for s in found["seconds"][beam]]
             self.about, self.memory, self.runs = found["about"], found["memory"], found["runs"]
-        except (KeyError, TypeError, ValueError, AttributeError):
+            self._check()
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise FileError("{} is damaged: delete it".format(self._path)) from None
+
+    def _check(self) -> None:
+        lines = [line for text in self.said.values() for line in text]
+        numbers = [self.memory, *(self.about[name] or 0 for name in NUMBERS)]
+        if not (
+            all(line is None or type(line) is str for line in lines)
+            and all(0 < s < math.inf for seconds in self.seconds.values() for s in seconds)
+            and all(type(number) is int and number >= 0 for number in numbers)
+            and all(type(run) is str for run in self.runs)
+            and isinstance(self.about["precision"], (str, type(None)))
+        ):
+            raise ValueError("something of another kind")
 
     def passes(self, beam: int) -> int:
         return len(self.seconds.get(beam, ()))

@@ -5,6 +5,7 @@ Both are functions of the JSON's content alone. The page needs no scripts and no
 
 import base64
 import html
+import re
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 _NONE = "–"
@@ -214,8 +215,9 @@ def summary(report: Dict[str, Any]) -> str:
 
 
 def _md(text: str) -> str:
-    """Text that cannot end a table's cell."""
-    return " ".join(text.replace("|", "\\|").split())
+    """Text that cannot end a table's cell, and is neither HTML nor a link."""
+    text = html.escape(text, quote=False)
+    return " ".join(re.sub(r"([|\[`])", r"\\\1", text).split())
 
 
 def _not_compared(report: Dict[str, Any]) -> List[str]:

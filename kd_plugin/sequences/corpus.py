@@ -116,14 +116,26 @@ def _binarise(
 
 
 def text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[[str], str]]:
-    """From subwords to running text, as fairseq-generate does it, and back, as -interactive."""
-    bpe, tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
+    """From subwords to running text, as fairseq-generate does it, and back, as -interactive.
+
+    Raises:
+        FileError: a model of subwords cannot be read.
+    """
+    try:
+        bpe, tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
+    except Exception as error:  # of the libraries that they are in
+        raise FileError(
+            "--bpe or --tokenizer cannot be set up as {} and {}: {}".format(
+                cfg.bpe, cfg.tokenizer, " ".join(str(error).split())
+            )
+        ) from error
     symbol = cfg.common_eval.post_process
 
     def to_text(subwords: str) -> str:
         text = data_utils.post_process(subwords, symbol)
         text = text if bpe is None else bpe.decode(text)
-        return text if tokenizer is None else tokenizer.decode(text)
+        text = text if tokenizer is None else tokenizer.decode(text)
+        return text.replace("\n", " ")  # a subword model may know it, too; here it ends a sentence
 
     def to_subwords(text: str) -> str:
         text = text if tokenizer is None else tokenizer.encode(text)

@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from fairseq.data import Dictionary, data_utils, indexed_dataset
 
+from .. import vocabulary
 from ..files import FileError
 
 _MUCH_UNKNOWN = 0.05
@@ -26,7 +27,7 @@ class DataBin:
         source_lang, target_lang: the languages; fairseq takes either order in file names.
 
     Raises:
-        FileError: it has no dictionaries.
+        FileError: it has no dictionaries; VocabularyError: one cannot be read.
     """
 
     def __init__(self, folder: str, source_lang: str, target_lang: str) -> None:
@@ -38,7 +39,7 @@ class DataBin:
                     folder, " and ".join(missing)
                 )
             )
-        self.source, self.target = [Dictionary.load(str(f)) for f in self.dictionary_files()]
+        self.source, self.target = [vocabulary.read(str(f)) for f in self.dictionary_files()]
 
     def dictionary_files(self) -> List[Path]:
         return [self.folder / "dict.{}.txt".format(lang) for lang in self.langs]

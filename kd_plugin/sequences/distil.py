@@ -41,6 +41,8 @@ def decode(
         numbers of sentences and of subwords that were decoded now.
     """
     store.begin(plan)
+    if any((batch >= len(corpus.dataset)).any() for batch in store.batches):
+        raise FileError("{} is a plan for other sentences".format(store.folder))
     total = sum(map(len, store.batches))
     before = sum(map(len, store.batches[: store.done]))
     batches: Any = store.batches[store.done :]
@@ -119,11 +121,13 @@ def choose(
     close = np.full(sentences, np.nan, dtype=np.float64)
     dropped = new_counts()
     measure = closeness(choice.metric)
-    decoded = 0
+    decoded, last = 0, -1
     with _progress(sentences, "choosing") as progress:
         for i, hypotheses in nbest:
+            if not last < i < sentences:
+                raise FileError("{} has another sentence {}".format(nbest.folder, i))
             progress.update(1)
-            decoded += 1
+            decoded, last = decoded + 1, i
             source = databin.decode(corpus.data.source, corpus.source[i].tolist())
             text = student.detokenise
             reference = None
@@ -202,8 +206,15 @@ class Output:
         """Read the record, if by now there is one."""
         if (self.folder / _RECORD).is_file():
             self.found = read_json(self.folder / _RECORD)
-            if not isinstance(self.found.get("settings"), dict):
-                raise FileError("{} is not a record of this command".format(self.folder))
+            try:
+                known = isinstance(self.found["settings"], dict) and all(
+                    type(name) is str for name in self.found["files"]
+                )
+                summary_lines(self.found, self.folder)
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+                known = False
+            if not known:
+                raise FileError("{} is not a record of this command".format(self.folder / _RECORD))
 
     def _unfinished(self) -> List[Path]:
         """What a kill has left; it is removed last, so without it nothing of ours is there."""

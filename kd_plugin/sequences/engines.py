@@ -94,15 +94,18 @@ class CTranslate2Engine:
         # A CPU does more with a single-threaded worker per core, and with what fits its caches
         self.workers = len(os.sched_getaffinity(0)) if cpu else 1
         self.split = {"max_batch_size": 512, "batch_type": "tokens"} if cpu else {}
-        self.translator = ctranslate2.Translator(
-            str(model),
-            device=device,
-            device_index=device_index,
-            compute_type=compute_type,
-            inter_threads=self.workers,
-            intra_threads=1,
-            max_queued_batches=-1,
-        )
+        try:
+            self.translator = ctranslate2.Translator(
+                str(model),
+                device=device,
+                device_index=device_index,
+                compute_type=compute_type,
+                inter_threads=self.workers,
+                intra_threads=1,
+                max_queued_batches=-1,
+            )
+        except RuntimeError as error:
+            raise FileError("{}: CTranslate2 cannot open it ({})".format(model, error)) from error
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
         waiting: Deque[Tuple[List[int], Any]] = deque()

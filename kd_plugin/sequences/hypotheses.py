@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -30,11 +31,13 @@ from ..files import (
     Shards,
     all_or_nothing,
     differences,
+    no_link,
     read_json,
     size,
     write_all,
     write_json,
 )
+from ..torchfile import check_stored
 
 _HEADER, _PLAN, _LINES, _SHARDS = "header.json", "plan.npz", "hypotheses.jsonl", "shards"
 _KINDS = ("source", "ctranslate2")
@@ -143,7 +146,7 @@ class HypothesisStore:
             self.done = len(self.batches)
             return
         # what a kill left behind the last whole batch is cut off
-        self._file = open(self.shards.own / _LINES, "ab", buffering=0)
+        self._file = open(self.shards.own / _LINES, "ab", buffering=0, opener=no_link)
         ends = _line_ends(self.shards.own / _LINES)
         lines = np.cumsum([len(batch) for batch in self.batches], dtype=np.int64)
         self.done = int(np.searchsorted(lines, len(ends), side="right"))
@@ -198,7 +201,7 @@ class HypothesisStore:
             for number, line in enumerate(file, 1):
                 try:
                     yield _read_line(line)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
                     raise FileError(
                         "{}: line {} is damaged. Delete {} and decode again.".format(
                             file.name, number, self.folder
@@ -249,10 +252,17 @@ def _line(sentence: int, nbest: Sequence[Hypothesis]) -> bytes:
 def _read_line(line: bytes) -> Tuple[int, List[Hypothesis]]:
     found = json.loads(line.decode("utf-8"))
     nbest = [
-        Hypothesis(str(one["subwords"]), float(one["score"]), bool(one["finished"]))
-        for one in found["nbest"]
+        Hypothesis(one["subwords"], float(one["score"]), one["finished"]) for one in found["nbest"]
     ]
-    return int(found["id"]), nbest
+    for one in nbest:
+        if not isinstance(one.subwords, str) or "\n" in one.subwords:
+            raise ValueError("no subwords")
+        if not isinstance(one.finished, bool):
+            raise ValueError("neither finished nor not")
+        one.subwords.encode("utf-8")
+    if type(found["id"]) is not int or found["id"] < 0 or not nbest:
+        raise ValueError("no list of a sentence")
+    return found["id"], nbest
 
 
 def _line_ends(path: Path) -> np.ndarray:
@@ -277,8 +287,17 @@ def _write_plan(path: Path, plan: Sequence[np.ndarray]) -> None:
 
 def _read_plan(path: Path) -> List[np.ndarray]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            check_stored(archive)
         with np.load(path, allow_pickle=False) as found:
-            ends = np.cumsum(found["lengths"])
-            return np.split(found["sentences"], ends[:-1]) if len(ends) else []
-    except (OSError, ValueError, KeyError) as error:
-        raise FileError("{} cannot be read ({})".format(path, error)) from None
+            sentences, lengths = found["sentences"], found["lengths"]
+        for array in (sentences, lengths):
+            if array.dtype != np.int64 or array.ndim != 1 or (array < 0).any():
+                raise ValueError("expected natural numbers")
+        if lengths.sum() != len(sentences) or len(np.unique(sentences)) != len(sentences):
+            raise ValueError("expected each sentence once")
+        return np.split(sentences, np.cumsum(lengths)[:-1]) if len(lengths) else []
+    except Exception as error:  # of a zip file's, nearly any
+        raise FileError(
+            "{} cannot be read ({}: {})".format(path, type(error).__name__, error)
+        ) from None

@@ -43,7 +43,9 @@ def set_up_task(cfg: Any) -> Any:
     try:
         task = tasks.setup_task(cfg.task)
     except Exception as error:  # fairseq's is a bare Exception, or an assertion
-        raise FileError("the data cannot be read: {}".format(error or repr(error))) from error
+        raise FileError(
+            "{}: the data cannot be read: {}".format(cfg.task.data, error or repr(error))
+        ) from error
     if isinstance(task, TranslationTask):
         cfg.task.source_lang, cfg.task.target_lang = task.cfg.source_lang, task.cfg.target_lang
     if not all(getattr(cfg.task, name, None) for name in ("source_lang", "target_lang")):
