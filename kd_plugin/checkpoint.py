@@ -7,6 +7,7 @@ itself (``weights_only``), older torch gets an unpickler that does.
 
 import hashlib
 import importlib
+import math
 import os
 import pickle
 import re
@@ -152,9 +153,9 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
         its dictionary; ``state["model"]`` holds the weights.
 
     Raises:
-        CheckpointError: no such file, not a fairseq checkpoint, damaged, or (unless trusted) a
-            pickle that asks for anything beyond what fairseq checkpoints hold. Nothing in the file
-            has been executed then.
+        CheckpointError: no such file, not a fairseq checkpoint, damaged, weights that are no
+            numbers, or (unless trusted) a pickle that asks for anything beyond what fairseq
+            checkpoints hold. Nothing in the file has been executed then.
     """
     if not os.path.isfile(path):
         raise CheckpointError("{}: no such checkpoint file".format(path))
@@ -192,7 +193,27 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
         _modernise(state["args"])
     weights = state["model"].items()
     state["model"] = {k: w for k, w in weights if not SECOND_COPIES.search(str(k))}
+    broken = [str(name) for name, weight in state["model"].items() if not _finite(name, weight)]
+    if broken:
+        raise CheckpointError(
+            "{}: {} of its weights hold NaN or inf ({}): the training that wrote it diverged, or "
+            "the file is damaged. Take an earlier checkpoint.".format(
+                path, len(broken), ", ".join(broken[:3])
+            )
+        )
     return state
+
+
+def _finite(name: Any, weight: Any) -> bool:
+    """Whether a weight has neither NaN nor +inf; a bias of -inf rules a symbol out."""
+    if str(name).endswith("_float_tensor"):  # kept for its dtype alone: memory nobody wrote to
+        return True
+    if not torch.is_tensor(weight) or not weight.is_floating_point() or not weight.numel():
+        return True
+    try:
+        return bool(weight.max() < math.inf)
+    except RuntimeError:  # of a kind that no model has, which building it will say
+        return True
 
 
 def _modernise(args: Namespace) -> None:

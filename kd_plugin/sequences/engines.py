@@ -38,7 +38,11 @@ class FairseqEngine:
         self.strip = {*strip, self.generator.eos, task.target_dictionary.bos()}
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
-        """The n-best lists of collated batches, one after the other."""
+        """The n-best lists of collated batches, one after the other.
+
+        Raises:
+            RuntimeError: for some sentence the models give no probabilities.
+        """
         for sample in batches:
             if self.generation.sampling:
                 utils.set_torch_seed(self.seed + int(sample["id"].min()))
@@ -46,7 +50,14 @@ class FairseqEngine:
             if self.cuda:
                 sample = utils.move_to_cuda(sample)
             longest = self._longest(sample["net_input"]["src_tokens"])
-            found = self.task.inference_step(self.generator, self.models, sample)
+            try:
+                found = self.task.inference_step(self.generator, self.models, sample)
+            except AssertionError as error:  # of a sentence that no symbol has a probability for
+                raise RuntimeError(
+                    "fairseq's generator found no translation with any probability among the "
+                    "sentences with ids {} ({}): the model gave NaN or inf there, or can never end "
+                    "a sentence. Try a wider precision (without --fp16).".format(sorted(ids), error)
+                ) from error
             yield {
                 i: [self._read(one, longest) for one in nbest[: self.generation.nbest]]
                 for i, nbest in zip(ids, found)

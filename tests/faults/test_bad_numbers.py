@@ -1,10 +1,26 @@
 """Numbers that go bad: training stays right, or stops with a sentence."""
 
 import math
+import re
+import shutil
 from typing import Any, Dict
 
 import pytest
+import support
 import torch
+from support import (
+    LANGUAGES,
+    STOCK,
+    TRAINING,
+    USER_DIR,
+    assert_same_weights,
+    distil,
+    fairseq,
+    load,
+    write_cache,
+    write_sequences,
+)
+from toy import binarise, dictionary_lines, train_teacher
 
 from kd_plugin import divergences, objective
 from kd_plugin.cache.writer import teacher_rows
@@ -100,7 +116,9 @@ def test_symbols_that_the_teacher_rules_out(name, count):
             )
             where = "{}, {}, top {}, temperature {}".format(way, tail, k, temperature)
             z = student.float().requires_grad_()
-            terms = objective.distillation_objective(z, target, torch.arange(rows), signal, settings)
+            terms = objective.distillation_objective(
+                z, target, torch.arange(rows), signal, settings
+            )
             (gradient,) = torch.autograd.grad(terms.loss, z)
             torch.testing.assert_close(terms.kd.double(), expected, msg=where, **tolerance)
             torch.testing.assert_close(gradient.double(), expected_gradient, msg=where, **tolerance)
@@ -117,3 +135,166 @@ def test_of_a_teacher_with_few_possible_symbols_the_cache_keeps_no_rest():
     terms = objective.distillation_objective(student, first, first, signal, settings)
     expected = by_definition("reverse-kl", teacher[0], student[0], 4, "bucket", 1.0)
     torch.testing.assert_close(terms.kd[0], expected, rtol=4e-3, atol=4e-3)
+
+
+# weights that are no numbers, or too large
+
+
+def changed(data, teacher, folder, change):
+    """A teacher with other weights, its dictionaries beside it."""
+    state = load(teacher)
+    change(state["model"])
+    torch.save(state, str(folder / "broken.pt"))
+    for dictionary in data.glob("dict.*.txt"):
+        shutil.copy(str(dictionary), str(folder))
+    return folder / "broken.pt"
+
+
+COMMANDS = {
+    "training": lambda data, path, out, good: distil(data, path, out),
+    "validating": lambda data, path, out, good: fairseq(
+        "fairseq-validate",
+        *(data, *USER_DIR, "--task", "kd_translation", "--path", good, "--cpu", *LANGUAGES),
+        *("--max-sentences", 16, "--teacher-checkpoint-path", path),
+    ),
+    "caching": lambda data, path, out, good: write_cache(data, path, out),
+    "decoding": lambda data, path, out, good: write_sequences(data, path, out),
+    "exporting": lambda data, path, out, good: fairseq(
+        "fairseq-kd-export", "--path", path, "--data", data, "--output", out, "--no-verify"
+    ),
+    "reporting": lambda data, path, out, good: fairseq(
+        "fairseq-kd-report",
+        *(data, "--models", "good={}".format(good), "bad={}".format(path), "--output", out),
+        *("--cpu", "--repeats", 1, "--num-workers", 0, *LANGUAGES),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_weights_that_are_no_numbers(command, data, teacher, distilled, tmp_path, count):
+    """Refused by name, by all that read checkpoints, before anything is made with them."""
+
+    def change(weights):
+        weights["encoder.layers.0.fc1.weight"][3, 5] = math.nan
+        weights["decoder.layers.0.fc2.bias"][2] = math.inf
+
+    path = changed(data, teacher, tmp_path, change)
+    run = COMMANDS[command](data, path, tmp_path / "out", distilled.checkpoint)
+    assert run.code != 0
+    found = re.search(r"(\S+): 2 of its weights hold NaN or inf \(([^)]*)\)", run.text)
+    assert found, run.text[-2000:]
+    assert found.group(1).endswith(str(path)) or str(path) in found.group(1)
+    assert found.group(2) == "encoder.layers.0.fc1.weight, decoder.layers.0.fc2.bias"
+    if command not in ("training", "validating"):  # fairseq prints its callers, too
+        assert "Traceback" not in run.text
+    assert not list(tmp_path.glob("out*/**/*.pt")) and not (tmp_path / "out").is_file()
+    count("weights of NaN or inf, by command")
+
+
+@pytest.mark.parametrize("command", ["training", "caching", "decoding"])
+def test_a_teacher_that_overflows_in_some_sentences(
+    command, corpus, data, teacher, distilled, tmp_path, count
+):
+    """It stops there, naming the sentences; what was written before stays good."""
+    word = dictionary_lines(data, "aa")[-1].split()[0]
+    lines = (corpus.text / "train.aa").read_text().splitlines()
+    holders = {i for i, line in enumerate(lines) if word in line.split()}
+    assert 0 < len(holders) < len(lines) / 4
+
+    def change(weights):
+        weights["encoder.embed_tokens.weight"][-1] = torch.finfo(torch.float32).max
+
+    path = changed(data, teacher, tmp_path, change)
+    run = COMMANDS[command](data, path, tmp_path / "out", distilled.checkpoint)
+    assert run.code != 0
+    found = re.search(r"(?:samples|sentences) with ids \[([\d, ]+)\]", run.text)
+    assert found, run.text[-2000:]
+    named = {int(i) for i in found.group(1).split(",")}
+    assert named & holders if command == "decoding" else named <= holders
+    if command != "training":
+        assert "Traceback" not in run.text
+    assert not [*tmp_path.glob("out/**/checkpoint*.pt"), *tmp_path.glob("out/**/manifest.json")]
+    count("teachers that overflow")
+
+
+# real runs
+
+
+def taught_both_ways(data, teacher, folder, k, *more):
+    """The same training with the teacher running, and from a cache of all that it says."""
+    cache = folder / "cache"
+    write_cache(data, teacher, cache, "--top-k", k, "--temperatures", "1", "--batch-size", 16).ok()
+    online = distil(data, teacher, folder / "online", *more, "--kd-top-k", k).ok()
+    cached = distil(data, None, folder / "cached", *more, "--teacher-cache", cache).ok()
+    for key in ("loss", "nll_loss", "kd_loss", "gnorm"):
+        values = online.series("train_inner", key)
+        assert all(map(math.isfinite, values)) and len(values) > 1
+        assert cached.series("train_inner", key) == pytest.approx(values, rel=0.01, abs=0.011), key
+
+
+# SGD: Adam would blow what half precision changes in a gradient near 0 up to its step size
+SGD = ("--optimizer", "sgd", "--lr", 0.1)
+
+
+def test_a_vocabulary_of_five(tmp_path, count):
+    """fairseq's four special symbols and one word, which has nothing to say but how often."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for split, size in (("train", 64), ("valid", 16)):
+        for lang, word in (("aa", "a"), ("bb", "b")):
+            lines = [" ".join([word] * (1 + i % 4)) for i in range(size)]
+            (text / "{}.{}".format(split, lang)).write_text("\n".join(lines) + "\n")
+    data = binarise(text, tmp_path / "data", "--padding-factor", 1)
+    teacher = train_teacher(data, tmp_path / "teacher", support.transformer(16), 40)
+
+    taught_both_ways(data, teacher, tmp_path, 5, *SGD, "--max-update", 4, "--report-accuracy")
+    run = distil(data, teacher, tmp_path / "six", "--kd-top-k", 6)
+    assert "--kd-top-k must be from 0 to the 5 symbols of the vocabulary, got 6" in run.error
+    run = write_cache(data, teacher, tmp_path / "eight")  # 8 are the default
+    assert run.code == 1 and "--top-k must be from 1 to the 5 symbols of the vocabulary" in run.text
+    made = write_sequences(data, teacher, tmp_path / "made", "--beam", 5, "--nbest", 5).ok()
+    assert "Translated 64 sentences" in made.text
+    count("commands with a vocabulary of five symbols", 8)
+
+
+def test_sentences_of_one_token_and_of_none(corpus, teacher, tmp_path, count):
+    """Alone in their batches, and with the first token ignored: then batches teach nothing."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for split, size in (("train", 40), ("valid", 8)):
+        for lang, column in (("aa", 0), ("bb", 1)):
+            pairs = [("", ""), ("a03", ""), ("", "b03"), ("a03", "b03"), ("a05 a01", "b05 b01")]
+            lines = [pairs[i % len(pairs)][column] for i in range(size)]
+            (text / "{}.{}".format(split, lang)).write_text("\n".join(lines) + "\n")
+    known = [corpus.data / "dict.{}.txt".format(lang) for lang in ("aa", "bb")]
+    data = binarise(text, tmp_path / "data", "--srcdict", known[0], "--tgtdict", known[1])
+    options = (*SGD, "--max-sentences", 1, "--max-epoch", 1, "--report-accuracy")
+
+    taught_both_ways(data, teacher, tmp_path, 24, *options)
+    (tmp_path / "ignored").mkdir()
+    taught_both_ways(data, teacher, tmp_path / "ignored", 24, *options, "--ignore-prefix-size", 1)
+    made = write_sequences(data, teacher, tmp_path / "made", "--beam", 2, "--no-filters").ok()
+    assert "Translated 40 sentences" in made.text
+    count("batches of an empty or one-token sentence", 2 * 2 * 32)
+
+
+def test_a_training_of_which_no_token_is_selected(data, teacher, tmp_path, count):
+    """It is plain training."""
+    options = (*SGD, "--max-update", 5)
+    selection = ("--kd-selection", "batch", "--kd-selection-rate", 0.001, "--kd-weight", 0.9)
+    ours = distil(data, teacher, tmp_path / "ours", *options, *selection).ok()
+    stock = fairseq(
+        "fairseq-train",
+        *(data, *STOCK, *TRAINING, *support.STUDENT, "--save-dir", tmp_path / "stock", *options),
+    ).ok()
+    for key in ("loss", "nll_loss", "gnorm"):
+        expected = stock.series("train_inner", key)
+        assert ours.series("train_inner", key) == pytest.approx(expected, abs=0.0021)
+    assert ours.series("train_inner", "kd_selected") == [0] * 5
+    assert not any("kd_loss" in record for record in ours.records("train_inner"))
+    assert_same_weights(
+        *(folder / "checkpoint_last.pt" for folder in (tmp_path / "ours", tmp_path / "stock")),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    count("batches of which no token is selected", 5)

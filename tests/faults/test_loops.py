@@ -166,7 +166,7 @@ def compare(found: Trained, expected: Trained, near: Near) -> None:
         ("valid", "valid_", LOSSES),
     ):
         for key in keys:
-            here, there = found.run.series(tag, prefix + key), expected.run.series(tag, prefix + key)
+            here, there = (one.run.series(tag, prefix + key) for one in (found, expected))
             assert len(there) == 2
             assert here == pytest.approx(there, abs=near.losses), (tag, key)
     assert_same_weights(found.checkpoint, expected.checkpoint, **near.weights)
