@@ -20,7 +20,7 @@ from support import (
     write_cache,
     write_sequences,
 )
-from toy import binarise, dictionary_lines, train_teacher
+from toy import binarise, train_teacher
 
 from kd_plugin import divergences, objective
 from kd_plugin.cache.writer import teacher_rows
@@ -191,29 +191,18 @@ def test_weights_that_are_no_numbers(command, data, teacher, distilled, tmp_path
     count("weights of NaN or inf, by command")
 
 
-@pytest.mark.parametrize("command", ["training", "caching", "decoding"])
-def test_a_teacher_that_overflows_in_some_sentences(
-    command, corpus, data, teacher, distilled, tmp_path, count
-):
-    """It stops there, naming the sentences; what was written before stays good."""
-    word = dictionary_lines(data, "aa")[-1].split()[0]
-    lines = (corpus.text / "train.aa").read_text().splitlines()
-    holders = {i for i, line in enumerate(lines) if word in line.split()}
-    assert 0 < len(holders) < len(lines) / 4
+def test_decoding_with_a_teacher_that_overflows(data, teacher, distilled, tmp_path, count):
+    """fairseq's generator would run into an assertion without a word."""
 
     def change(weights):
         weights["encoder.embed_tokens.weight"][-1] = torch.finfo(torch.float32).max
 
     path = changed(data, teacher, tmp_path, change)
-    run = COMMANDS[command](data, path, tmp_path / "out", distilled.checkpoint)
-    assert run.code != 0
-    found = re.search(r"(?:samples|sentences) with ids \[([\d, ]+)\]", run.text)
+    run = COMMANDS["decoding"](data, path, tmp_path / "out", distilled.checkpoint)
+    assert run.code == 1 and "Traceback" not in run.text
+    found = re.search(r"no translation with any probability .* with ids \[([\d, ]+)\]", run.text)
     assert found, run.text[-2000:]
-    named = {int(i) for i in found.group(1).split(",")}
-    assert named & holders if command == "decoding" else named <= holders
-    if command != "training":
-        assert "Traceback" not in run.text
-    assert not [*tmp_path.glob("out/**/checkpoint*.pt"), *tmp_path.glob("out/**/manifest.json")]
+    assert not (tmp_path / "out" / "record.json").exists()
     count("teachers that overflow")
 
 

@@ -7,7 +7,7 @@ gets wrong: its second update compares with the first one's scores, at another w
 """
 
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import pytest
 import support
@@ -27,24 +27,39 @@ ADAM = ("--optimizer", "adam", "--lr", 0.005)
 COMPARED = "training loops compared with the plain one"
 LOSSES = ("loss", "nll_loss", "kd_loss", "teacher_nll_loss", "agreement")
 
-# What fairseq asks a GPU for, said by the CPU; all else is fairseq's own
+# What fairseq has a GPU do, done by the CPU; all else is fairseq's own
 STAND_INS = """
-import functools, sys
+import sys
 import torch
+from fairseq import trainer
 from fairseq.models import distributed_fairseq_model
 sys.path.insert(0, {checkout!r})
 import kd_plugin
 
-# tells the copies of the weights on each device apart, as the number of CPU tensors' device does
+# --fp16: numbers the fp32 copy of the weights on each device, and a CPU has no number
 torch.cuda.current_device = lambda: None
+# an update that overflowed has the gradient norm 0 there
 torch.Tensor.cuda = lambda self, *args, **kwargs: self
-if hasattr(torch.amp, "GradScaler"):
-    torch.cuda.amp.GradScaler = functools.partial(torch.amp.GradScaler, "cpu")
 
-def on_the_cpu(device_ids, output_device, **more):
+# --amp: torch scales the loss on a CPU, too, but not by this name
+def scaler(init_scale, **more):
+    return torch.amp.GradScaler("cpu", init_scale=float(init_scale), **more)
+
+torch.cuda.amp.GradScaler = scaler
+
+# --ddp-backend pytorch_ddp: fairseq always names a GPU
+def wrapper(device_ids, output_device, **more):
     return torch.nn.parallel.DistributedDataParallel(**more)
 
-distributed_fairseq_model.DistributedDataParallel = on_the_cpu
+distributed_fairseq_model.DistributedDataParallel = wrapper
+
+# --bf16: fairseq takes a machine without a GPU for a TPU
+class Trainer(trainer.Trainer):
+    def __init__(self, cfg, *more):
+        cfg.common.tpu = False
+        super().__init__(cfg, *more)
+
+trainer.Trainer = sys.modules["fairseq_cli.train"].Trainer = Trainer
 """
 
 
@@ -63,10 +78,13 @@ class Trained(NamedTuple):
 
 
 def pytest_generate_tests(metafunc):
+    long = metafunc.config.getoption("--long")
     if "source" in metafunc.fixturenames:
-        long = metafunc.config.getoption("--long")
         sources = ["online", "cached"] if long else ["online"]
         metafunc.parametrize("source", sources, scope="module", indirect=True)
+    if "loop" in metafunc.fixturenames:
+        chosen = {name: loop for name, loop in LOOPS.items() if long or not loop.long}
+        metafunc.parametrize("loop", list(chosen.values()), ids=list(chosen))
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +128,10 @@ def plain(train):
 
 
 class Near(NamedTuple):
-    """How near two trainings are: losses as they are logged, and weights."""
+    """How near two trainings are: losses as they are logged, and weights, if they compare."""
 
     losses: float
-    weights: Dict[str, float]
+    weights: Optional[Dict[str, float]]
 
 
 EXACTLY = Near(0.0, {})  # weights to the bit
@@ -129,30 +147,46 @@ class Loop(NamedTuple):
     plain: Tuple[Any, ...] = ()  # with which the plain loop does the same
     stand_ins: bool = False
     torch: Tuple[int, int] = (1, 12)  # since which a CPU can compute so
+    long: bool = False
 
 
-# in the last step an odd number of batches leaves a rank without one, also in validation
-DUMMIES = ("--max-sentences", 8, "--update-freq", 2, "--batch-size-valid", 10)
+# three batches in two updates: in the second a rank has none, and likewise in validation
+THREE = ("--max-sentences", 8, "--max-epoch", 1, "--batch-size-valid", 10)
+ONE_RANK = (*THREE, "--update-freq", 2)
+NOTHING_CHANGES = {
+    "legacy_ddp": ("--ddp-backend", "legacy_ddp"),
+    "amp": ("--amp",),  # without stand-ins a CPU computes as always
+    "store-ema": ("--store-ema", "--ema-decay", 0.9),
+    "num-workers": ("--num-workers", 2),
+    "required-batch-size-multiple": ("--required-batch-size-multiple", 8),
+    "checkpoint-activations": ("--checkpoint-activations",),
+    "fixed-validation-seed": ("--fixed-validation-seed", 7),
+    "several valid subsets": ("--valid-subset", "valid,test"),
+}
 LOOPS = {
-    "legacy_ddp": Loop(("--ddp-backend", "legacy_ddp")),
-    "amp": Loop(("--amp",)),
-    "store-ema": Loop(("--store-ema", "--ema-decay", 0.9)),
-    "num-workers": Loop(("--num-workers", 2)),
-    "required-batch-size-multiple": Loop(("--required-batch-size-multiple", 8)),
-    "checkpoint-activations": Loop(("--checkpoint-activations",), ROUNDED),
-    "fixed-validation-seed": Loop(("--fixed-validation-seed", 7)),
-    "batch-size-valid": Loop(("--batch-size-valid", 5)),
-    "several valid subsets": Loop(("--valid-subset", "valid,test")),
+    "all that changes nothing": Loop(sum(NOTHING_CHANGES.values(), ())),
+    **{name: Loop(options, long=True) for name, options in NOTHING_CHANGES.items()},
+    "batch-size-valid": Loop(("--batch-size-valid", 5), ROUNDED),
     "update-freq": Loop(("--max-sentences", 12, "--update-freq", 2), ROUNDED),
-    "two ranks": Loop(("--max-sentences", 12, "--ddp-backend", "legacy_ddp"), ROUNDED, 2),
-    "two ranks, three batches": Loop((*DUMMIES, "--ddp-backend", "legacy_ddp"), ROUNDED, 2),
-    "pytorch_ddp": Loop((*DUMMIES, "--ddp-backend", "pytorch_ddp"), ROUNDED, 2, stand_ins=True),
-    "fp16": Loop(("--fp16",), HALF, stand_ins=True, torch=(2, 1)),
-    "memory-efficient-fp16": Loop(
-        ("--memory-efficient-fp16", *ADAM), HALF, plain=ADAM, torch=(2, 1)
+    "two ranks, legacy_ddp": Loop(
+        (*THREE, "--ddp-backend", "legacy_ddp"), ROUNDED, ranks=2, plain=ONE_RANK
     ),
-    "bf16": Loop(("--bf16",), BFLOAT),
-    "memory-efficient-bf16": Loop(("--memory-efficient-bf16", *ADAM), BFLOAT, plain=ADAM),
+    "two ranks, pytorch_ddp": Loop(
+        (*THREE, "--ddp-backend", "pytorch_ddp"), ROUNDED, ranks=2, plain=ONE_RANK, stand_ins=True
+    ),
+    "fp16": Loop(("--fp16",), HALF, stand_ins=True, torch=(2, 1)),
+    # needs Adam, which blows up whatever rounding leaves of a gradient that is 0
+    "memory-efficient-fp16": Loop(
+        ("--memory-efficient-fp16", *ADAM), HALF._replace(weights=None), plain=ADAM, torch=(2, 1)
+    ),
+    "bf16": Loop(("--bf16",), BFLOAT, stand_ins=True),
+    "memory-efficient-bf16": Loop(
+        ("--memory-efficient-bf16", *ADAM),
+        BFLOAT._replace(weights=None),
+        plain=ADAM,
+        stand_ins=True,
+        long=True,
+    ),
 }
 
 
@@ -167,14 +201,13 @@ def compare(found: Trained, expected: Trained, near: Near) -> None:
     ):
         for key in keys:
             here, there = (one.run.series(tag, prefix + key) for one in (found, expected))
-            assert len(there) == 2
+            assert len(there) == 2 or tag == "valid"
             assert here == pytest.approx(there, abs=near.losses), (tag, key)
-    assert_same_weights(found.checkpoint, expected.checkpoint, **near.weights)
+    if near.weights is not None:
+        assert_same_weights(found.checkpoint, expected.checkpoint, **near.weights)
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_loop(name, train, plain, stand_ins, count):
-    loop = LOOPS[name]
+def test_loop(loop, train, plain, stand_ins, count):
     if not can(loop.torch):
         pytest.skip("torch {} has no half precision on a CPU".format(torch.__version__))
     more = stand_ins if loop.stand_ins else ()
@@ -208,22 +241,23 @@ def test_clip_norm(train, plain, count):
     count(COMPARED)
 
 
-@pytest.mark.parametrize("name", ["fp16", "memory-efficient-fp16", "amp"])
-def test_an_update_that_overflowed_never_happened(name, train, stand_ins, count):
+@pytest.mark.parametrize("precision", ["--fp16", "--memory-efficient-fp16", "--amp"])
+def test_an_update_that_overflowed_never_happened(precision, train, stand_ins, long, count):
     """The loss scaler gives it up: its scores are compared with by nobody, its number, and so its
     weight, is the next one's."""
-    loop = LOOPS[name]
     if not can((2, 3)):
         pytest.skip("torch {} scales no loss on a CPU".format(torch.__version__))
-    options = (*loop.options, *stand_ins, "--train-subset", "train", "--max-sentences", 16)
+    if precision.startswith("--memory") and not long:
+        pytest.skip("in the long form")
+    options = (precision, *stand_ins, *ADAM, "--train-subset", "train", "--max-sentences", 16)
     # weights stay as they are, so that what is found of a batch does not depend on earlier ones
     options += ("--lr", 0, "--disable-validation")
-    scale = 2**126 if name == "amp" else 2**24
+    scale = 2**126 if precision == "--amp" else 2**24
     found = train(*options, "--max-update", 2, "--fp16-init-scale", scale)
     # fairseq goes on with the next batch; amp tries the same one twice more before
     overflows = found.run.text.count("overflow detected")
-    skipped = found.run.text.count("AMP: skipping" if name == "amp" else "overflow detected")
-    assert skipped > 1
+    skipped = found.run.text.count("AMP: skipping" if precision == "--amp" else "overflow detected")
+    assert skipped
     smooth = train(*options, "--max-update", 2 + skipped)
     assert "overflow" not in smooth.run.text
 
