@@ -1,5 +1,6 @@
 """Numbers that go bad: training stays right, or stops with a sentence."""
 
+import json
 import math
 import re
 import shutil
@@ -170,9 +171,14 @@ COMMANDS = {
 }
 
 
+SLOW = ("validating", "reporting")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_weights_that_are_no_numbers(command, data, teacher, distilled, tmp_path, count):
+def test_weights_that_are_no_numbers(command, data, teacher, distilled, tmp_path, long, count):
     """Refused by name, by all that read checkpoints, before anything is made with them."""
+    if command in SLOW and not long:
+        pytest.skip("in the long form")
 
     def change(weights):
         weights["encoder.layers.0.fc1.weight"][3, 5] = math.nan
@@ -181,10 +187,11 @@ def test_weights_that_are_no_numbers(command, data, teacher, distilled, tmp_path
     path = changed(data, teacher, tmp_path, change)
     run = COMMANDS[command](data, path, tmp_path / "out", distilled.checkpoint)
     assert run.code != 0
-    found = re.search(r"(\S+): 2 of its weights hold NaN or inf \(([^)]*)\)", run.text)
-    assert found, run.text[-2000:]
-    assert found.group(1).endswith(str(path)) or str(path) in found.group(1)
-    assert found.group(2) == "encoder.layers.0.fc1.weight, decoder.layers.0.fc2.bias"
+    text = run.text
+    if command == "reporting":  # on the others; and why not on this one
+        text = json.loads((tmp_path / "out" / "report.json").read_text())["models"][1]["error"]
+    weights = "encoder.layers.0.fc1.weight, decoder.layers.0.fc2.bias"
+    assert "{}: 2 of its weights hold NaN or inf ({})".format(path, weights) in text, text[-2000:]
     if command not in ("training", "validating"):  # fairseq prints its callers, too
         assert "Traceback" not in run.text
     assert not list(tmp_path.glob("out*/**/*.pt")) and not (tmp_path / "out").is_file()
@@ -216,9 +223,13 @@ def taught_both_ways(data, teacher, folder, k, *more):
     online = distil(data, teacher, folder / "online", *more, "--kd-top-k", k).ok()
     cached = distil(data, None, folder / "cached", *more, "--teacher-cache", cache).ok()
     for key in ("loss", "nll_loss", "kd_loss", "gnorm"):
-        values = online.series("train_inner", key)
-        assert all(map(math.isfinite, values)) and len(values) > 1
-        assert cached.series("train_inner", key) == pytest.approx(values, rel=0.01, abs=0.011), key
+        # null where an update distilled nothing
+        here, there = (
+            [-1 if value is None else value for value in run.series("train_inner", key)]
+            for run in (cached, online)
+        )
+        assert len(there) > 1 and all(map(math.isfinite, there))
+        assert here == pytest.approx(there, rel=0.01, abs=0.011), key
 
 
 # SGD: Adam would blow what half precision changes in a gradient near 0 up to its step size
