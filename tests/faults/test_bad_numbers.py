@@ -138,6 +138,30 @@ def test_of_a_teacher_with_few_possible_symbols_the_cache_keeps_no_rest():
     torch.testing.assert_close(terms.kd[0], expected, rtol=4e-3, atol=4e-3)
 
 
+# a student that overflows
+
+
+@pytest.mark.parametrize("name", divergences.NAMES)
+def test_a_gradient_too_large_for_half_precision_is_inf(name):
+    """Or NaN, so that the loss scaler sees it; one step of its scale lower it is the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(2, 4, V, generator=generator) * 2
+    rows, target = torch.arange(4), torch.randint(0, V, (4,), generator=generator)
+    signal = TeacherSignal([Member("t", lambda rows: teacher[rows])])
+    settings = Settings(0.5, divergence=divergence(name))
+
+    def gradient(z, scale):
+        terms = objective.distillation_objective(z, target, rows, signal, settings)
+        return torch.autograd.grad(terms.loss * scale, z)[0]
+
+    half, wide = logits.half().requires_grad_(), logits.half().double().requires_grad_()
+    largest = gradient(wide, 1.0).abs().max().item()
+    fits = 2.0 ** math.floor(math.log2(torch.finfo(torch.float16).max / largest))
+    expected = gradient(wide, fits)
+    torch.testing.assert_close(gradient(half, fits).double(), expected, rtol=2e-3, atol=1e-2)
+    assert not gradient(half, 2 * fits).isfinite().all()
+
+
 # weights that are no numbers, or too large
 
 

@@ -153,6 +153,7 @@ class Loop(NamedTuple):
 # three batches in two updates: in the second a rank has none, and likewise in validation
 THREE = ("--max-sentences", 8, "--max-epoch", 1, "--batch-size-valid", 10)
 ONE_RANK = (*THREE, "--update-freq", 2)
+SUBSETS = ("--valid-subset", "valid,test", "--batch-size-valid", 6)
 NOTHING_CHANGES = {
     "legacy_ddp": ("--ddp-backend", "legacy_ddp"),
     "amp": ("--amp",),  # without stand-ins a CPU computes as always
@@ -179,6 +180,15 @@ LOOPS = {
         plain=ONE_RANK,
         stand_ins=True,
     ),
+    # from a cache that has only one of them
+    "two ranks, several valid subsets": Loop(
+        (*THREE, *SUBSETS, "--ddp-backend", "legacy_ddp"),
+        ROUNDED,
+        ranks=2,
+        plain=(*ONE_RANK, *SUBSETS),
+        long=True,
+    ),
+    "amp, its scaler on": Loop(("--amp",), ROUNDED, stand_ins=True, torch=(2, 3), long=True),
     "fp16": Loop(("--fp16",), HALF, stand_ins=True, torch=(2, 1)),
     # needs Adam, which blows up whatever rounding leaves of a gradient that is 0
     "memory-efficient-fp16": Loop(
