@@ -1,6 +1,7 @@
 """What decodes: fairseq's generator, or CTranslate2 with the teacher converted for it."""
 
 import contextlib
+import math
 import os
 import shutil
 from collections import deque
@@ -53,11 +54,7 @@ class FairseqEngine:
             try:
                 found = self.task.inference_step(self.generator, self.models, sample)
             except AssertionError as error:  # of a sentence that no symbol has a probability for
-                raise RuntimeError(
-                    "fairseq's generator found no translation with any probability among the "
-                    "sentences with ids {} ({}): the model gave NaN or inf there, or can never end "
-                    "a sentence. Try a wider precision (without --fp16).".format(sorted(ids), error)
-                ) from error
+                raise _no_translation(ids, "fairseq's generator: {}".format(error)) from error
             yield {
                 i: [self._read(one, longest) for one in nbest[: self.generation.nbest]]
                 for i, nbest in zip(ids, found)
@@ -116,6 +113,7 @@ class CTranslate2Engine:
         )
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
+        """As ``FairseqEngine.decode``."""
         waiting: Deque[Tuple[List[int], Any]] = deque()
         for sample in batches:
             waiting.append((sample["id"].tolist(), self._begin(sample["net_input"]["src_tokens"])))
@@ -169,7 +167,19 @@ class CTranslate2Engine:
                 )
                 for symbols, score in zip(result.hypotheses, result.scores)
             ]
+        improbable = [i for i, nbest in found.items() if not math.isfinite(nbest[0].score)]
+        if improbable:
+            raise _no_translation(improbable, "CTranslate2 scores them so")
         return found
+
+
+def _no_translation(ids: Sequence[int], why: str) -> RuntimeError:
+    """The error of a model that finds nothing probable, though any sentence has a likeliest one."""
+    return RuntimeError(
+        "no translation with any probability for one or more of the sentences with ids {} ({}): "
+        "the model gives NaN or inf there, or can never end a sentence. Try a wider precision "
+        "(without --fp16 or --compute-type).".format(sorted(ids), why)
+    )
 
 
 def converted(path: str, state: Dict[str, Any], task: Any, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Numbers that go bad: training stays right, or stops with a sentence."""
 
+import importlib.util
 import json
 import math
 import re
@@ -222,17 +223,19 @@ def test_weights_that_are_no_numbers(command, data, teacher, distilled, tmp_path
     count("weights of NaN or inf, by command")
 
 
-def test_decoding_with_a_teacher_that_overflows(data, teacher, distilled, tmp_path, count):
-    """fairseq's generator would run into an assertion without a word."""
+@pytest.mark.parametrize("engine", ["fairseq", "ctranslate2"])
+def test_decoding_with_a_teacher_that_overflows(engine, data, teacher, tmp_path, count):
+    """fairseq's generator would run into an assertion, and CTranslate2 repeat a word for ever."""
+    if engine == "ctranslate2":
+        pytest.importorskip("ctranslate2")
 
     def change(weights):
         weights["encoder.embed_tokens.weight"][-1] = torch.finfo(torch.float32).max
 
     path = changed(data, teacher, tmp_path, change)
-    run = COMMANDS["decoding"](data, path, tmp_path / "out", distilled.checkpoint)
+    run = write_sequences(data, path, tmp_path / "out", "--engine", engine)
     assert run.code == 1 and "Traceback" not in run.text
-    found = re.search(r"no translation with any probability .* with ids \[([\d, ]+)\]", run.text)
-    assert found, run.text[-2000:]
+    assert re.search(r"no translation with any probability .* with ids \[[\d, ]+\]", run.text)
     assert not (tmp_path / "out" / "record.json").exists()
     count("teachers that overflow")
 
@@ -276,9 +279,12 @@ def test_a_vocabulary_of_five(tmp_path, count):
     assert "--kd-top-k must be from 0 to the 5 symbols of the vocabulary, got 6" in run.error
     run = write_cache(data, teacher, tmp_path / "eight")  # 8 are the default
     assert run.code == 1 and "--top-k must be from 1 to the 5 symbols of the vocabulary" in run.text
-    made = write_sequences(data, teacher, tmp_path / "made", "--beam", 5, "--nbest", 5).ok()
-    assert "Translated 64 sentences" in made.text
-    count("commands with a vocabulary of five symbols", 8)
+    engines = ["fairseq"] + ["ctranslate2"] * bool(importlib.util.find_spec("ctranslate2"))
+    for engine in engines:
+        options = ("--engine", engine, "--beam", 5, "--nbest", 5)
+        made = write_sequences(data, teacher, tmp_path / engine, *options).ok()
+        assert "Translated 64 sentences" in made.text
+    count("commands with a vocabulary of five symbols", 7 + len(engines))
 
 
 def test_sentences_of_one_token_and_of_none(corpus, teacher, tmp_path, count):
