@@ -16,18 +16,23 @@ setup(
     # 3.8: the oldest Python with a prebuilt fairseq 0.12.2; 3.13: no prebuilt fairseq at all.
     python_requires=">=3.8,<3.13",
     packages=find_packages(include=["kd_plugin", "kd_plugin.*"]),
+    # Ranges are what the tests passed with. A lower bound is the oldest release tried, for the
+    # reason that is given or for none; an upper one the next that may break what they showed.
     install_requires=[
-        # 1.12: the oldest torch tested; 2.14 and later: newer than any fairseq was ever run with,
-        # and without an upper bound pip brings several GB of the newest CUDA builds.
+        # 1.12 and 2.13 are tested. Later ones are newer than any fairseq was ever run with, and
+        # without a bound pip brings several GB of the newest CUDA builds.
         "torch>=1.12,<2.14",
-        "numpy",
+        # 1.21: numpy.typing as matplotlib's Pillow needs it. What goes with older Pythons was
+        # compiled for numpy 1: with numpy 2, torch 1.12 says that numpy is not available.
+        "numpy>=1.21,<2; python_version < '3.11'",
+        "numpy>=1.23,<3; python_version >= '3.11'",
         # 2.0: its metric classes, with the signatures that the tables show.
-        "sacrebleu>=2.0",
-        "sentencepiece",
-        "tqdm",
+        "sacrebleu>=2.0,<3",
+        "sentencepiece>=0.1.96,<0.3",
+        "tqdm>=4.60,<5",
         # 3.5: the first with constrained layouts that fairseq-kd-report's pictures need; 3.7 is the
         # last for Python 3.8.
-        "matplotlib>=3.5",
+        "matplotlib>=3.5,<4",
     ],
     extras_require={
         "fairseq": [
@@ -40,15 +45,16 @@ setup(
         "ctranslate2": ["ctranslate2>=4.0,<5"],
         # What recipes/corpus.py phrases its sentences with. 2.12: format_compact_decimal for all
         # locales; 0.5.12: number words of all its languages on Python 3.8 and later.
-        "recipes": ["Babel>=2.12", "num2words>=0.5.12", "ctranslate2>=4.0,<5"],
+        "recipes": ["Babel>=2.12,<3", "num2words>=0.5.12,<0.6", "ctranslate2>=4.0,<5"],
         "test": [
-            "pytest",
-            "hypothesis",
+            "pytest>=7,<10",
+            "hypothesis>=6.30,<7",
             # Fixed minor version, so that a new rule never breaks an old commit.
             "ruff>=0.8,<0.9",
             # 1.14: the last mypy that runs on Python 3.8.
             "mypy>=1.11,<1.15",
-            "tensorboardX",
+            # 2.6: earlier ones break fairseq's import beside today's protobuf.
+            "tensorboardX>=2.6,<3",
         ],
     },
     entry_points={

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import hashlib
 import importlib
+import math
 import os
 import re
 import resource
@@ -84,9 +85,9 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
         its dictionary; ``state["model"]`` holds the weights.
 
     Raises:
-        CheckpointError: no such file, not a fairseq checkpoint, damaged, or (unless trusted) a
-            pickle that asks for anything beyond what fairseq checkpoints hold. Nothing in the file
-            has been executed then.
+        CheckpointError: no such file, not a fairseq checkpoint, damaged, weights that are no
+            numbers, or (unless trusted) a pickle that asks for anything beyond what fairseq
+            checkpoints hold. Nothing in the file has been executed then.
     """
     if not os.path.isfile(path):
         raise CheckpointError("{}: no such checkpoint file".format(path))
@@ -188,6 +189,14 @@ def _check_weights(path: str, state: Dict[str, Any]) -> None:
     if claimed > _MOST_NAMES * os.path.getsize(path):
         raise ValueError("its weights claim {:,} bytes".format(claimed))
     state["model"] = {k: w for k, w in weights.items() if not SECOND_COPIES.search(k)}
+    broken = [name for name, weight in state["model"].items() if not _finite(name, weight)]
+    if broken:
+        raise CheckpointError(
+            "{}: {} of its weights hold NaN or inf ({}): the training that wrote it diverged, or "
+            "the file is damaged. Take an earlier checkpoint.".format(
+                path, len(broken), ", ".join(broken[:3])
+            )
+        )
 
 
 class _Plain:
@@ -276,6 +285,18 @@ def _length(node: Any) -> int:
             return _length(node.left) * times
     ast.literal_eval(node)
     return len(getattr(node, "elts", "1"))
+
+
+def _finite(name: str, weight: torch.Tensor) -> bool:
+    """Whether a weight has neither NaN nor +inf; a bias of -inf rules a symbol out."""
+    if name.endswith("_float_tensor"):  # kept for its dtype alone: memory nobody wrote to
+        return True
+    if not weight.is_floating_point() or not weight.numel():
+        return True
+    try:
+        return bool(weight.max() < math.inf)
+    except RuntimeError:  # of a kind that no model has, which building it will say
+        return True
 
 
 def _modernise(args: Namespace) -> None:

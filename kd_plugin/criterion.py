@@ -412,7 +412,8 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         bit = math.log(2)
         log_mean("loss", "loss", "sample_size", bit)
         log_mean("nll_loss", "nll_loss", "ntokens", bit)
-        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        if total("ntokens") > 0:
+            metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
         log_mean("kd_loss", "kd_loss", "kd_tokens")
         log_mean("kd_selected", "kd_tokens", "kd_candidates")
         log_mean("kd_weight", "kd_weight", "kd_tokens")

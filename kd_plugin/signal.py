@@ -150,7 +150,9 @@ class Sparse:
         if temperature == 1 and 1 not in self.rests:
             # never 0: rounding the K to half precision may leave nothing of a tiny rest
             rest = 1 - self.log_probs.exp().sum(-1, keepdim=True)
-            return rest.clamp_(min=torch.finfo(torch.float16).tiny / 1024).log_()
+            rest.clamp_(min=torch.finfo(torch.float16).tiny / 1024)
+            # unless one of the K has no probability: then the others, less likely, have none either
+            return rest.masked_fill_(self.log_probs[:, -1:].eq(-math.inf), 0).log_()
         return self.rests[temperature].unsqueeze(-1)
 
 

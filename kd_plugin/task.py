@@ -414,9 +414,11 @@ class KDTranslationTask(TranslationTask):
             rows = target.ne(self.tgt_dict.pad()).nonzero().squeeze(-1)
             signal = teacher(batch["net_input"])
             logits = signal.logits(rows).cpu()
-            bad = signal.not_finite(rows)
-            if bad:
-                raise not_finite_teacher(" and ".join(bad), batch["id"].tolist())
+            bad = rows[~torch.logsumexp(logits, dim=-1).isfinite()]
+            if bad.numel():
+                sentences = torch.div(bad, batch["target"].size(1), rounding_mode="floor").unique()
+                names = " and ".join(signal.not_finite(bad))
+                raise not_finite_teacher(names, batch["id"][sentences].tolist())
             nll += torch.nn.functional.cross_entropy(logits, target[rows], reduction="sum").item()
             count += rows.numel()
         guess = math.log(len(self.tgt_dict))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks of this checkout: ruff, mypy, pytest.
+# All checks of this checkout: the environment's packages (pip check), ruff, mypy, pytest.
 #
 # Prepare:  nothing but Python; see setup.sh for the environment that is used or made.
 # Run:      bash recipes/test.sh
@@ -13,6 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$REPO"
 # A busy neighbour on one core makes spinning threads several times slower (see stages.sh).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+say "pip check" && python -m pip check
 say "ruff" && python -m ruff check .
 say "mypy" && python -m mypy
 say "pytest" && python -m pytest tests -q "$@"

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import math
 import os
 import pickle
 import re
@@ -191,6 +192,25 @@ def test_a_torchscript_archive(tmp_path):
 def test_no_such_file(tmp_path):
     with pytest.raises(CheckpointError, match="no such checkpoint file"):
         read_checkpoint(str(tmp_path / "absent.pt"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_no_numbers(save, dtype):
+    numbers = torch.tensor([1.0, -2.0], dtype=dtype)
+    weights = {
+        "nan": numbers * math.nan,
+        "inf": numbers * math.inf,
+        "embeddings": numbers,
+        "bias": torch.tensor([0.5, -math.inf], dtype=dtype),  # rules a symbol out
+        "nothing": numbers[:0],
+        # memory that fairseq never wrote to, and never reads
+        "decoder.embed_positions._float_tensor": numbers[:1] * math.nan,
+        "decoder.layers.0.in_proj_weight": numbers * math.nan,
+    }
+    with pytest.raises(CheckpointError, match=r"2 of its weights hold NaN or inf \(nan, inf\)"):
+        read_checkpoint(save(fairseq_like(model=weights)))
+    del weights["nan"], weights["inf"]
+    assert "bias" in read_checkpoint(save(fairseq_like(model=weights)))["model"]
 
 
 def test_average_is_the_mean_in_the_first_ones_dtype():

@@ -1,11 +1,14 @@
 """The criterion on its own: flags, sums and what the selection's queue is fed with."""
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 from fairseq.data import Dictionary
+from fairseq.logging import metrics
 from omegaconf import OmegaConf
 
 from kd_plugin.criterion import (
@@ -90,6 +93,58 @@ def test_only_real_training_tokens_enter_the_queue():
     c(*batch(num_updates=1, seed=2))
     queue.enter_waiting()
     assert queue.scores.numel() == 12
+
+
+def logged(log):
+    """What becomes of it in the end, by name."""
+    with metrics.aggregate() as found:
+        KDLabelSmoothedCrossEntropyCriterion.reduce_metrics([log])
+    return found.get_smoothed_values()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ignored", [False, True], ids=["padding", "ignored prefix"])
+def test_a_batch_of_nothing(ignored, training, count):
+    """Neither loss nor gradient nor scores; logged with the keys that other ranks log."""
+    flags = dict(kd_selection="global", kd_weight_schedule="linear:0:1:5", report_accuracy=True)
+    c = criterion(ignore_prefix_size=4 if ignored else 0, **flags).train(training)
+    model, sample = batch(num_updates=1)
+    _, _, full = criterion(**flags).train(training)(model, sample)
+    if not ignored:
+        sample["target"][:] = PAD
+        sample["ntokens"] = 0
+    loss, sample_size, log = c(model, sample)
+    loss.backward()
+    assert loss == 0 and sample_size == (6 if ignored else 0)
+    assert (model.logits.grad == 0).all()
+    assert log.keys() == full.keys()
+    c.selection.queue.enter_waiting()
+    assert not c.selection.queue.scores.numel()
+    found = logged(log)
+    assert "kd_loss" not in found and all(math.isfinite(value) for value in found.values())
+    count("batches without a token")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [dict(kd_selection="teacher-correct"), dict(kd_selection="batch", kd_selection_rate=0.05)],
+    ids=lambda flags: flags["kd_selection"],
+)
+def test_a_batch_of_which_no_token_is_selected(flags, count):
+    """Plain cross-entropy of full weight."""
+    model, sample = batch(num_updates=1)
+    # sure of what is never the reference
+    sample["teacher"].members[0] = Member("t.pt", lambda rows: torch.eye(10)[0].expand(8, 10)[rows])
+    loss, _, log = criterion(label_smoothing=0.1, kd_weight=0.9, **flags).train()(model, sample)
+    lprobs = torch.log_softmax(model.logits, -1).flatten(0, 1)
+    expected, _ = label_smoothed_nll_loss(lprobs, sample["target"].flatten(), 0.1, PAD)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, model.logits)
+    (expected_gradient,) = torch.autograd.grad(expected, model.logits)
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert log["kd_tokens"] == 0 and logged(log)["kd_selected"] == 0
+    assert "kd_loss" not in logged(log)
+    count("batches of which no token is selected")
 
 
 def test_schedules_follow_the_updates():

@@ -1,6 +1,7 @@
 """What decodes: fairseq's generator, or CTranslate2 with the teacher converted for it."""
 
 import contextlib
+import math
 import os
 import shutil
 from collections import deque
@@ -38,7 +39,11 @@ class FairseqEngine:
         self.strip = {*strip, self.generator.eos, task.target_dictionary.bos()}
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
-        """The n-best lists of collated batches, one after the other."""
+        """The n-best lists of collated batches, one after the other.
+
+        Raises:
+            RuntimeError: for some sentence the models give no probabilities.
+        """
         for sample in batches:
             if self.generation.sampling:
                 utils.set_torch_seed(self.seed + int(sample["id"].min()))
@@ -46,7 +51,10 @@ class FairseqEngine:
             if self.cuda:
                 sample = utils.move_to_cuda(sample)
             longest = self._longest(sample["net_input"]["src_tokens"])
-            found = self.task.inference_step(self.generator, self.models, sample)
+            try:
+                found = self.task.inference_step(self.generator, self.models, sample)
+            except AssertionError as error:  # of a sentence that no symbol has a probability for
+                raise _no_translation(ids, "fairseq's generator: {}".format(error)) from error
             yield {
                 i: [self._read(one, longest) for one in nbest[: self.generation.nbest]]
                 for i, nbest in zip(ids, found)
@@ -108,6 +116,7 @@ class CTranslate2Engine:
             raise FileError("{}: CTranslate2 cannot open it ({})".format(model, error)) from error
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
+        """As ``FairseqEngine.decode``."""
         waiting: Deque[Tuple[List[int], Any]] = deque()
         for sample in batches:
             waiting.append((sample["id"].tolist(), self._begin(sample["net_input"]["src_tokens"])))
@@ -161,7 +170,19 @@ class CTranslate2Engine:
                 )
                 for symbols, score in zip(result.hypotheses, result.scores)
             ]
+        improbable = [i for i, nbest in found.items() if not math.isfinite(nbest[0].score)]
+        if improbable:
+            raise _no_translation(improbable, "CTranslate2 scores them so")
         return found
+
+
+def _no_translation(ids: Sequence[int], why: str) -> RuntimeError:
+    """The error of a model that finds nothing probable, though any sentence has a likeliest one."""
+    return RuntimeError(
+        "no translation with any probability for one or more of the sentences with ids {} ({}): "
+        "the model gives NaN or inf there, or can never end a sentence. Try a wider precision "
+        "(without --fp16 or --compute-type).".format(sorted(ids), why)
+    )
 
 
 def converted(path: str, state: Dict[str, Any], task: Any, folder: Path) -> Path:

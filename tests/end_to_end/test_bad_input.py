@@ -222,16 +222,7 @@ def test_adaptive_softmax_in_the_student(data, teacher, tmp_path):
     refused(run, tmp_path, "student", "adaptive softmax")
 
 
-def test_teacher_whose_weights_are_nan(data, teacher, tmp_path):
-    def change(state):
-        state["model"]["decoder.embed_tokens.weight"].fill_(float("nan"))
-        state["model"]["decoder.output_projection.weight"].fill_(float("nan"))
-
-    path = changed(teacher, tmp_path, change)
-    refused(distil(data, path, tmp_path / "student"), tmp_path / "student", str(path), "NaN", "ids")
-
-
-def test_teacher_that_is_nan_for_one_sentence(corpus, tmp_path):
+def test_teacher_that_overflows_in_one_sentence(corpus, tmp_path):
     """The run stops there, naming the sentence; checkpoints written before stay good."""
     text = tmp_path / "text"
     shutil.copytree(str(corpus.text), str(text))
@@ -246,7 +237,7 @@ def test_teacher_that_is_nan_for_one_sentence(corpus, tmp_path):
     row = 4 + [line.split(" ")[0] for line in symbols].index("rare")
 
     def change(state):
-        state["model"]["encoder.embed_tokens.weight"][row] = float("nan")
+        state["model"]["encoder.embed_tokens.weight"][row] = torch.finfo(torch.float32).max
 
     path = changed(theirs, tmp_path, change)
     run = distil(data, path, tmp_path / "student", "--max-epoch", 1)

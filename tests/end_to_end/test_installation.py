@@ -5,9 +5,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
+from importlib import metadata
 
 import pytest
 import support
+from packaging.requirements import Requirement
 from support import distil, kd_arguments, script
 
 SHORT = ("--max-update", 3, "--disable-validation")
@@ -90,6 +93,23 @@ def test_wheel_holds_the_package_alone(wheel):
         if "__pycache__" not in p.parts
     }
     assert package == ours
+
+
+def test_dependencies_have_ranges_and_are_what_the_tests_run_with(wheel):
+    with zipfile.ZipFile(str(wheel)) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        about = Parser().parsestr(archive.read(name).decode())
+    requirements = [Requirement(text) for text in about.get_all("Requires-Dist")]
+    assert len(requirements) > 10
+    extras = ("", "fairseq", "recipes", "test")
+    for requirement in requirements:
+        bounds = {one.operator for one in requirement.specifier}
+        assert bounds == {">=", "<"} or bounds == {"=="}, requirement
+        if requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": e}) for e in extras
+        ):
+            here = metadata.version(requirement.name)
+            assert requirement.specifier.contains(here, prereleases=True), (requirement, here)
 
 
 @pytest.fixture(scope="module")
