@@ -239,6 +239,7 @@ class Steps:
         cfg = deepcopy(self.cfg)
         none = KDTranslationConfig()
         with open_dict(cfg):
+            cfg.task.restore_file = ""  # no checkpoint is opened
             if with_teacher == "run":
                 cfg.task.teacher_cache = None
                 if not cfg.criterion.kd_top_k:

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import resource
+import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
@@ -307,6 +308,42 @@ def _modernise(args: Namespace) -> None:
         args.task = "translation"
     if isinstance(getattr(args, "data", None), list) and args.data:
         args.data = args.data[0]
+
+
+# What fairseq-train names its checkpoints besides checkpoint_last.pt
+_NAMED = re.compile(r"checkpoint(\d+|_\d+_\d+|_best|\.best_.+)\.pt")
+
+
+def refuse_cut_short(path: str) -> None:
+    """Refuse to train on from a checkpoint of which only the beginning was written.
+
+    fairseq writes each checkpoint under another name first, but then copies it to
+    ``checkpoint_last.pt``, where a kill or a full disk may come in between. What torch says of such
+    a file ("Invalid argument", or advice on ``weights_only``) helps nobody.
+
+    Raises:
+        CheckpointError: it is such a file; the message names the newest one that is whole.
+    """
+    if not os.path.isfile(path) or not _cut_short(path):
+        return
+    folder = os.path.dirname(path)
+    others = [os.path.join(folder, name) for name in os.listdir(folder) if _NAMED.fullmatch(name)]
+    whole = [other for other in others if other != path and not _cut_short(other)]
+    advice = "No whole checkpoint lies beside it: delete it to train from the beginning."
+    if whole:
+        advice = (
+            "Start with --restore-file {}, once: of those beside it that are whole, it is the "
+            "newest, and training goes on from there.".format(max(whole, key=os.path.getmtime))
+        )
+    raise CheckpointError(
+        "{} is cut short: a kill or a full disk interrupted its writing. {}".format(path, advice)
+    )
+
+
+def _cut_short(path: str) -> bool:
+    """Whether a zip archive, torch's format since 1.6, has no end."""
+    with open(path, "rb") as file:
+        return b"PK".startswith(file.read(2)) and not zipfile.is_zipfile(path)
 
 
 def section(state: Dict[str, Any], name: str) -> Any:

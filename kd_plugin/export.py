@@ -1,5 +1,6 @@
 """Models without the plugin: plain checkpoints for stock fairseq, folders for CTranslate2."""
 
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from . import checkpoint
-from .files import FileError, read_json
+from .files import FileError, naming, read_json
 
 QUANTIZATIONS = (
     "float32",
@@ -280,6 +281,21 @@ def check_ctranslate2(path: str, state: Dict[str, Any]) -> None:
         raise _not_taken(path, "; ".join(faults))
 
 
+def write(state: Dict[str, Any], path: Any) -> None:
+    """Write a file for ``torch.load``.
+
+    On a full disk ``torch.save`` fails with an assertion of its own, which on torch 1.12 may end
+    the process. So it writes to memory.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    with naming(path), open(path, "wb") as file:
+        file.write(content.getbuffer())
+
+
 def convert(path: str, stock: Dict[str, Any], folder: Path, quantization: str = "float32") -> None:
     """Write a model in CTranslate2's format into a new folder.
 
@@ -297,9 +313,9 @@ def convert(path: str, stock: Dict[str, Any], folder: Path, quantization: str = 
     task = stock["cfg"]["task"]
     langs = task["source_lang"], task["target_lang"]
     args = Namespace(**{**stock["cfg"]["model"], "task": "translation"})
-    with tempfile.TemporaryDirectory(dir=str(folder.parent)) as passing:
+    with naming(folder), tempfile.TemporaryDirectory(dir=str(folder.parent)) as passing:
         file = os.path.join(passing, "model.pt")
-        torch.save({**stock, "cfg": None, "args": args}, file)
+        write({**stock, "cfg": None, "args": args}, file)
         for side, lang in zip(("source", "target"), langs):
             _write_symbols(
                 stock["task_state"][side + "_symbols"],
@@ -310,6 +326,8 @@ def convert(path: str, stock: Dict[str, Any], folder: Path, quantization: str = 
                 file, passing, source_lang=langs[0], target_lang=langs[1]
             )
             converter.convert(str(folder), quantization=quantization)
+        except OSError:
+            raise
         except Exception as error:
             raise _not_taken(path, str(error).strip() or type(error).__name__) from error
 

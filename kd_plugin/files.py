@@ -37,11 +37,22 @@ def write_json(path: Path, content: Dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Any) -> Iterator[None]:
+    """Where a write fails, as on a full disk: the system says only why."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def all_or_nothing(path: Path) -> Iterator[Any]:
     """Write a file under another name first, then rename it."""
     new = temporary(path)
     try:
-        with open(new, "wb") as file:
+        with naming(path), open(new, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -88,8 +99,9 @@ def no_link(path: str, flags: int) -> int:
 
 def write_all(file: Any, block: memoryview) -> None:
     """To an unbuffered file, which may take less at a time."""
-    while len(block):
-        block = block[file.write(block) :]
+    with naming(file.name):
+        while len(block):
+            block = block[file.write(block) :]
 
 
 class Shards:

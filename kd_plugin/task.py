@@ -22,6 +22,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
 from .cache import CachedSubset, CacheError, TaughtDataset, describe_data
+from .checkpoint import refuse_cut_short
 from .configuration import CRITERION, choice_value
 from .selection import ScoreQueue
 from .signal import CachedSignal, not_finite_teacher
@@ -85,6 +86,8 @@ class KDTranslationConfig(TranslationConfig):
     )
     # fairseq's own, which tasks are not told otherwise
     disable_validation: bool = II("dataset.disable_validation")
+    save_dir: str = II("checkpoint.save_dir")
+    restore_file: str = II("checkpoint.restore_file")
 
 
 # The fields that are about a teacher that is run, as opposed to one in a cache
@@ -110,6 +113,7 @@ class KDTranslationTask(TranslationTask):
         super().__init__(cfg, src_dict, tgt_dict)
         self.teacher: Optional[Teacher] = None  # opened when training begins
         self._training = self._stepped = False
+        self._from_checkpoint = False  # as outside training: set up to run a model that there is
         # once there is one, this is a training or a validation, and datasets bring the teacher
         self._criterion: Any = None
         # of any subset: they are alike
@@ -129,6 +133,7 @@ class KDTranslationTask(TranslationTask):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Nothing: the dictionaries are those of the data folder."""
+        self._from_checkpoint = True
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         name = getattr(cfg, "_name", None) or getattr(cfg, "criterion", None)
@@ -137,6 +142,12 @@ class KDTranslationTask(TranslationTask):
                 "--task kd_translation needs --criterion {}, which listens to the teacher; got "
                 "{}. For training without a teacher use --task translation.".format(CRITERION, name)
             )
+        if not self._from_checkpoint:
+            # nothing of ours is asked again before fairseq opens the checkpoint to go on from
+            path = self.cfg.restore_file
+            if path == "checkpoint_last.pt":
+                path = os.path.join(self.cfg.save_dir, path)
+            refuse_cut_short(path)
         faults = [] if self.cfg.teacher_cache else self._faults_of_teacher_flags()
         try:
             self._criterion = super().build_criterion(cfg, *args, **kwargs)

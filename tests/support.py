@@ -7,6 +7,7 @@ itself.
 """
 
 import atexit
+import contextlib
 import json
 import multiprocessing
 import os
@@ -104,6 +105,12 @@ class Started:
             self.process.kill()
             self.process.join()
 
+    def kill_all(self) -> None:
+        """kill -9 of it and whatever it has started; it must lead a group."""
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
 
 def start(
     tool: str,
@@ -112,12 +119,14 @@ def start(
     stdin: Any = os.devnull,
     file_limit: Optional[int] = None,
     killed_by_limit: bool = False,
+    leads_group: bool = False,
 ) -> Started:
     """Start a command in a forked process.
 
     Args:
         file_limit: bytes of the longest file it can write: as on a full disk, more fails.
         killed_by_limit: instead the kernel kills it.
+        leads_group: it and what it starts are a process group of their own.
     """
     handle, log = tempfile.mkstemp(prefix="fairseq-", suffix=".log")
     os.close(handle)
@@ -125,7 +134,9 @@ def start(
     process = _forked.Process(
         target=_main,
         args=(tool, [str(a) for a in arguments], folder, log, str(stdin)),
-        kwargs=dict(file_limit=file_limit, killed_by_limit=killed_by_limit),
+        kwargs=dict(
+            file_limit=file_limit, killed_by_limit=killed_by_limit, leads_group=leads_group
+        ),
     )
     process.start()
     return Started(process, log)
@@ -175,7 +186,10 @@ def _main(
     stdin: str,
     file_limit: Optional[int],
     killed_by_limit: bool,
+    leads_group: bool,
 ) -> None:
+    if leads_group:
+        os.setpgrp()
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -288,27 +302,28 @@ def distil(
     return fairseq("fairseq-train", *arguments, **how)
 
 
+def cache_arguments(data: Any, teacher: Any, cache: Any, *more: Any) -> List[Any]:
+    """Arguments of ``fairseq-kd-cache``; later ones override earlier ones."""
+    given = ("--path", teacher, "--cache", cache)
+    return [data, *given, "--cpu", *LANGUAGES, "--num-workers", 0, *more]
+
+
 def write_cache(data: Any, teacher: Any, cache: Any, *more: Any, **how: Any) -> Run:
-    """Run ``fairseq-kd-cache``; later arguments override earlier ones."""
-    return fairseq(
-        "fairseq-kd-cache",
-        *(data, "--path", teacher, "--cache", cache, "--cpu", *LANGUAGES, "--num-workers", 0),
-        *more,
-        **how,
-    )
+    return fairseq("fairseq-kd-cache", *cache_arguments(data, teacher, cache, *more), **how)
+
+
+def sequence_arguments(data: Any, teacher: Any, output: Any, *more: Any) -> List[Any]:
+    """Arguments of ``fairseq-kd-sequences``; later ones override earlier ones."""
+    given = ("--path", teacher, "--output", output, "--batch-size", 64)
+    return [data, *given, "--cpu", *LANGUAGES, "--num-workers", 0, *more]
 
 
 def write_sequences(data: Any, teacher: Any, output: Any, *more: Any, **how: Any) -> Run:
-    """Run ``fairseq-kd-sequences``; later arguments override earlier ones."""
-    return fairseq(
-        "fairseq-kd-sequences",
-        *(data, "--path", teacher, "--output", output, "--cpu", *LANGUAGES, "--num-workers", 0),
-        *("--batch-size", 64, *more),
-        **how,
-    )
+    arguments = sequence_arguments(data, teacher, output, *more)
+    return fairseq("fairseq-kd-sequences", *arguments, **how)
 
 
-def train_on_two_ranks(*arguments: Any) -> List[Run]:
+def start_two_ranks(*arguments: Any, **how: Any) -> List[Started]:
     """fairseq-train as two processes that talk over gloo; ``{rank}`` in an argument is the rank."""
     address = "tcp://127.0.0.1:{}".format(free_port())
     ranks = []
@@ -320,12 +335,34 @@ def train_on_two_ranks(*arguments: Any) -> List[Run]:
                 *("--distributed-backend", "gloo", "--distributed-no-spawn"),
                 *("--distributed-world-size", 2, "--distributed-rank", rank, "--device-id", 0),
                 *("--distributed-init-method", address),
+                **how,
             )
         )
-    return together(*ranks)
+    return ranks
+
+
+def train_on_two_ranks(*arguments: Any) -> List[Run]:
+    """As ``start_two_ranks``, to the end."""
+    return together(*start_two_ranks(*arguments))
 
 
 # what runs leave behind
+
+
+def tree(folder: Any) -> Dict[str, bytes]:
+    """All files of a folder but locks."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def assert_same_files(one: Any, other: Any) -> None:
+    """Two folders are the same to the byte; otherwise it is told in which files they differ."""
+    ours, theirs = tree(one), tree(other)
+    assert sorted(ours) == sorted(theirs)
+    assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
 def load(path: Any) -> Dict[str, Any]:

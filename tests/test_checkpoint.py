@@ -16,7 +16,14 @@ import torch
 from fairseq.logging.meters import AverageMeter
 from omegaconf import OmegaConf
 
-from kd_plugin.checkpoint import CheckpointError, average, get, read_checkpoint, section
+from kd_plugin.checkpoint import (
+    CheckpointError,
+    average,
+    get,
+    read_checkpoint,
+    refuse_cut_short,
+    section,
+)
 
 
 def fairseq_like(**more):
@@ -236,3 +243,32 @@ def test_stock_torch_load_opens_fairseq_checkpoints_once_the_plugin_is_imported(
 
     buffer = io.BytesIO(open(save(fairseq_like()), "rb").read())
     assert "model" in torch.load(buffer, map_location="cpu")
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end(tmp_path):
+    """Wherever it was cut; the newest of fairseq's others that is whole is named."""
+    last = tmp_path / "checkpoint_last.pt"
+    refuse_cut_short(str(last))  # there is none
+    torch.save({"model": {"w": torch.zeros(100)}}, str(last))
+    refuse_cut_short(str(last))
+    whole = last.read_bytes()
+    for size in [0, 1, 2, 3, 30, len(whole) // 2, len(whole) - 1]:
+        last.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="last.pt is cut short.* No whole checkpoint"):
+            refuse_cut_short(str(last))
+    for age, (name, content) in enumerate(
+        [
+            ("checkpoint_best.pt", whole[:100]),
+            ("checkpoint_1_40.pt.tmp", whole),
+            ("averaged.pt", whole),
+            ("checkpoint_1_30.pt", whole),
+            ("checkpoint_1_20.pt", whole),
+        ]
+    ):
+        (tmp_path / name).write_bytes(content)
+        os.utime(str(tmp_path / name), (1000 - age, 1000 - age))
+    with pytest.raises(CheckpointError, match="--restore-file .*/checkpoint_1_30.pt, once"):
+        refuse_cut_short(str(last))
+    legacy = tmp_path / "legacy.pt"
+    torch.save({"model": {}}, str(legacy), _use_new_zipfile_serialization=False)
+    refuse_cut_short(str(legacy))

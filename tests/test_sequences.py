@@ -97,6 +97,17 @@ def test_any_number_of_shards_makes_the_same_bytes(finished, tmp_path, order):
     assert tree(tmp_path / "2") == tree(tmp_path / "7") == tree(finished)
 
 
+def test_a_shard_that_begins_when_others_have_merged_all(finished, tmp_path):
+    """After a kill in the middle of merging all shards are started again, each with its teacher."""
+    write(tmp_path, 2, 0)
+    late = HypothesisStore(tmp_path, HEADER, 2, 0)
+    assert not late.complete
+    write(tmp_path, 2, 1)
+    late.begin(PLAN)
+    assert late.done == len(late.batches) > 0 and late.finish()
+    assert tree(tmp_path) == tree(finished)
+
+
 def in_a_child(work) -> int:
     child = os.fork()
     if child == 0:

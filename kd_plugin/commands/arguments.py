@@ -94,8 +94,12 @@ def useless_for_decoding(options: Any) -> List[str]:
     return faults
 
 
-def exit_code(prog: str, work: Callable[[], Any]) -> int:
-    """Do a command's work; what can go wrong with a user's files and flags is one line."""
+def exit_code(prog: str, work: Callable[[], Any], goes_on: bool = True) -> int:
+    """Do a command's work; what can go wrong with a user's files and flags is one line.
+
+    Args:
+        goes_on: where it stopped, if it is run again.
+    """
     _log_like_fairseq()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
@@ -106,12 +110,13 @@ def exit_code(prog: str, work: Callable[[], Any]) -> int:
         message = str(error)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        kept = ". What is written is kept: run the same command again to go on." if full else ""
-        message = "{}{}".format(error, kept)
+        kept = ". What is written is kept: run the same command again to go on."
+        message = "{}{}".format(error, kept if full and goes_on else "")
     except MemoryError:
         message = "there is not enough memory"
     except KeyboardInterrupt:
-        print("{}: run the same command again to go on".format(prog), file=sys.stderr)
+        advice = "run the same command again to go on" if goes_on else "interrupted"
+        print("{}: {}".format(prog, advice), file=sys.stderr)
         return 130
     print("{}: {}".format(prog, _printable(message)), file=sys.stderr)
     return 1

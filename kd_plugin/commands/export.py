@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-import torch
 from fairseq import utils
 from fairseq.data import Dictionary, data_utils
 from sentencepiece import SentencePieceProcessor
@@ -100,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     options = make_parser().parse_args(arguments)
-    return exit_code(PROG, lambda: run(options))
+    return exit_code(PROG, lambda: run(options), goes_on=False)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -298,7 +297,7 @@ def _write_stock(
     text: Optional[verification.Text],
     new: Path,
 ) -> List[str]:
-    torch.save(stock, str(new))
+    export.write(stock, new)
     lines = [_size(stock, [new])]
     if text is not None:
         difference = verification.compare_with_stock(path, state, text, new, options.beam)

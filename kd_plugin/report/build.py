@@ -14,7 +14,15 @@ from fairseq import utils
 from omegaconf import OmegaConf
 
 from .. import sequences
-from ..files import FileError, all_or_nothing, differences, locked, read_json, write_json
+from ..files import (
+    UNFINISHED,
+    FileError,
+    all_or_nothing,
+    differences,
+    locked,
+    read_json,
+    write_json,
+)
 from ..sequences import databin
 from ..teacher import Student, Teacher
 from ..timing import Spread
@@ -25,6 +33,7 @@ from .score import METRICS, TESTS, score
 from .systems import CTRANSLATE2, Model, System
 
 _SETTINGS, _MEASURED, _TRANSLATIONS = "settings.json", "measured", "translations"
+_PAGES = ("report.md", "report.html", "report.json")
 _PICTURES = ("quality-speed.png", "curves.png", "differences.png")
 _COUNTED = 500_000  # sentences of the training set, to tell rare tokens from common ones
 
@@ -236,11 +245,18 @@ def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
                 "--output {} holds a report made with other settings: {}. Choose another folder; "
                 "--overwrite would replace it.".format(folder, "; ".join(different))
             )
-    elif {path.name for path in folder.iterdir()} - {".lock", _MEASURED}:
-        raise FileError(
-            "--output {} holds files that this command did not write: choose another "
-            "folder".format(folder)
-        )
+    else:
+        ours = {".lock", _MEASURED}
+        if (folder / _MEASURED).is_dir():  # the settings, which come last, did not come
+            ours |= {_TRANSLATIONS, *_PICTURES, *_PAGES}
+        names = {path.name for path in folder.iterdir()} - ours
+        if not all(name.endswith(UNFINISHED) for name in names):
+            raise FileError(
+                "--output {} holds files that this command did not write: choose another "
+                "folder".format(folder)
+            )
+    for left in folder.rglob("*" + UNFINISHED):
+        left.unlink()
     return lock
 
 

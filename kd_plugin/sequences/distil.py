@@ -13,7 +13,16 @@ import torch
 from fairseq.data import Dictionary
 from tqdm import tqdm
 
-from ..files import UNFINISHED, FileError, differences, locked, read_json, temporary, write_json
+from ..files import (
+    UNFINISHED,
+    FileError,
+    differences,
+    locked,
+    naming,
+    read_json,
+    temporary,
+    write_json,
+)
 from . import databin
 from .corpus import Corpus
 from .databin import DataBin
@@ -287,8 +296,9 @@ class Output:
         new = temporary(self.folder / "data")
         new.mkdir(parents=True)
         try:
-            databin.copy(databin.carried_files(student.data), new)
-            tokens = self._write_split(new, corpus, nbest, chosen, student, originals, repeat)
+            with naming(new):
+                databin.copy(databin.carried_files(student.data), new)
+                tokens = self._write_split(new, corpus, nbest, chosen, student, originals, repeat)
             record = {
                 "settings": self.settings,
                 "counts": {**counts, **tokens},

@@ -142,7 +142,8 @@ class HypothesisStore:
             _write_plan(self.folder / _PLAN, plan)
         self._all_batches = _read_plan(self.folder / _PLAN)
         self.batches = self._all_batches[self.shards.shard_id :: self.shards.num_shards]
-        if not self.shards.begin():
+        # other shards may have merged all while this process opened its teacher
+        if self.complete or not self.shards.begin():
             self.done = len(self.batches)
             return
         # what a kill left behind the last whole batch is cut off
@@ -164,6 +165,9 @@ class HypothesisStore:
         Raises:
             FileError: a shard does not hold what it should, or its folder holds others by now.
         """
+        if self.complete:
+            self.clean_up()
+            return True
         if not self.shards.done:
             assert self.done == len(self.batches)
             self.refuse_others()

@@ -44,7 +44,10 @@ def measured(data, teacher, tmp_path_factory) -> Measured:
     folder = tmp_path_factory.mktemp("benchmark")
     copy = folder / "copy" / "kd_plugin"
     shutil.copytree(str(support.PLUGIN), str(copy))
-    arguments = support.kd_arguments(data, teacher, folder / "student", "--user-dir", copy)
+    student = folder / "student"
+    student.mkdir()
+    (student / "checkpoint_last.pt").touch()  # no training could go on from this
+    arguments = support.kd_arguments(data, teacher, student, "--user-dir", copy)
     output = folder / "figures.json"
     done = subprocess.run(
         [sys.executable, "-m", "kd_plugin.commands.benchmark", *map(str, arguments)]
@@ -57,7 +60,10 @@ def measured(data, teacher, tmp_path_factory) -> Measured:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    assert not (folder / "student").exists()  # it trains nobody
+    # it trains nobody
+    assert [(path.name, path.stat().st_size) for path in student.iterdir()] == [
+        ("checkpoint_last.pt", 0)
+    ]
     return Measured(done.stdout, json.loads(output.read_text()))
 
 

@@ -4,8 +4,6 @@ import json
 import random
 import re
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Tuple
 
@@ -22,6 +20,7 @@ from support import (
     USER_DIR,
     fairseq,
     transformer,
+    tree,
     write_sequences,
 )
 from toy import binarise, dictionary_lines, train_teacher, write_dictionaries
@@ -30,14 +29,6 @@ from kd_plugin import sequences
 from kd_plugin.commands import sequences as command
 
 BEAM = ("--beam", 4, "--nbest", 4)
-
-
-def tree(folder):
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in Path(folder).rglob("*")
-        if p.is_file() and p.name != ".lock"
-    }
 
 
 def lists(folder) -> Dict[int, List[Tuple[str, float]]]:
@@ -168,33 +159,6 @@ def test_choosing_again_decodes_nothing(data, weak, made, tmp_path):
     assert "Translated" not in run.text and not (best / "hypotheses").exists()
     expected = [nbest[0][0] for _, nbest in sorted(lists(folder).items())]
     assert text_of(best, TARGET) == [said for said in expected if said]
-
-
-def test_shards_and_a_kill_change_no_byte(data, weak, made, tmp_path):
-    """One of three is killed in the middle, more than once, and goes on."""
-    options = ("--select", "closest", "--metric", "chrf", *BEAM, "--num-shards", 3)
-    output = tmp_path / "data"
-    write_sequences(data, weak, output, *options, "--shard-id", 2).ok()
-    lines = output / "hypotheses" / "shards" / "shard-0-of-3" / "hypotheses.jsonl"
-    seen = 0
-    for _ in range(2):
-        arguments = (data, "--path", weak, "--output", output, "--cpu", *LANGUAGES)
-        run = support.start(
-            "fairseq-kd-sequences", *arguments, "--batch-size", 64, *options, "--shard-id", 0
-        )
-        deadline = time.monotonic() + 120
-        while (lines.stat().st_size if lines.exists() else 0) <= seen:
-            assert time.monotonic() < deadline and run.process.is_alive(), run.text
-            time.sleep(0.01)
-        run.process.kill()
-        run.process.join()
-        assert run.process.exitcode == -signal.SIGKILL
-        seen = lines.stat().st_size
-    write_sequences(data, weak, output, *options, "--shard-id", 0).ok()
-    assert not (output / "record.json").exists()
-    last = write_sequences(data, weak, output, *options, "--shard-id", 1).ok()
-    assert "distilled sentences" in last.text
-    assert tree(output) == tree(made.output)
 
 
 def test_languages_need_not_be_told(data, weak, tmp_path):
@@ -503,16 +467,3 @@ def test_subwords_that_would_be_compared_as_words(data, weak, corpus, tmp_path):
     marked = binarise(corpus.text, tmp_path / "data", *write_dictionaries(tmp_path / "d", *pieces))
     run = write_sequences(marked, weak, tmp_path / "no", "--select", "closest", *BEAM)
     assert "add --remove-bpe sentencepiece" in refused(run)
-
-
-def test_a_full_disk(data, weak, made, tmp_path):
-    """As a limit on the size of files: what is decoded is kept, and it goes on."""
-    options = ("--select", "closest", "--metric", "chrf", *BEAM)
-    output = tmp_path / "data"
-    run = write_sequences(data, weak, output, *options, file_limit=100000)
-    assert run.code == 1 and "run the same command again" in run.text
-    assert not (output / "record.json").exists()
-    kept = output / "hypotheses" / "shards" / "shard-0-of-1" / "hypotheses.jsonl"
-    assert kept.stat().st_size > 50000
-    write_sequences(data, weak, output, *options).ok()
-    assert tree(output) == tree(made.output)

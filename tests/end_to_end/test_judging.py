@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import sacrebleu
 import support
-from support import LANGUAGES, USER_DIR, fairseq, start, transformer
+from support import LANGUAGES, USER_DIR, fairseq, start, transformer, tree
 from toy import binarise, permuted_dictionaries, train_teacher
 
 HOW = ("--cpu", "--beam", 3, "--repeats", 2, "--num-workers", 0, *LANGUAGES)
@@ -29,14 +29,6 @@ def refused(run) -> str:
 
 def report_of(folder):
     return json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
-
-
-def tree(folder):
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in Path(folder).rglob("*")
-        if p.is_file() and p.name != ".lock"
-    }
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +206,21 @@ def test_killed_and_run_again(data, teacher, distilled, tmp_path):
     report = report_of(tmp_path / "r")
     assert [len(system["seconds"]) for system in report["systems"]] == [passes + 2] * 2
     assert "same run" in report["notes"][0] and "opening student" in run.text
+
+
+def test_killed_while_the_report_was_written(data, teacher, tmp_path):
+    """The settings come last; what a file was called before it was whole is cleared away."""
+    output, models = tmp_path / "r", {"teacher": teacher}
+    judge(data, output, models).ok()
+    translations = output / "translations" / "teacher.txt"
+    whole = tree(output)
+    (output / "settings.json").rename(output / "settings.json.0123.new")
+    translations.rename(str(translations) + ".0123.new")
+    run = judge(data, output, models).ok()
+    assert "opening" not in run.text and tree(output).keys() == whole.keys()
+    (output / "settings.json").unlink()
+    (output / "letter.txt").write_text("dear")
+    assert "did not write" in refused(judge(data, output, models))
 
 
 def test_a_broken_model_stands_in_the_table(data, teacher, tmp_path):

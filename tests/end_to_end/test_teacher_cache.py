@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from support import (
     LANGUAGES,
     USER_DIR,
+    assert_same_files,
     assert_same_weights,
     distil,
     fairseq,
@@ -35,10 +35,6 @@ SIDES = (support.SOURCE, support.TARGET)
 
 def taught(data, cache, save_dir, *more, **how):
     return distil(data, None, save_dir, "--teacher-cache", cache, *more, **how)
-
-
-def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 class Cache(NamedTuple):
@@ -147,49 +143,22 @@ def test_the_command_reports_what_it_kept(distilled, eight, whole):
     assert 8 * 4 + 3 * 2 < float(bytes_) < 8 * 4 + 3 * 2 + 8  # with an offset per sentence
 
 
-def same_cache(one, other):
-    """The same to the byte; on failure the names that differ."""
-    here, there = tree(one), tree(other)
-    assert sorted(here) == sorted(there)
-    assert [name for name in here if here[name] != there[name]] == []
+def test_an_unfinished_cache_and_a_finished_one(data, teacher, eight, tmp_path):
+    """Killed in the middle of a write; then the same command again, and again."""
 
-
-def test_full_disk_and_kills_then_the_same_command_again(data, teacher, eight, tmp_path):
-    def run(*more, **how):
-        return write_cache(data, teacher, tmp_path, *EIGHT, *more, **how)
-
-    full = run(file_limit=20000)
-    assert full.code == 1
-    assert "fairseq-kd-cache: [Errno" in full.text and "Traceback" not in full.text
-    assert "What is written is kept: run the same command again to go on." in full.text
-    partial = tmp_path / "train" / "partial" / "shard-0-of-1"
-    assert (partial / "symbols.bin").stat().st_size == 20000
+    def run(**how):
+        return write_cache(data, teacher, tmp_path, *EIGHT, **how)
 
     killed = run(file_limit=40001, killed_by_limit=True)
-    assert killed.code == -signal.SIGXFSZ  # in the middle of a write
+    assert killed.code == -signal.SIGXFSZ
+    partial = tmp_path / "train" / "partial" / "shard-0-of-1"
     assert (partial / "symbols.bin").stat().st_size == 40001
     refused = taught(data, tmp_path, tmp_path / "student")
     assert "is not finished: run the same fairseq-kd-cache again" in refused.error
-
-    # and at whatever moment this is
-    size = (partial / "symbols.bin").stat().st_size
-    command = support.start(
-        "fairseq-kd-cache",
-        *(data, "--path", teacher, "--cache", tmp_path, "--cpu", *LANGUAGES, "--num-workers", 0),
-        *EIGHT,
-    )
-    while command.process.is_alive() and partial.is_dir():
-        if (partial / "symbols.bin").stat().st_size > size:
-            break
-        time.sleep(0.001)
-    command.stop()
-    command.finish()
-
-    run("--num-workers", 1).ok()
-    same_cache(tmp_path, eight.folder)
+    run().ok()
+    assert_same_files(tmp_path, eight.folder)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    again = run().ok()
-    assert "valid: 48 sentences" in again.text
+    assert "valid: 48 sentences" in run().ok().text
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
@@ -213,7 +182,7 @@ def test_shards_and_a_merge_that_finds_no_room(data, teacher, eight, tmp_path):
     assert [name for name in left if name.endswith(".new")], left
     assert not (tmp_path / "train" / "manifest.json").exists()
     run(0).ok()
-    same_cache(tmp_path, eight.folder)
+    assert_same_files(tmp_path, eight.folder)
 
 
 def test_a_teacher_that_overflows(corpus, data, teacher, tmp_path):
