@@ -176,6 +176,7 @@ def test_report(data, teacher, tmp_path, long, count):
         *("fairseq-kd-report", data, "--output", output, "--cpu", "--beam", 1, "--repeats", 1),
         *("--num-workers", 0, *LANGUAGES, "--models"),
         *["{}={}".format(name, path) for name, path in named.items()],
+        timeout=900,  # a process for each
     )
     assert run.code == 1 and "Traceback" not in run.text, run.text[-3000:]
     assert not marker.exists()
