@@ -188,14 +188,9 @@ LOOPS = {
         plain=(*ONE_RANK, *SUBSETS),
         long=True,
     ),
-    # Adam: fairseq's --amp divides the gradient by the scale twice, which Adam does not mind
+    # scale 1: fairseq divides the gradient by it twice (its scaler's step unscales once more)
     "amp, its scaler on": Loop(
-        ("--amp", *ADAM),
-        ROUNDED._replace(weights=None),
-        plain=ADAM,
-        stand_ins=True,
-        torch=(2, 3),
-        long=True,
+        ("--amp", "--fp16-init-scale", 1), ROUNDED, stand_ins=True, torch=(2, 3), long=True
     ),
     "fp16": Loop(("--fp16",), HALF, stand_ins=True, torch=(2, 1)),
     # needs Adam, which blows up whatever rounding leaves of a gradient that is 0
