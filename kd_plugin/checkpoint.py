@@ -1,47 +1,31 @@
 """Read fairseq checkpoints without running what is inside them; average and write them.
 
 A checkpoint is a pickle, and a teacher is often somebody else's file. ``torchfile`` opens it
-without running what is inside. Its configuration is somebody else's, too: building the model that
-it describes must neither run code nor open other files.
+without running what is inside; ``untrusted`` refuses a configuration that building the model would
+run.
 """
 
-import ast
-import contextlib
 import hashlib
 import importlib
 import math
 import os
 import re
-import resource
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
-from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from . import torchfile
+from . import torchfile, untrusted
 from .torchfile import FAIRSEQ_GLOBALS, ForbiddenGlobal, local_module
 
 # fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
 # later versions refuse them
 SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$")
 
-# What building a model evaluates as a Python expression, in the modules of fairseq's models that do
-# not open files that the configuration names
-EVALUATED = re.compile(
-    r"(.*_)?(layers|attention|adaptive_(softmax|input)_cutoff|character_filters"
-    r"|xformers_att_config)$"
-)
-BUILDABLE = re.compile(
-    r"fairseq\.models\.(transformer(\.\w+)?|transformer_(legacy|align|lm)|multilingual_transformer"
-    r"|nat\.\w+|(lstm|fconv|lightconv)(_lm)?)$"
-)
-_DEEPEST, _MOST_VALUES = 20, 1 << 16  # of a configuration
-_BUILDING = 1 << 32  # bytes for building a model, beyond some times its weights
 _MOST_NAMES = 8  # of a weight that is tied
 
 # Since 2.6 torch.load has weights_only by default, with an allow-list that can name aliases.
@@ -96,7 +80,9 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
         state = _load(path, trust)
         _check(path, state)
         if not trust:
-            _refuse_code(path, state)
+            config = section(state, "model")
+            arch = get(config, "_name") or get(config, "arch")
+            untrusted.refuse_code(arch, config, state["model"])
     except CheckpointError:
         raise
     except ForbiddenGlobal as error:
@@ -106,6 +92,8 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
             "--trust-checkpoint (in training --teacher-trust-checkpoint) opens it all the "
             "same.".format(path, error)
         ) from None
+    except untrusted.Refused as error:
+        raise CheckpointError("{}: refused, because {}".format(path, error)) from None
     except Exception as error:  # nearly any, on a file that is something else
         raise CheckpointError(
             "{}: cannot be read as a fairseq checkpoint; it is damaged, incomplete or something "
@@ -143,13 +131,13 @@ def _check(path: str, state: Any) -> None:
     if args is not None:
         if not isinstance(args, Namespace):
             raise TypeError("its 'args' are a {}".format(type(args).__name__))
-        state["args"] = _Plain().of(args)
+        state["args"] = untrusted.Plain().of(args)
         _modernise(state["args"])
     else:
         if OmegaConf.is_config(cfg):
-            cfg = OmegaConf.create(_Plain().of(OmegaConf.to_container(cfg)))
+            cfg = OmegaConf.create(untrusted.Plain().of(OmegaConf.to_container(cfg)))
             cfg = OmegaConf.to_container(cfg, resolve=True)
-        parts = {name: _Plain().of(cfg[name]) for name in ("model", "task")}
+        parts = {name: untrusted.Plain().of(cfg[name]) for name in ("model", "task")}
         for name, part in parts.items():
             if not isinstance(part, (dict, Namespace)):
                 raise TypeError("its {} is a {}".format(name, type(part).__name__))
@@ -198,94 +186,6 @@ def _check_weights(path: str, state: Dict[str, Any]) -> None:
                 path, len(broken), ", ".join(broken[:3])
             )
         )
-
-
-class _Plain:
-    """Configurations of plain types; neither deep nor large when it is written out."""
-
-    def __init__(self) -> None:
-        self.left = _MOST_VALUES
-
-    def of(self, value: Any, depth: int = 0) -> Any:
-        self.left -= 1
-        if self.left < 0 or depth > _DEEPEST:
-            raise ValueError("its configuration is too large")
-        if isinstance(value, str):
-            # references in them may multiply, or ask for the environment
-            if "${" in value and not re.fullmatch(r"\$\{[\w.]+\}", value):
-                raise ValueError("{!r} in its configuration".format(value)[:200])
-            return str(value)
-        if isinstance(value, np.generic):
-            return value.item()
-        if isinstance(value, Namespace):
-            return Namespace(**self.of(vars(value), depth + 1))
-        if isinstance(value, dict):
-            return {
-                # pretrained embeddings were read before training; the weights replace them
-                str(key): None if str(key).endswith("embed_path") else self.of(part, depth + 1)
-                for key, part in value.items()
-            }
-        if isinstance(value, (list, tuple)):
-            return type(value)([self.of(part, depth + 1) for part in value])
-        return value
-
-
-def _refuse_code(path: str, state: Dict[str, Any]) -> None:
-    """Refuse a configuration that makes fairseq run something, or more than the file is worth."""
-    from fairseq import models  # imports everything
-
-    config = section(state, "model")
-    arch = get(config, "_name") or get(config, "arch")
-    if not arch:  # fairseq would take the name of a section for it
-        raise ValueError("it names no architecture")
-    model = models.ARCH_MODEL_REGISTRY.get(arch, models.MODEL_REGISTRY.get(arch))
-    module = getattr(model, "__module__", "")  # other modules' are this user's own
-    if module.startswith("fairseq.") and not BUILDABLE.match(module):
-        raise CheckpointError(
-            "{}: refused, because building its architecture {} evaluates, or opens, what the file "
-            "says. If you know where this file comes from and trust it, --trust-checkpoint (in "
-            "training --teacher-trust-checkpoint) uses it all the same.".format(path, arch)
-        )
-    for name, value in _fields(config):
-        if isinstance(value, str) and EVALUATED.match(name) and not _is_literal(value):
-            raise CheckpointError(
-                "{}: refused, because its option {} is {:.200}, which building the model would "
-                "execute. Nothing was executed.".format(path, name, repr(value))
-            )
-        if name.endswith("layers") and isinstance(value, int) and value > len(state["model"]):
-            raise ValueError(
-                "its option {} is {}, and it has {} weights".format(
-                    name, value, len(state["model"])
-                )
-            )
-
-
-def _fields(config: Any) -> Iterator[Tuple[str, Any]]:
-    """All fields of a configuration, and of those within it."""
-    parts = vars(config) if isinstance(config, Namespace) else config
-    for name, value in parts.items():
-        yield name, value
-        if isinstance(value, (dict, Namespace)):
-            yield from _fields(value)
-
-
-def _is_literal(text: str) -> bool:
-    """Whether it is a literal, or short lists of such added and repeated: [(512, 3)] * 20."""
-    try:
-        return _length(ast.parse(text, mode="eval").body) <= _MOST_VALUES
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return False
-
-
-def _length(node: Any) -> int:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _length(node.left) + _length(node.right)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        times = ast.literal_eval(node.right)
-        if isinstance(times, int) and isinstance(node.left, (ast.List, ast.BinOp)):
-            return _length(node.left) * times
-    ast.literal_eval(node)
-    return len(getattr(node, "elts", "1"))
 
 
 def _finite(name: str, weight: torch.Tensor) -> bool:
@@ -354,26 +254,6 @@ def section(state: Dict[str, Any], name: str) -> Any:
     """
     args = state.get("args")
     return args if args is not None else state["cfg"][name]
-
-
-@contextlib.contextmanager
-def bounded_memory(state: Dict[str, Any]) -> Iterator[None]:
-    """While a checkpoint's model is built: its configuration may claim any size."""
-    weights = sum(weight.numel() * weight.element_size() for weight in state["model"].values())
-    before = None
-    # where the system counts it
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        (used,) = re.findall(r"VmData:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        mine = int(used) * 1024 + 4 * weights + _BUILDING
-        if limit == resource.RLIM_INFINITY or mine < limit:
-            resource.setrlimit(resource.RLIMIT_DATA, (mine, hard))
-            before = limit, hard
-    try:
-        yield
-    finally:
-        if before is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def get(config: Any, name: str, default: Any = None) -> Any:

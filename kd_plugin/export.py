@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .files import FileError, naming, read_json
+from .untrusted import bounded_memory
 
 QUANTIZATIONS = (
     "float32",
@@ -161,7 +162,7 @@ def stock_state(
     )
     try:
         # building completes the arguments; loading renames what older versions named otherwise
-        with checkpoint.bounded_memory(state):
+        with bounded_memory(state["model"]):
             model = models.build_model(args, task)
             model.load_state_dict(dict(state["model"]), strict=True, model_cfg=args)
     except Exception as error:

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import checkpoint, vocabulary
 from .checkpoint import CheckpointError
 from .signal import Member, TeacherSignal
+from .untrusted import bounded_memory
 from .vocabulary import MISSING, VocabularyError
 
 logger = logging.getLogger(__name__)
@@ -456,7 +457,7 @@ def build_model(
             config = OmegaConf.create(config)
             with open_dict(config):
                 config.update(changed)
-        with checkpoint.bounded_memory(state):
+        with bounded_memory(state["model"]):
             model = models.build_model(config, task)
             model.load_state_dict(state["model"], strict=True, model_cfg=config)
     except Exception as error:

@@ -1,0 +1,141 @@
+"""Configurations of strangers' checkpoints.
+
+Building the model that one describes must neither run code nor open other files, and take no more
+memory than its weights are worth.
+"""
+
+import ast
+import contextlib
+import re
+import resource
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, Iterator, Tuple
+
+import numpy as np
+
+# What building a model evaluates as a Python expression, in the modules of fairseq's models that do
+# not open files that the configuration names
+EVALUATED = re.compile(
+    r"(.*_)?(layers|attention|adaptive_(softmax|input)_cutoff|character_filters"
+    r"|xformers_att_config)$"
+)
+BUILDABLE = re.compile(
+    r"fairseq\.models\.(transformer(\.\w+)?|transformer_(legacy|align|lm)|multilingual_transformer"
+    r"|nat\.\w+|(lstm|fconv|lightconv)(_lm)?)$"
+)
+_DEEPEST, _MOST_VALUES = 20, 1 << 16  # of a configuration
+_BUILDING = 1 << 32  # bytes for building a model, beyond some times its weights
+
+
+class Refused(Exception):
+    """A configuration that asks for more than a model; what, is the message."""
+
+
+class Plain:
+    """Configurations of plain types; neither deep nor large when it is written out."""
+
+    def __init__(self) -> None:
+        self.left = _MOST_VALUES
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        self.left -= 1
+        if self.left < 0 or depth > _DEEPEST:
+            raise ValueError("its configuration is too large")
+        if isinstance(value, str):
+            # references in them may multiply, or ask for the environment
+            if "${" in value and not re.fullmatch(r"\$\{[\w.]+\}", value):
+                raise ValueError("{!r} in its configuration".format(value)[:200])
+            return str(value)
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, Namespace):
+            return Namespace(**self.of(vars(value), depth + 1))
+        if isinstance(value, dict):
+            return {
+                # pretrained embeddings were read before training; the weights replace them
+                str(key): None if str(key).endswith("embed_path") else self.of(part, depth + 1)
+                for key, part in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            return type(value)([self.of(part, depth + 1) for part in value])
+        return value
+
+
+def refuse_code(arch: Any, config: Any, weights: Dict[str, Any]) -> None:
+    """Refuse a configuration that makes fairseq run something, or more than the file is worth.
+
+    Raises:
+        Refused: building the model would execute, or open, what the file says.
+        ValueError: it is not a configuration of these weights.
+    """
+    from fairseq import models  # imports everything
+
+    if not arch:  # fairseq would take the name of a section for it
+        raise ValueError("it names no architecture")
+    model = models.ARCH_MODEL_REGISTRY.get(arch, models.MODEL_REGISTRY.get(arch))
+    module = getattr(model, "__module__", "")  # other modules' are this user's own
+    if module.startswith("fairseq.") and not BUILDABLE.match(module):
+        raise Refused(
+            "building its architecture {} evaluates, or opens, what the file says. If you know "
+            "where this file comes from and trust it, --trust-checkpoint (in training "
+            "--teacher-trust-checkpoint) uses it all the same.".format(arch)
+        )
+    for name, value in _fields(config):
+        if isinstance(value, str) and EVALUATED.match(name) and not _is_literal(value):
+            raise Refused(
+                "its option {} is {:.200}, which building the model would execute. Nothing was "
+                "executed.".format(name, repr(value))
+            )
+        if name.endswith("layers") and isinstance(value, int) and value > len(weights):
+            raise ValueError(
+                "its option {} is {}, and it has {} weights".format(name, value, len(weights))
+            )
+
+
+def _fields(config: Any) -> Iterator[Tuple[str, Any]]:
+    """All fields of a configuration, and of those within it."""
+    parts = vars(config) if isinstance(config, Namespace) else config
+    for name, value in parts.items():
+        yield name, value
+        if isinstance(value, (dict, Namespace)):
+            yield from _fields(value)
+
+
+def _is_literal(text: str) -> bool:
+    """Whether it is a literal, or short lists of such added and repeated: [(512, 3)] * 20."""
+    try:
+        return _length(ast.parse(text, mode="eval").body) <= _MOST_VALUES
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
+
+
+def _length(node: Any) -> int:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _length(node.left) + _length(node.right)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        times = ast.literal_eval(node.right)
+        if isinstance(times, int) and isinstance(node.left, (ast.List, ast.BinOp)):
+            return _length(node.left) * times
+    ast.literal_eval(node)
+    return len(getattr(node, "elts", "1"))
+
+
+@contextlib.contextmanager
+def bounded_memory(weights: Dict[str, Any]) -> Iterator[None]:
+    """While a checkpoint's model is built: its configuration may claim any size."""
+    size = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    before = None
+    # where the system counts it
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        (used,) = re.findall(r"VmData:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        mine = int(used) * 1024 + 4 * size + _BUILDING
+        if limit == resource.RLIM_INFINITY or mine < limit:
+            resource.setrlimit(resource.RLIMIT_DATA, (mine, hard))
+            before = limit, hard
+    try:
+        yield
+    finally:
+        if before is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
