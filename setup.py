@@ -49,6 +49,7 @@ setup(
         "test": [
             "pytest>=7,<10",
             "hypothesis>=6.30,<7",
+            "pytest-xdist>=3.3,<4",
             # Fixed minor version, so that a new rule never breaks an old commit.
             "ruff>=0.8,<0.9",
             # 1.14: the last mypy that runs on Python 3.8.

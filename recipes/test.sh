@@ -5,6 +5,7 @@
 # Run:      bash recipes/test.sh
 #           bash recipes/test.sh --long      the fault suite (tests/faults) not in its short form, but as a whole
 # Adapt:    arguments go to pytest: bash recipes/test.sh -k vocabulary -x
+#           WORKERS=4 runs so many processes (default: 2).
 #           Both ends of the supported versions, each in its own environment, as CI does: .ci/run
 set -euo pipefail
 EXTRAS=recipes,test # the tests also run the recipes
@@ -16,4 +17,5 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 say "pip check" && python -m pip check
 say "ruff" && python -m ruff check .
 say "mypy" && python -m mypy
-say "pytest" && python -m pytest tests -q "$@"
+# A file's tests stay in one process: they share what is slow to make.
+say "pytest" && python -m pytest tests -q --numprocesses "${WORKERS:-2}" --dist loadfile "$@"

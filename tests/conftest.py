@@ -37,6 +37,16 @@ def count() -> Callable[..., None]:
     return add
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes that share the tests
+        session.config.workeroutput["faults"] = dict(_counts)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _counts.update(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     if _counts:
         terminalreporter.section("faults that were caused")
