@@ -17,9 +17,9 @@
 #   SRC, TGT         de, en            languages; the made corpus knows most that Babel and num2words share
 #   SIZE, HELD_OUT   24000, 1000       pairs of the made corpus: train; valid and test each
 #   VOCAB            2000              joint SentencePiece vocabulary
-#   TEACHER_LAYERS, TEACHER_DIM        2, 128 (96)    of encoder and decoder each; the ffn is 4 times as wide
+#   TEACHER_LAYERS, TEACHER_DIM        2, 96    of encoder and decoder each; the ffn is 4 times as wide
 #   STUDENT_LAYERS, STUDENT_DIM        1, 48
-#   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 700 and 800 (500 and 450)
+#   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 700 and 700 (500 and 450)
 #   MAX_TOKENS       2048              per batch
 #   TEACHER_LR, STUDENT_LR             0.004, 0.006
 #   KD_WEIGHT, KD_TEMPERATURE          0.5, 1
@@ -59,13 +59,13 @@ model() { # LAYERS DIM LR UPDATES
         --lr-scheduler inverse_sqrt --warmup-updates $(($4 / 5 + 1))
         --max-tokens ${MAX_TOKENS:-2048} --seed 1 --num-workers 0"
 }
-DIM=128 UPDATES_OF=(700 800)
-if python -c 'import sys, torch; sys.exit(torch.__version__ >= "2")'; then DIM=96 UPDATES_OF=(500 450); fi
+updates=(700 700)
+if python -c 'import sys, torch; sys.exit(torch.__version__ >= "2")'; then updates=(500 450); fi
 set -f # the flags are split into words, and nothing else
-teacher=$(model "${TEACHER_LAYERS:-2}" "${TEACHER_DIM:-$DIM}" "${TEACHER_LR:-0.004}" \
-    "${TEACHER_UPDATES:-${UPDATES:-${UPDATES_OF[0]}}}")
+teacher=$(model "${TEACHER_LAYERS:-2}" "${TEACHER_DIM:-96}" "${TEACHER_LR:-0.004}" \
+    "${TEACHER_UPDATES:-${UPDATES:-${updates[0]}}}")
 student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-48}" "${STUDENT_LR:-0.006}" \
-    "${STUDENT_UPDATES:-${UPDATES:-${UPDATES_OF[1]}}}")
+    "${STUDENT_UPDATES:-${UPDATES:-${updates[1]}}}")
 
 best=checkpoint_best.pt
 teacher_checkpoint=$WORK/models/teacher/$best
