@@ -19,7 +19,7 @@
 #   VOCAB            2000              joint SentencePiece vocabulary
 #   TEACHER_LAYERS, TEACHER_DIM        2, 96    of encoder and decoder each; the ffn is 4 times as wide
 #   STUDENT_LAYERS, STUDENT_DIM        1, 48
-#   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 700 and 700 (500 and 450)
+#   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 700 and 900 (500 and 450)
 #   MAX_TOKENS       2048              per batch
 #   TEACHER_LR, STUDENT_LR             0.004, 0.006
 #   KD_WEIGHT, KD_TEMPERATURE          0.5, 1
@@ -59,7 +59,7 @@ model() { # LAYERS DIM LR UPDATES
         --lr-scheduler inverse_sqrt --warmup-updates $(($4 / 5 + 1))
         --max-tokens ${MAX_TOKENS:-2048} --seed 1 --num-workers 0"
 }
-updates=(700 700)
+updates=(700 900)
 if python -c 'import sys, torch; sys.exit(torch.__version__ >= "2")'; then updates=(500 450); fi
 set -f # the flags are split into words, and nothing else
 teacher=$(model "${TEACHER_LAYERS:-2}" "${TEACHER_DIM:-96}" "${TEACHER_LR:-0.004}" \
