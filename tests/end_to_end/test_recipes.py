@@ -47,7 +47,7 @@ def test_the_quick_start(tmp_path):
     sizes.update(TEACHER_DIM=32, STUDENT_DIM=16, MAX_TOKENS=4000, KD_CACHE=4)
 
     done = run("quickstart.sh", tmp_path, **sizes).ok()
-    students = ["plain", "word_level", "sequence_level", "sequence_and_word_level"]
+    students = ["plain", "word_level", "sequence_level"]
     expected = ["teacher", *(name + "_student" for name in students)]
     expected = with_int8(expected, expected[-1])
     assert re.findall(ROW, done.text, re.MULTILINE) == expected
