@@ -364,46 +364,44 @@ def _peak_of_process() -> int:
 # What is shown
 
 
-def report(measured: Dict[str, Any]) -> str:
-    """The measured figures as tables: medians, and the quartiles of the rounds behind them."""
-    parts = []
-    for objective in measured.get("objective", []):
-        parts.append(
-            _table(
-                "objective, both ways, {rows} rows, V = {vocabulary}".format(**objective),
-                ("seconds", "to stock", "to dense KL", "extra memory"),
-                [
-                    (
-                        name,
-                        _shown(cost["seconds"]),
-                        _shown(cost["to_stock"]),
-                        _shown(cost["to_dense"]),
-                        "{:.1%}".format(cost["extra_memory"]),
-                    )
-                    for name, cost in objective["costs"].items()
-                ],
+def objective_table(objective: Dict[str, Any]) -> str:
+    """What `objective_costs` measured: medians, and the quartiles of the rounds behind them."""
+    return _table(
+        "objective, both ways, {rows} rows, V = {vocabulary}".format(**objective),
+        ("seconds", "to stock", "to dense KL", "extra memory"),
+        [
+            (
+                name,
+                _shown(cost["seconds"]),
+                _shown(cost["to_stock"]),
+                _shown(cost["to_dense"]),
+                "{:.1%}".format(cost["extra_memory"]),
             )
-        )
-    steps = measured.get("steps")
-    if steps:
-        parts.append(
-            _table(
-                "steps, {batches} batches, {target_tokens} target tokens".format(**steps),
-                ("seconds", "tokens/s", "peak memory"),
-                [
-                    (
-                        name,
-                        _shown(cost["seconds"]),
-                        "{:.0f}".format(cost["tokens_per_second"]),
-                        "{:.0f} MB".format(cost["peak_memory"] / 1e6),
-                    )
-                    for name, cost in steps["costs"].items()
-                ],
-            )
-        )
-        ratios = [(name, _shown(ratio)) for name, ratio in steps["ratios"].items()]
-        parts.append(_table("", ("seconds to seconds",), ratios))
-    return "\n".join(parts)
+            for name, cost in objective["costs"].items()
+        ],
+    )
+
+
+def step_tables(steps: Dict[str, Any]) -> str:
+    """What `Steps.costs` measured, likewise."""
+    costs = [
+        (name, _shown(cost["seconds"]), "{:.0f}".format(cost["tokens_per_second"]))
+        for name, cost in steps["costs"].items()
+    ]
+    title = "steps, {batches} batches, {target_tokens} target tokens".format(**steps)
+    ratios = [(name, _shown(ratio)) for name, ratio in steps["ratios"].items()]
+    return "\n".join(
+        [
+            _table(title, ("seconds", "tokens/s"), costs),
+            _table("", ("seconds to seconds",), ratios),
+        ]
+    )
+
+
+def memory_table(peaks: Dict[str, int]) -> str:
+    """What `Steps.peak_memory` measured, in bytes."""
+    rows = [(name, "{:.0f} MB".format(peak / 1e6)) for name, peak in peaks.items()]
+    return _table("peak memory, each in a process of its own", ("",), rows)
 
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -19,6 +19,7 @@ import torch
 from fairseq import options as fairseq_options
 from fairseq.dataclass.configs import OptimizationConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
+from tqdm import tqdm
 
 from .. import benchmark
 from ..checkpoint import CheckpointError
@@ -101,10 +102,13 @@ def run(arguments: List[str]) -> int:
     if steps is not None and steps.cfg.common.cpu:
         device = torch.device("cpu")
     measured: Dict[str, Any] = {"machine": _machine(device)}
-    print(", ".join("{} {}".format(*item) for item in measured["machine"].items()) + "\n")
+    machine = ", ".join("{} {}".format(*item) for item in measured["machine"].items())
+    print(machine + "\n", flush=True)
+    # Each table is shown as soon as it is measured: the whole may take long.
     if options.rows > 0:
-        measured["objective"] = [
-            benchmark.objective_costs(
+        measured["objective"] = []
+        for vocabulary in options.vocabularies:
+            costs = benchmark.objective_costs(
                 options.rows,
                 vocabulary,
                 options.repeats,
@@ -112,13 +116,16 @@ def run(arguments: List[str]) -> int:
                 DTYPES[options.objective_dtype],
                 options.every_divergence,
             )
-            for vocabulary in options.vocabularies
-        ]
+            measured["objective"].append(costs)
+            print(benchmark.objective_table(costs), flush=True)
     if steps is not None:
         measured["steps"] = steps.costs(options.repeats)
-        for name, cost in measured["steps"]["costs"].items():
-            cost["peak_memory"] = _peak_memory(arguments, name)
-    print(benchmark.report(measured))
+        print(benchmark.step_tables(measured["steps"]), flush=True)
+        peaks = {}
+        for name in tqdm(measured["steps"]["costs"], desc="peak memory", unit="process"):
+            peaks[name] = _peak_memory(arguments, name)
+        print(benchmark.memory_table(peaks), flush=True)
+        measured["peak_memory"] = peaks
     if options.output:
         Path(options.output).write_text(json.dumps(measured, indent=2) + "\n")
     return 0
