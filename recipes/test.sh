@@ -18,4 +18,4 @@ say "pip check" && python -m pip check
 say "ruff" && python -m ruff check .
 say "mypy" && python -m mypy
 # A file's tests stay in one process: they share what is slow to make.
-say "pytest" && python -m pytest tests -q --numprocesses "${WORKERS:-2}" --dist loadfile "$@"
+say "pytest" && python -m pytest -q --numprocesses "${WORKERS:-2}" --dist loadfile "$@"
