@@ -24,6 +24,29 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def run_like_fairseq(
+    prog: str,
+    make_parser: Callable[[], argparse.ArgumentParser],
+    run: Callable[[Any], Any],
+    arguments: Optional[List[str]],
+) -> int:
+    """The whole of a command that takes fairseq's flags, too; its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    accept_user_dir(arguments)
+    options = parse_like_fairseq(make_parser(), arguments)
+    return exit_code(prog, lambda: run(options))
+
+
+def add_trust(add: Callable[..., Any], **options: Any) -> None:
+    add(
+        "--trust-checkpoint",
+        action="store_true",
+        help="open checkpoints with the full pickle machinery, which runs whatever code they ask "
+        "for",
+        **options,
+    )
+
+
 def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) -> Any:
     """Also the arguments of the task; unlike fairseq's own, --help shows these, too."""
     help_wanted = {"-h", "--help"} & set(arguments)

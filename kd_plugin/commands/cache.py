@@ -12,7 +12,7 @@ from omegaconf import open_dict
 
 from ..cache import CacheError, fill, summary_lines
 from ..teacher import TeacherError
-from .arguments import Help, accept_user_dir, exit_code, parse_like_fairseq
+from .arguments import Help, add_trust, run_like_fairseq
 
 PROG = "fairseq-kd-cache"
 
@@ -34,14 +34,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="temperatures other than 1 at which --kd-tail bucket will be trained (2 bytes per "
         "token each; 1 among them keeps even its smallest rests exactly)",
     )
+    add_trust(group.add_argument, dest="teacher_trust_checkpoint")  # the task's, as elsewhere
     return parser
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    accept_user_dir(arguments)
-    options = parse_like_fairseq(make_parser(), arguments)
-    return exit_code(PROG, lambda: run(options))
+    return run_like_fairseq(PROG, make_parser, run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:

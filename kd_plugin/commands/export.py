@@ -24,7 +24,7 @@ from ..export import RECORD, ExportError
 from ..files import temporary, write_json
 from ..sequences import DataBin
 from ..teacher import find_dictionaries
-from .arguments import Help, exit_code
+from .arguments import Help, add_trust, exit_code
 
 PROG = "fairseq-kd-export"
 logger = logging.getLogger("kd_plugin.export")
@@ -63,12 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("-s", "--source-lang", metavar="SRC", help="(default: the checkpoint's)")
     add("-t", "--target-lang", metavar="TRG", help="(default: the checkpoint's)")
     add("--overwrite", action="store_true", help="replace what is there, once the new one is good")
-    add(
-        "--trust-checkpoint",
-        action="store_true",
-        help="open the checkpoints with the full pickle machinery, which runs whatever code they "
-        "ask for",
-    )
+    add_trust(add)
     add = parser.add_argument_group("verification").add_argument
     add(
         "--data",

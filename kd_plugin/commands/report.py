@@ -15,13 +15,7 @@ from sacrebleu.metrics import BLEU
 
 from .. import report
 from ..files import FileError
-from .arguments import (
-    Help,
-    accept_user_dir,
-    exit_code,
-    parse_like_fairseq,
-    useless_for_decoding,
-)
+from .arguments import Help, add_trust, run_like_fairseq, useless_for_decoding
 
 PROG = "fairseq-kd-report"
 
@@ -90,20 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--examples", type=int, default=10, metavar="N", help="sentences to show of each student")
     add("--overwrite", action="store_true", help="replace a report of other settings in --output")
-    add(
-        "--trust-checkpoint",
-        action="store_true",
-        help="open checkpoints with the full pickle machinery, which runs whatever code they ask "
-        "for",
-    )
+    add_trust(add)
     return parser
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    accept_user_dir(arguments)
-    options = parse_like_fairseq(make_parser(), arguments)
-    return exit_code(PROG, lambda: run(options))
+    return run_like_fairseq(PROG, make_parser, run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:

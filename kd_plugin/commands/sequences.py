@@ -24,9 +24,8 @@ from ..export import max_positions
 from ..files import FileError
 from .arguments import (
     Help,
-    accept_user_dir,
-    exit_code,
-    parse_like_fairseq,
+    add_trust,
+    run_like_fairseq,
     shard_of_process,
     useless_for_decoding,
 )
@@ -101,12 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="CTranslate2's precision (default: int8 on a CPU, float16 on a GPU)",
     )
     add("--overwrite", action="store_true", help="replace what another command made in --output")
-    add(
-        "--trust-checkpoint",
-        action="store_true",
-        help="open the teacher's file with the full pickle machinery, which runs whatever code it "
-        "asks for",
-    )
+    add_trust(add)
     add = parser.add_argument_group("filters: what drops a sentence").add_argument
     defaults = sequences.Filters()
     add("--no-filters", action="store_true", help="none of the following ones unless named")
@@ -157,10 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    accept_user_dir(arguments)
-    options = parse_like_fairseq(make_parser(), arguments)
-    return exit_code(PROG, lambda: run(options))
+    return run_like_fairseq(PROG, make_parser, run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from support import distil, kd_arguments, load, script
+from support import distil, fairseq, kd_arguments, load, script, write_cache, write_sequences
 
 
 class Evil:
@@ -103,3 +103,29 @@ def test_trusted_checkpoint(zipped, data, teacher, distilled, tmp_path):
     assert (
         run.series("train_inner", "kd_loss") == distilled.run.series("train_inner", "kd_loss")[:3]
     )
+
+
+@pytest.mark.parametrize("command", ["cache", "sequences", "report", "export"])
+def test_every_command_opens_what_is_trusted(command, data, teacher, tmp_path):
+    """With the flag that its refusal names."""
+    path, output = tmp_path / "teacher.pt", tmp_path / "output"
+    state = load(teacher)
+    state["extra_state"]["share"] = Fraction(1, 3)
+    torch.save(state, str(path))
+
+    def run(*trust):
+        if command == "cache":
+            return write_cache(data, path, output, "--gen-subset", "valid", *trust)
+        if command == "sequences":
+            return write_sequences(data, path, output, "--gen-subset", "valid", *trust)
+        arguments = ["--output", output, *trust]
+        if command == "export":
+            return fairseq("fairseq-kd-export", "--path", path, "--data", data, *arguments)
+        arguments += ["--cpu", "--beam", 1, "--repeats", 1]
+        models = ("--models", "teacher={}".format(path))
+        return fairseq("fairseq-kd-report", data, *models, *arguments)
+
+    refused = run()
+    assert refused.code == 1
+    assert "fractions.Fraction" in refused.text and "--trust-checkpoint" in refused.text
+    run("--trust-checkpoint").ok()
