@@ -1,7 +1,9 @@
 """Hypotheses on disk, what is chosen of them, and what is dropped."""
 
+import gc
 import os
 import pickle
+import resource
 import shutil
 import signal
 import sys
@@ -259,6 +261,24 @@ def test_a_plan_without_its_header_is_never_left(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         HypothesisStore(tmp_path, HEADER).begin(PLAN)
     assert not (tmp_path / "plan.npz").exists()
+
+
+@pytest.mark.parametrize("room", [300, 4096, 8500])
+def test_a_plan_that_finds_no_room_leaves_nothing(tmp_path, monkeypatch, room):
+    """Nor a word beside the error: what cannot be raised, Python prints."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    store = HypothesisStore(tmp_path, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(OSError, match="plan.npz"):
+            store.begin([np.arange(1000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    gc.collect()
+    assert not printed
+    assert [path.name for path in tmp_path.iterdir()] == ["header.json"]
 
 
 def test_one_process_writes_a_shard(tmp_path):

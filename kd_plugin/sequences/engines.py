@@ -112,7 +112,7 @@ class CTranslate2Engine:
                 intra_threads=1,
                 max_queued_batches=-1,
             )
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise FileError("{}: CTranslate2 cannot open it ({})".format(model, error)) from error
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:

@@ -16,6 +16,7 @@ nats, divided by the length (end of sentence included) to the power of ``--lenpe
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -285,8 +286,11 @@ def _line_ends(path: Path) -> np.ndarray:
 def _write_plan(path: Path, plan: Sequence[np.ndarray]) -> None:
     sentences = np.concatenate([np.zeros(0, np.int64), *plan]).astype(np.int64)
     lengths = np.array([len(batch) for batch in plan], dtype=np.int64)
+    # A zip file on a full disk also prints a traceback when it is freed.
+    content = io.BytesIO()
+    np.savez(content, sentences=sentences, lengths=lengths)
     with all_or_nothing(path) as file:
-        np.savez(file, sentences=sentences, lengths=lengths)
+        file.write(content.getbuffer())
 
 
 def _read_plan(path: Path) -> List[np.ndarray]:

@@ -169,7 +169,8 @@ def test_report(data, teacher, tmp_path, long, count):
             *("--format", "ctranslate2"),
         ).ok()
         converted = dict(ctranslate2_models(good, tmp_path))
-        named.update(converted if long else {what: converted[what] for what in ("size", "record")})
+        short = ("variables", "size", "record")
+        named.update(converted if long else {what: converted[what] for what in short})
     except ImportError:
         pass
     run = fairseq(
