@@ -136,7 +136,7 @@ def test_dictionaries_beside_a_teacher(data, teacher, tmp_path, long, count):
                 assert run.code == 1 and str(tmp_path) in last, (what, name, run.text[-3000:])
                 assert name == "train" or "Traceback" not in run.text, (what, name)
                 assert last.isprintable() or name == "train", (what, last)
-                count("hostile dictionaries, each given to each command")
+                count("hostile dictionaries given to a command")
 
 
 def test_a_junk_model_of_subwords(data, teacher, tmp_path):

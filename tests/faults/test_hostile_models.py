@@ -111,7 +111,7 @@ def test_every_command(command, data, teacher, tmp_path, long, count):
         assert command is train or "Traceback" not in run.text, (what, run.text[-3000:])
         assert not marker.exists(), what
         assert not list(tmp_path.rglob("output*/*.pt")) and not output.is_file(), what
-        count("hostile models, each given to each command")
+        count("hostile models given to a command")
 
 
 def test_stock_fairseq_executes_what_building_evaluates(data, teacher, tmp_path):
@@ -186,4 +186,4 @@ def test_report(data, teacher, tmp_path, long, count):
     assert errors.pop("teacher") is None
     for name, error in errors.items():
         assert str(named[name]) in error
-        count("hostile models, each given to each command")
+        count("hostile models given to a command")
