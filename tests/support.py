@@ -190,6 +190,8 @@ def _main(
 ) -> None:
     if leads_group:
         os.setpgrp()
+    # As in any process: workers of a server's would outlive a kill, each waiting for the other.
+    multiprocessing.set_start_method("fork", force=True)
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
