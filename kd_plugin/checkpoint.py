@@ -5,6 +5,7 @@ without running what is inside; ``untrusted`` refuses a configuration that build
 run.
 """
 
+import contextlib
 import hashlib
 import importlib
 import math
@@ -96,10 +97,24 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
         raise CheckpointError("{}: refused, because {}".format(path, error)) from None
     except Exception as error:  # nearly any, on a file that is something else
         raise CheckpointError(
-            "{}: cannot be read as a fairseq checkpoint; it is damaged, incomplete or something "
-            "else ({}: {})".format(path, type(error).__name__, str(error).split("\n")[0][:300])
+            "{}: cannot be read as a fairseq checkpoint; it is {} ({}: {})".format(
+                path, _kind(path), type(error).__name__, str(error).split("\n")[0][:300]
+            )
         ) from error
     return state
+
+
+def _kind(path: str) -> str:
+    """What is taken for a checkpoint: often a page of a server, or a pointer to a large file."""
+    start = b"\0"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(60)
+    if not start:
+        return "empty"
+    first_line = start.decode("ascii", "replace").split("\n")[0].strip()
+    if len(first_line) > 8 and first_line.isprintable() and first_line.isascii():
+        return "text that begins with {!r}".format(first_line)
+    return "damaged, incomplete or something else"
 
 
 def _load(path: str, trust: bool) -> Any:

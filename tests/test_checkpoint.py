@@ -155,9 +155,12 @@ def test_a_dotted_name_does_not_slip_through(tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "cannot be read"),
-        (b"no checkpoint at all", "cannot be read"),
-        (pickle.dumps({"model": 1}), "cannot be read"),
+        (b"", "cannot be read .* it is empty"),
+        (b"pointer of size 3\nmore\n", "it is text that begins with 'pointer of size 3'"),
+        (b"  <!DOCTYPE html><title>404</title>", "it is text that begins with '<!DOCTYPE html>"),
+        (b"short", "something else"),
+        ("kein Prüfpunkt: Würfel".encode(), "something else"),
+        (pickle.dumps({"model": 1}), "something else"),
     ],
 )
 def test_a_file_of_another_kind_is_named_so(tmp_path, content, words):
