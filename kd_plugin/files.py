@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import struct
 import uuid
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List
@@ -45,6 +46,24 @@ def naming(path: Any) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def reading_binarised(what: Any) -> Iterator[None]:
+    """Data that a kill or a full disk cut short: fairseq says only which number did not fit.
+
+    Its index is read first, and no sentence is missed before it is asked for; so ask for the last.
+
+    Raises:
+        FileError: instead of these errors.
+    """
+    try:
+        yield
+    except (ValueError, AssertionError, struct.error) as error:
+        raise FileError(
+            "{} cannot be read ({}): its .bin or .idx is damaged or cut short. Binarise it again "
+            "with fairseq-preprocess.".format(what, (str(error) or repr(error)).split("\n")[0])
+        ) from error
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from omegaconf import II
 from .cache import CachedSubset, CacheError, TaughtDataset, describe_data
 from .checkpoint import refuse_cut_short
 from .configuration import CRITERION, choice_value
+from .files import reading_binarised
 from .selection import ScoreQueue
 from .signal import CachedSignal, not_finite_teacher
 from .teacher import DTYPES, Student, Teacher, TeacherError, parse_overrides, parse_weights
@@ -165,7 +166,11 @@ class KDTranslationTask(TranslationTask):
     def load_dataset(
         self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
     ) -> None:
-        super().load_dataset(split, epoch, combine, **kwargs)
+        with reading_binarised("{}: {}".format(self.cfg.data, split)):
+            super().load_dataset(split, epoch, combine, **kwargs)
+            dataset = self.datasets[split]
+            if len(dataset) > 0:
+                dataset[len(dataset) - 1]
         if self._criterion is not None and self.cfg.teacher_cache:
             try:
                 self._refuse_beside_cache()

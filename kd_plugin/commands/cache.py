@@ -11,6 +11,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import open_dict
 
 from ..cache import CacheError, fill, summary_lines
+from ..files import FileError
 from ..teacher import TeacherError
 from .arguments import Help, add_trust, run_like_fairseq
 
@@ -126,6 +127,8 @@ def _read(data: str, work: Callable[..., Any], *arguments: Any, **more: Any) -> 
     """What fairseq raises when the data is not what it expects is a bare Exception or worse."""
     try:
         return work(*arguments, **more)
+    except FileError:
+        raise
     except Exception as error:
         raise CacheError(
             "{}: the data cannot be read: {}".format(data, error or repr(error))

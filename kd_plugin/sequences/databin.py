@@ -12,7 +12,7 @@ import torch
 from fairseq.data import Dictionary, data_utils, indexed_dataset
 
 from .. import vocabulary
-from ..files import FileError
+from ..files import FileError, reading_binarised
 
 _MUCH_UNKNOWN = 0.05
 
@@ -45,11 +45,19 @@ class DataBin:
         return [self.folder / "dict.{}.txt".format(lang) for lang in self.langs]
 
     def side(self, split: str, lang: str) -> Optional[Any]:
-        """A split's sentences on one side, or None."""
+        """A split's sentences on one side, or None.
+
+        Raises:
+            FileError: its files are damaged or cut short.
+        """
         for pair in (self.langs, self.langs[::-1]):
             prefix = str(self.folder / "{}.{}-{}.{}".format(split, *pair, lang))
             if indexed_dataset.dataset_exists(prefix, impl="mmap"):
-                return data_utils.load_indexed_dataset(prefix)
+                with reading_binarised(prefix):
+                    sentences = data_utils.load_indexed_dataset(prefix)
+                    if len(sentences) > 0:
+                        sentences[len(sentences) - 1]
+                    return sentences
         return None
 
     def splits(self) -> Dict[str, List[Path]]:

@@ -17,7 +17,7 @@ from folders import (
     begun_hypotheses,
     finish_cache,
 )
-from support import LANGUAGES, distil, fairseq, transformer, write_sequences
+from support import LANGUAGES, distil, fairseq, transformer, write_cache, write_sequences
 from toy import binarise, train_teacher
 
 from kd_plugin.cache import CachedSubset, CacheError
@@ -137,6 +137,28 @@ def test_dictionaries_beside_a_teacher(data, teacher, tmp_path, long, count):
                 assert name == "train" or "Traceback" not in run.text, (what, name)
                 assert last.isprintable() or name == "train", (what, last)
                 count("hostile dictionaries given to a command")
+
+
+CUT = {"train.aa-bb.bb.bin": 1000, "train.aa-bb.aa.idx": 1000, "train.aa-bb.bb.idx": 0}
+
+
+def test_data_cut_short(data, teacher, tmp_path, long, count):
+    cut, output = tmp_path / "cut", tmp_path / "output"
+    commands = {
+        "train": lambda: distil(cut, teacher, output, "--max-update", 1),
+        "cache": lambda: write_cache(cut, teacher, output),
+        "sequences": lambda: write_sequences(cut, teacher, output),
+    }
+    for file, left in CUT.items() if long else list(CUT.items())[:1]:
+        shutil.rmtree(str(cut), ignore_errors=True)
+        shutil.copytree(str(data), str(cut))
+        os.truncate(str(cut / file), left)
+        for name, command in commands.items():
+            run = command()
+            said = [line for line in run.text.splitlines() if "cut short. Binarise" in line]
+            assert run.code == 1 and said and str(cut) in said[-1], (file, name, run.text[-3000:])
+            assert not output.exists() or not list(output.iterdir()), (file, name)
+            count("data cut short, given to a command")
 
 
 def test_a_junk_model_of_subwords(data, teacher, tmp_path):
