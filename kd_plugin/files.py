@@ -94,11 +94,17 @@ def differences(ours: Any, theirs: Any, keys: Iterable[Any]) -> List[str]:
         if isinstance(mine, dict) and isinstance(other, dict):
             parts = differences(mine, other, sorted({*mine, *other}, key=str))
             found += ["{}: {}".format(key, part) for part in parts]
-        elif isinstance(mine, str) and isinstance(other, str) and len(mine) == len(other) == 64:
+        elif _is_checksum(mine) and _is_checksum(other):
             found.append("{} differs".format(key))
+        elif None in (mine, other) and _is_checksum(mine or other):
+            found.append("{} is {} only".format(key, "there" if mine is None else "here"))
         else:
             found.append("{} is {} here, {} there".format(key, mine, other))
     return found
+
+
+def _is_checksum(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64
 
 
 def size(path: Path) -> int:

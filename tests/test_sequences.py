@@ -206,6 +206,7 @@ def test_the_first_plan_is_the_one_for_all(tmp_path):
     [
         (dict(generation={"beam": 4}), "generation: beam is 4 here, 5 there"),
         (dict(teachers=[{"sha256": "2" * 64, "bytes": 7}]), "sha256 differs"),
+        (dict(teachers=[{"bytes": 7}]), "sha256 is there only"),
         (dict(version=2), "version is 2 here, 1 there"),
     ],
 )
