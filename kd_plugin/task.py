@@ -439,18 +439,22 @@ class KDTranslationTask(TranslationTask):
             count += rows.numel()
         guess = math.log(len(self.tgt_dict))
         logger.info(
-            "teacher on {} training sentences: nll_loss {:.3f} (a uniform guess has {:.3f})".format(
-                len(chosen), nll / count / math.log(2), guess / math.log(2)
+            "teacher on {} sentences of {}: nll_loss {:.3f} (a uniform guess has {:.3f})".format(
+                len(chosen), subset, nll / count / math.log(2), guess / math.log(2)
             )
         )
         if not nll / count <= guess:
             raise TeacherError(
-                "the teacher knows nothing of this data: on {} training sentences its nll_loss is "
+                "the teacher knows nothing of this data: on {} sentences of {} its nll_loss is "
                 "{:.2f} bits per token, a uniform guess over the {} symbols has {:.2f}. Likely "
                 "causes: its vocabulary has another order than the dictionaries found for it "
                 "(--teacher-data), it translates in another direction, or its subword model is "
                 "another one.".format(
-                    len(chosen), nll / count / math.log(2), len(self.tgt_dict), guess / math.log(2)
+                    len(chosen),
+                    subset,
+                    nll / count / math.log(2),
+                    len(self.tgt_dict),
+                    guess / math.log(2),
                 )
             )
 

@@ -91,6 +91,8 @@ def run(arguments: List[str]) -> int:
         return 0
     if options.repeats < 1 or options.batches < 1:
         parser.error("--repeats and --batches must be at least 1")
+    if options.output and not Path(options.output).resolve().parent.is_dir():
+        parser.error("--output {}: there is no such folder".format(options.output))
 
     steps = benchmark.Steps(_configuration(training), options.batches) if training else None
     if options.peak_memory_of:

@@ -67,13 +67,13 @@ def run(options: argparse.Namespace) -> None:
     if max_tokens is None and max_sentences is None:
         max_tokens = 12000  # as fairseq-generate
     about_teacher = teacher.describe()
-    for subset in cfg.dataset.gen_subset.split(","):
+    for number, subset in enumerate(cfg.dataset.gen_subset.split(",")):
         # as training reads it: together with train1, train2, ...
         combine = subset == cfg.dataset.train_subset or (
             subset == "valid" and cfg.dataset.combine_valid_subsets
         )
         _read(cfg.task.data, task.load_dataset, subset, combine=combine)
-        if subset == cfg.dataset.train_subset:
+        if number == 0:
             task.probe(teacher, subset)
         complete, writer = fill(
             task,

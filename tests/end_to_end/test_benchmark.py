@@ -185,10 +185,11 @@ def test_another_training_is_refused(other, tmp_path, capsys):
     "arguments, words",
     [
         (("data-bin", "--cpu"), ["distilling training", "--arch"]),
+        (("--rows", "0", "--output", "nowhere/x.json"), ["nowhere/x.json", "no such folder"]),
         (("--vocabularies", "8k"), ["--vocabularies", "8000,32000", "'8k'"]),
         (("--vocabularies", "8000,1"), ["--vocabularies", "above 1"]),
     ],
-    ids=["no arch", "no number", "no vocabulary"],
+    ids=["no arch", "no folder", "no number", "no vocabulary"],
 )
 def test_what_is_missing_or_wrong_is_named(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:

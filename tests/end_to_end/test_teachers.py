@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 import support
 import torch
-from support import ARCHITECTURES, SOURCE, TARGET, assert_same_weights, distil, load
+from support import ARCHITECTURES, SOURCE, TARGET, assert_same_weights, distil, load, write_cache
 from toy import (
     binarise,
     dictionary_lines,
@@ -263,6 +263,9 @@ def test_wrong_order_with_no_dictionary_is_caught(corpus, teacher, tmp_path):
     for word in ("uniform guess", "--teacher-data", "direction"):
         assert word in run.error, word
     assert not list((tmp_path / "student").glob("*.pt"))
+    run = write_cache(corpus.data, theirs, tmp_path / "cache", "--gen-subset", "valid")
+    assert run.code == 1 and "sentences of valid" in run.text and "uniform guess" in run.text
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 def test_the_right_order_with_no_dictionary_is_warned_about(data, teacher, distilled, tmp_path):
