@@ -7,7 +7,7 @@ import os
 import struct
 import uuid
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List
+from typing import Any, Dict, Iterable, Iterator, List, Sequence
 
 UNFINISHED = ".new"  # what a kill in the middle of writing a whole file leaves behind
 
@@ -64,6 +64,16 @@ def reading_binarised(what: Any) -> Iterator[None]:
             "{} cannot be read ({}): its .bin or .idx is damaged or cut short. Binarise it again "
             "with fairseq-preprocess.".format(what, (str(error) or repr(error)).split("\n")[0])
         ) from error
+
+
+def refuse_unknown_numbers(tokens: Sequence[int], symbols: int) -> None:
+    """Sentences of data, as numbers of a dictionary's symbols."""
+    highest = int(max(tokens, default=0))
+    if highest >= symbols:
+        raise FileError(
+            "the data holds symbol number {}, and its dictionary has {} symbols: it was binarised "
+            "with another dict.*.txt than lies beside it, or is damaged".format(highest, symbols)
+        )
 
 
 @contextlib.contextmanager

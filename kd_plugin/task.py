@@ -24,7 +24,7 @@ from omegaconf import II
 from .cache import CachedSubset, CacheError, TaughtDataset, describe_data
 from .checkpoint import refuse_cut_short
 from .configuration import CRITERION, choice_value
-from .files import reading_binarised
+from .files import reading_binarised, refuse_unknown_numbers
 from .selection import ScoreQueue
 from .signal import CachedSignal, not_finite_teacher
 from .teacher import DTYPES, Student, Teacher, TeacherError, parse_overrides, parse_weights
@@ -427,6 +427,8 @@ class KDTranslationTask(TranslationTask):
         for start in range(0, len(chosen), 8):
             batch = dataset.collater([dataset[int(i)] for i in chosen[start : start + 8]])
             target = batch["target"].flatten()
+            refuse_unknown_numbers(batch["net_input"]["src_tokens"].flatten(), len(self.src_dict))
+            refuse_unknown_numbers(target, len(self.tgt_dict))
             rows = target.ne(self.tgt_dict.pad()).nonzero().squeeze(-1)
             signal = teacher(batch["net_input"])
             logits = signal.logits(rows).cpu()

@@ -366,12 +366,12 @@ def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
     for arguments, words in (
         (("--path", path, "--gen-subset", "test"), "no subset 'test'"),
         (("--path", path, "--data", other), "is not the model's"),
-        (("--path", path, "--data", tmp_path / "absent"), "absent"),
+        (("--path", path, "--data", tmp_path / "absent"), "absent: there is no such folder"),
         (("--path", path, "--quantization", "int8"), "--quantization needs --format ctranslate2"),
         (("--path", path, "--max-positions", 9), "--max-positions needs --format ctranslate2"),
         (("--path", path, "--spm", "absent"), "--spm needs --format ctranslate2; --spm absent"),
         (("--path", path, "--beam", 0), "--beam must be"),
-        (("--path", lstm, "--data", "absent", "--format", "ctranslate2"), "'lstm'"),
+        (("--path", lstm, "--data", other, "--format", "ctranslate2"), "'lstm'"),
     ):
         code, error = run(capsys, *arguments, "--output", tmp_path / "out")
         assert code == 1, error

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -575,6 +576,23 @@ def test_pictures_of_an_earlier_report_go(written, tmp_path):
     assert not list(tmp_path.glob("*.new"))
     assert draw_names(tmp_path) == ["differences.png", "quality-speed.png"]
     assert report["pictures"] == ["quality-speed.png", "differences.png"]
+
+
+def test_without_room_for_all_an_earlier_report_stays(tmp_path):
+    report = a_report()
+    build._write(report, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    report["systems"] = report["systems"][:1]  # another picture, and then another page
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = max(len(data) for name, data in before.items() if name.endswith(".png"))
+    assert room < len(before["report.html"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="report.html"):
+            build._write(report, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_numbers_without_a_word_in_json(tmp_path):

@@ -154,6 +154,8 @@ def _refuse(options: argparse.Namespace, paths: List[str], output: Path) -> None
             faults.append("--spm {}: no SentencePiece model ({})".format(options.spm, reason))
     if not output.resolve().parent.is_dir():
         faults.append("--output {}: there is no folder {}".format(output, output.parent))
+    if options.data and not os.path.isdir(options.data):
+        faults.append("--data {}: there is no such folder".format(options.data))
     ours = os.path.realpath(str(output))
     for name in (*paths, options.data, options.spm):
         if name and (os.path.realpath(name) + os.sep).startswith(ours + os.sep):

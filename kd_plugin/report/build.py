@@ -1,5 +1,6 @@
 """From models and a test set to the report's files."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -493,9 +494,12 @@ def _write(report: Dict[str, Any], folder: Path) -> None:
     # a file's name may be no text
     written = {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
     content = {**pictures, **written}
-    for name, data in content.items():
-        with all_or_nothing(folder / name) as file:
+    # all are written before the first is renamed: on a full disk an earlier report stays whole
+    with contextlib.ExitStack() as written_files:
+        for name, data in content.items():
+            file = written_files.enter_context(all_or_nothing(folder / name))
             file.write(data)
+            file.flush()
     for name in set(_PICTURES) - set(pictures):
         if (folder / name).is_file():
             (folder / name).unlink()  # of an earlier report

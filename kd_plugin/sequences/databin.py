@@ -12,7 +12,7 @@ import torch
 from fairseq.data import Dictionary, data_utils, indexed_dataset
 
 from .. import vocabulary
-from ..files import FileError, reading_binarised
+from ..files import FileError, reading_binarised, refuse_unknown_numbers
 
 _MUCH_UNKNOWN = 0.05
 
@@ -102,9 +102,14 @@ def encode(dictionary: Dictionary, subwords: str) -> torch.Tensor:
 
 
 def decode(dictionary: Dictionary, tokens: Sequence[int]) -> str:
-    """Symbols with spaces between; without the end of sentence."""
+    """Symbols with spaces between; without the end of sentence.
+
+    Raises:
+        FileError: the dictionary has no such symbol.
+    """
     special = {dictionary.eos(), dictionary.pad()}
     symbols = dictionary.symbols
+    refuse_unknown_numbers(tokens, len(symbols))
     return " ".join(symbols[int(t)] for t in tokens if int(t) not in special)
 
 

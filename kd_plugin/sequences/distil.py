@@ -134,7 +134,10 @@ def choose(
     with _progress(sentences, "choosing") as progress:
         for i, hypotheses in nbest:
             if not last < i < sentences:
-                raise FileError("{} has another sentence {}".format(nbest.folder, i))
+                raise FileError(
+                    "{} has sentence {} where another was expected: it is damaged. Delete it and "
+                    "decode again.".format(nbest.folder, i)
+                )
             progress.update(1)
             decoded, last = decoded + 1, i
             source = databin.decode(corpus.data.source, corpus.source[i].tolist())

@@ -161,6 +161,22 @@ def test_data_cut_short(data, teacher, tmp_path, long, count):
             count("data cut short, given to a command")
 
 
+def test_data_of_another_dictionary(data, teacher, tmp_path):
+    """Fewer symbols than the sentences have: a dictionary was copied over theirs."""
+    other, output = tmp_path / "other", tmp_path / "output"
+    shutil.copytree(str(data), str(other))
+    lines = (data / "dict.bb.txt").read_text().splitlines(True)
+    (other / "dict.bb.txt").write_text("".join(lines[:6]))
+    runs = [
+        distil(other, teacher, output, "--max-update", 1),
+        write_cache(other, teacher, output),
+        write_cache(other, teacher, output, "--gen-subset", "valid"),
+    ]
+    for run in runs:
+        assert run.code == 1 and "binarised with another dict" in run.text, run.text[-3000:]
+    assert not output.exists() or not list(output.iterdir())
+
+
 def test_a_junk_model_of_subwords(data, teacher, tmp_path):
     junk = tmp_path / "junk.model"
     junk.write_bytes(b"\x0a\xff\xff\xff\xff\x0f junk")
