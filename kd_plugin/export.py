@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import tempfile
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
@@ -19,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from . import checkpoint
-from .files import FileError, naming, read_json
+from .files import FileError, naming, passing_folder, read_json
 from .untrusted import bounded_memory
 
 QUANTIZATIONS = (
@@ -314,7 +313,7 @@ def convert(path: str, stock: Dict[str, Any], folder: Path, quantization: str = 
     task = stock["cfg"]["task"]
     langs = task["source_lang"], task["target_lang"]
     args = Namespace(**{**stock["cfg"]["model"], "task": "translation"})
-    with naming(folder), tempfile.TemporaryDirectory(dir=str(folder.parent)) as passing:
+    with naming(folder), passing_folder(folder) as passing:
         file = os.path.join(passing, "model.pt")
         write({**stock, "cfg": None, "args": args}, file)
         for side, lang in zip(("source", "target"), langs):

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import struct
+import tempfile
 import uuid
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Sequence
@@ -29,6 +30,11 @@ def read_json(path: Path) -> Dict[str, Any]:
 def temporary(path: Path) -> Path:
     """A name for a file until it is whole; no other process, here or elsewhere, has the same."""
     return path.with_name("{}.{}{}".format(path.name, uuid.uuid4().hex, UNFINISHED))
+
+
+def passing_folder(path: Path) -> Any:
+    """A folder for what is needed while a path is made: beside it, and named after it."""
+    return tempfile.TemporaryDirectory(UNFINISHED, path.name + ".", str(path.parent))
 
 
 def write_json(path: Path, content: Dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
@@ -19,7 +18,7 @@ from sacrebleu.metrics import BLEU
 
 from . import sequences
 from .export import ExportError, convert
-from .files import FileError
+from .files import FileError, passing_folder
 from .sequences import databin
 
 logger = logging.getLogger(__name__)
@@ -307,7 +306,7 @@ def compare_with_ctranslate2(
     logger.info("scoring {} references with {} and CTranslate2".format(text.sentences, path))
     model = build(path, state, text, beam)
     expected = reference_scores(model, text)
-    with tempfile.TemporaryDirectory(dir=str(folder.parent)) as passing:
+    with passing_folder(folder) as passing:
         exact = folder
         if quantization != "float32":
             exact = Path(passing) / "float32"
