@@ -14,16 +14,16 @@ try:
     import fairseq  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "kd_plugin is a plugin for fairseq, and `import fairseq` failed here ({}). Install it "
-        "beside the plugin: pip install 'kd_plugin[fairseq]' chooses fairseq 0.12.2 for Python "
-        "3.8 to 3.10 and ve-fairseq 0.12.3 (the same package, newer) for 3.11 and "
-        "3.12.".format(error)
+        f"kd_plugin is a plugin for fairseq, and `import fairseq` failed here ({error}). Install "
+        "it beside the plugin: pip install 'kd_plugin[fairseq]' chooses fairseq 0.12.2 for "
+        "Python 3.8 to 3.10 and ve-fairseq 0.12.3 (the same package, newer) for 3.11 and 3.12."
     ) from error
 
-from .checkpoint import allow_fairseq_globals  # noqa: E402
+from .checkpoints.checkpoint import allow_fairseq_globals  # noqa: E402
 
 allow_fairseq_globals()
 
-from . import criterion, task  # noqa: E402, F401
+from . import criterion  # noqa: E402, F401
+from .tasks import translation as task  # noqa: E402, F401
 
 __version__ = "0.1.0"

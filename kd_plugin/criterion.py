@@ -21,10 +21,10 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 
-from . import divergences, schedules, selection, topk
-from .configuration import CRITERION, choice_value
-from .objective import NotFiniteTeacherError, Settings, Terms, distillation_objective
-from .signal import not_finite_teacher
+from .objective import divergences, schedules, selection, topk
+from .objective.answer import not_finite_teacher
+from .objective.chunks import NotFiniteTeacherError, Settings, Terms, distillation_objective
+from .plan import CRITERION, choice_value
 
 _KD_WEIGHT, _KD_TEMPERATURE = 0.5, 1.0
 
@@ -34,8 +34,10 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     kd_weight: Optional[float] = field(
         default=None,
         metadata={
-            "help": "weight of the distillation term, from 0 (plain training) to 1 (default: "
-            "{})".format(_KD_WEIGHT)
+            "help": (
+                "weight of the distillation term, from 0 (plain training) to 1 (default: "
+                f"{_KD_WEIGHT})"
+            )
         },
     )
     ce_weight: Optional[float] = field(
@@ -48,9 +50,10 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     kd_temperature: Optional[float] = field(
         default=None,
         metadata={
-            "help": "temperature of both distributions in the distillation term, > 0; its "
-            "gradient's size does not depend on it (Hinton et al. 2015) (default: "
-            "{})".format(_KD_TEMPERATURE)
+            "help": (
+                "temperature of both distributions in the distillation term, > 0; its gradient's "
+                f"size does not depend on it (Hinton et al. 2015) (default: {_KD_TEMPERATURE})"
+            )
         },
     )
     kd_divergence: ChoiceEnum(divergences.NAMES) = field(  # type: ignore
@@ -99,15 +102,19 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     kd_selection_rate: Optional[float] = field(
         default=None,
         metadata={
-            "help": "share of the tokens that batch, global and teacher-entropy select, above 0, "
-            "at most 1 (default: {})".format(selection.DEFAULT_RATE)
+            "help": (
+                "share of the tokens that batch, global and teacher-entropy select, above 0, at "
+                f"most 1 (default: {selection.DEFAULT_RATE})"
+            )
         },
     )
     kd_queue_size: Optional[int] = field(
         default=None,
         metadata={
-            "help": "how many of the last tokens global and teacher-entropy compare with, >= 1 "
-            "(default: {})".format(selection.DEFAULT_QUEUE_SIZE)
+            "help": (
+                "how many of the last tokens global and teacher-entropy compare with, >= 1 "
+                f"(default: {selection.DEFAULT_QUEUE_SIZE})"
+            )
         },
     )
     kd_weight_schedule: str = field(
@@ -271,20 +278,20 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
                 "1 on both sides: take --kd-tail bucket, or cache more symbols"
             )
         if self.top_k > k:
-            faults.append("--kd-top-k {} is more than the {} of the cache".format(self.top_k, k))
+            faults.append(f"--kd-top-k {self.top_k} is more than the {k} of the cache")
         if self.tail == "bucket" and not whole:
-            held = ", ".join("{:g}".format(t) for t in sorted({1.0, *temperatures}))
+            held = ", ".join(f"{t:g}" for t in sorted({1.0, *temperatures}))
             advice = "take --kd-tail renormalise, or cache with --temperatures"
             if self.temperature.steps:
                 faults.append(
                     "--kd-temperature-schedule with --kd-tail bucket needs the mass of the other "
-                    "symbols at every temperature, and the cache holds it at {}: take --kd-tail "
-                    "renormalise".format(held)
+                    f"symbols at every temperature, and the cache holds it at {held}: take "
+                    "--kd-tail renormalise"
                 )
             elif self.temperature(None) not in (1.0, *temperatures):
                 faults.append(
-                    "--kd-temperature {:g} with --kd-tail bucket: the cache holds the mass of the "
-                    "other symbols at {}; {}".format(self.temperature(None), held, advice)
+                    f"--kd-temperature {self.temperature(None):g} with --kd-tail bucket: the "
+                    f"cache holds the mass of the other symbols at {held}; {advice}"
                 )
         if faults:
             raise ValueError("--teacher-cache: " + "; ".join(faults))
@@ -296,7 +303,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         if text == "constant":
             value = default if value is None else value
             if not valid(value):
-                faults.append("{} must be a number {}, got {}".format(flag, expected, value))
+                faults.append(f"{flag} must be a number {expected}, got {value}")
             return schedules.constant(value)
         if value is not None:
             both = "{0} {1} and {0}-schedule {2} exclude each other"

@@ -10,10 +10,12 @@ import uuid
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Sequence
 
+from .errors import UserError
+
 UNFINISHED = ".new"  # what a kill in the middle of writing a whole file leaves behind
 
 
-class FileError(ValueError):
+class FileError(UserError):
     """Files that cannot be used, or not be written; the message says why and what to do."""
 
 
@@ -21,15 +23,15 @@ def read_json(path: Path) -> Dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FileError("{} cannot be read ({})".format(path, error)) from None
+        raise FileError(f"{path} cannot be read ({error})") from None
     if not isinstance(found, dict):
-        raise FileError("{}: expected a JSON object".format(path))
+        raise FileError(f"{path}: expected a JSON object")
     return found
 
 
 def temporary(path: Path) -> Path:
     """A name for a file until it is whole; no other process, here or elsewhere, has the same."""
-    return path.with_name("{}.{}{}".format(path.name, uuid.uuid4().hex, UNFINISHED))
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
 
 
 def passing_folder(path: Path) -> Any:
@@ -77,8 +79,8 @@ def refuse_unknown_numbers(tokens: Sequence[int], symbols: int) -> None:
     highest = int(max(tokens, default=0))
     if highest >= symbols:
         raise FileError(
-            "the data holds symbol number {}, and its dictionary has {} symbols: it was binarised "
-            "with another dict.*.txt than lies beside it, or is damaged".format(highest, symbols)
+            f"the data holds symbol number {highest}, and its dictionary has {symbols} symbols: "
+            "it was binarised with another dict.*.txt than lies beside it, or is damaged"
         )
 
 
@@ -109,13 +111,13 @@ def differences(ours: Any, theirs: Any, keys: Iterable[Any]) -> List[str]:
             mine, other = dict(enumerate(mine)), dict(enumerate(other))
         if isinstance(mine, dict) and isinstance(other, dict):
             parts = differences(mine, other, sorted({*mine, *other}, key=str))
-            found += ["{}: {}".format(key, part) for part in parts]
+            found += [f"{key}: {part}" for part in parts]
         elif _is_checksum(mine) and _is_checksum(other):
-            found.append("{} differs".format(key))
+            found.append(f"{key} differs")
         elif None in (mine, other) and _is_checksum(mine or other):
-            found.append("{} is {} only".format(key, "there" if mine is None else "here"))
+            found.append(f"{key} is {'there' if mine is None else 'here'} only")
         else:
-            found.append("{} is {} here, {} there".format(key, mine, other))
+            found.append(f"{key} is {mine} here, {other} there")
     return found
 
 
@@ -134,7 +136,7 @@ def no_link(path: str, flags: int) -> int:
         FileError: it is a link.
     """
     if os.path.islink(path):
-        raise FileError("{} is a link: expected a file that this command has written".format(path))
+        raise FileError(f"{path} is a link: expected a file that this command has written")
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -158,9 +160,7 @@ class Shards:
     def __init__(self, folder: Path, num_shards: int, shard_id: int) -> None:
         if not 0 <= shard_id < num_shards:
             raise FileError(
-                "--shard-id must be from 0 to --num-shards - 1 = {}, got {}".format(
-                    num_shards - 1, shard_id
-                )
+                f"--shard-id must be from 0 to --num-shards - 1 = {num_shards - 1}, got {shard_id}"
             )
         self.folder, self.num_shards, self.shard_id = folder, num_shards, shard_id
         self._lock: Any = None
@@ -176,7 +176,7 @@ class Shards:
         return self._path(self.shard_id)
 
     def _path(self, i: int) -> Path:
-        return self.folder / "shard-{}-of-{}".format(i, self.num_shards)
+        return self.folder / f"shard-{i}-of-{self.num_shards}"
 
     def begin(self) -> bool:
         """Make this process's folder and lock it; False if its work is done already.
@@ -219,7 +219,7 @@ def locked(path: Path, wait: bool = False) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise FileError(
-            "another process is writing {}: wait for it, or stop it first".format(path.parent)
+            f"another process is writing {path.parent}: wait for it, or stop it first"
         ) from None
     except OSError:
         pass  # a file system without locks

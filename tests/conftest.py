@@ -51,14 +51,14 @@ def pytest_terminal_summary(terminalreporter):
     if _counts:
         terminalreporter.section("faults that were caused")
         for what, number in sorted(_counts.items()):
-            terminalreporter.write_line("{:>8,}  {}".format(number, what))
+            terminalreporter.write_line(f"{number:>8,}  {what}")
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Corpus:
     folder = tmp_path_factory.mktemp("corpus")
     text = write_text(folder / "text")
-    valid = "{},{}".format(text / "valid", text / "valid1")
+    valid = f"{text / 'valid'},{text / 'valid1'}"
     data = binarise(text, folder / "data", "--validpref", valid, "--testpref", text / "test")
     return Corpus(text, data)
 

@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
     def records(self, tag: str) -> List[Dict[str, Any]]:
         """JSON log records of ``train_inner``, ``train`` or a validation subset, numbers parsed."""
-        lines = re.findall(r"\| INFO \| {} \| (\{{.*\}})$".format(tag), self.text, re.MULTILINE)
+        lines = re.findall(rf"\| INFO \| {tag} \| (\{{.*\}})$", self.text, re.MULTILINE)
         return [{k: _number(v) for k, v in json.loads(line).items()} for line in lines]
 
     def series(self, tag: str, key: str) -> List[float]:
@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
     def ok(self) -> "Run":
         if self.code != 0:
-            raise AssertionError("exit code {}:\n{}".format(self.code, self.text[-5000:]))
+            raise AssertionError(f"exit code {self.code}:\n{self.text[-5000:]}")
         return self
 
     @property
@@ -95,7 +95,7 @@ class Started:
         self.process.join(timeout)
         if self.process.is_alive():
             self.stop()
-            raise AssertionError("still running after {} s:\n{}".format(timeout, self.text[-5000:]))
+            raise AssertionError(f"still running after {timeout} s:\n{self.text[-5000:]}")
         text = self.text
         os.unlink(self.log)
         return Run(self.process.exitcode, text)
@@ -327,7 +327,7 @@ def write_sequences(data: Any, teacher: Any, output: Any, *more: Any, **how: Any
 
 def start_two_ranks(*arguments: Any, **how: Any) -> List[Started]:
     """fairseq-train as two processes that talk over gloo; ``{rank}`` in an argument is the rank."""
-    address = "tcp://127.0.0.1:{}".format(free_port())
+    address = f"tcp://127.0.0.1:{free_port()}"
     ranks = []
     for rank in (0, 1):
         own = [str(argument).replace("{rank}", str(rank)) for argument in arguments]

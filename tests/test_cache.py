@@ -24,16 +24,25 @@ from fairseq.data import Dictionary, LanguagePairDataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kd_plugin import divergences, files, objective
-from kd_plugin.cache import CachedSubset, CacheError, TaughtDataset, describe_data, reader, writer
-from kd_plugin.cache import format as layout
+from kd_plugin import files
+from kd_plugin.cache import (
+    CachedSubset,
+    CacheError,
+    TaughtDataset,
+    describe_data,
+    layout,
+    reader,
+    writer,
+)
 from kd_plugin.cache.writer import CacheWriter, teacher_rows
 from kd_plugin.commands.cache import _temperatures
-from kd_plugin.divergences import divergence
 from kd_plugin.files import FileError
-from kd_plugin.objective import Settings
-from kd_plugin.selection import Selection
-from kd_plugin.signal import CachedSignal, Dense, Member, TeacherSignal
+from kd_plugin.objective import chunks as objective
+from kd_plugin.objective import divergences
+from kd_plugin.objective.answer import CachedAnswer, Dense, Member, RunningAnswer
+from kd_plugin.objective.chunks import Settings
+from kd_plugin.objective.divergences import divergence
+from kd_plugin.objective.selection import Selection
 
 V, K, TEMPERATURES = 29, 5, (0.5, 2.0)
 # of a float16's 11 bits; log-probabilities down to -16 nats
@@ -229,7 +238,7 @@ def test_symbols_beyond_two_bytes():
 
 def signals_of(logits, target, k, temperatures, exact):
     """The same teacher online and cached; exact: in float64, computed by numpy."""
-    online = TeacherSignal([Member("t", lambda rows: logits[rows])])
+    online = RunningAnswer([Member("t", lambda rows: logits[rows])])
     if exact:
         arrays = expected_rows(logits, target, k, temperatures)
         if k == V:
@@ -239,7 +248,7 @@ def signals_of(logits, target, k, temperatures, exact):
         arrays["symbols"] = arrays["symbols"].astype("i4")
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     real = torch.ones(1, len(target), dtype=torch.bool)
-    return online, CachedSignal(tensors, real, temperatures, k == V)
+    return online, CachedAnswer(tensors, real, temperatures, k == V)
 
 
 def both_ways(name, tail, temperature, k, top_k, exact, temperatures=(2.0,), **more):
@@ -251,7 +260,7 @@ def both_ways(name, tail, temperature, k, top_k, exact, temperatures=(2.0,), **m
     rows = torch.arange(1, 40, 2)
     found = []
     for word in signals_of(teacher, target, k, temperatures, exact):
-        online = isinstance(word, TeacherSignal)
+        online = isinstance(word, RunningAnswer)
         flags = Settings(
             *(0.7, None, temperature, 0.1, divergence(name)),
             top_k=(top_k or k) if online else top_k,
@@ -314,7 +323,7 @@ def test_a_rest_at_temperature_1_is_kept_on_request():
     logits = torch.tensor([[9.0, 8.99, 8.98, *([-5.0] * (V - 3))]], dtype=torch.float64)
     _, cached = signals_of(logits, torch.tensor([0]), 3, (1.0, 2.0), False)
     exact = Dense(torch.log_softmax(logits, -1)).top(3, 1.0, True).rest
-    word = cached.about(torch.tensor([0]), logits)
+    word = cached.rows(torch.tensor([0]), logits)
     torch.testing.assert_close(word.top(3, 1.0, True).rest, exact, rtol=1e-3, atol=1e-6)
     for tail in ("bucket", "renormalise"):
         (online, there), (found, here) = both_ways(
@@ -724,7 +733,7 @@ def test_one_flipped_bit(cache, name):
             damaged[position] ^= 1 << bit
             path.write_bytes(damaged)
             message = refusal(cache)
-            assert "{} is damaged".format(path) in message and "make the cache again" in message
+            assert f"{path} is damaged" in message and "make the cache again" in message
     path.write_bytes(content)
     CachedSubset(str(cache), "train", DATA)
 
@@ -737,9 +746,9 @@ def test_a_file_of_another_size_or_missing(cache, name):
         path.write_bytes(wrong)
         message = refusal(cache)
         assert str(path) in message and "make the cache again" in message
-        assert "expected {} bytes, found {}".format(len(content), len(wrong)) in message
+        assert f"expected {len(content)} bytes, found {len(wrong)}" in message
     path.unlink()
-    assert "{} is missing: make the cache again".format(path) in refusal(cache)
+    assert f"{path} is missing: make the cache again" in refusal(cache)
 
 
 def test_no_cache_and_one_that_is_not_finished(cache, tmp_path):
@@ -761,7 +770,7 @@ def test_offsets_that_are_none(cache):
         wrong.tofile(str(path))
         checksums = json.loads((cache / "train" / "manifest.json").read_text())["checksums"]
         change(cache, checksums={**checksums, "offsets": layout.checksum(path)})
-        assert "{} is damaged".format(path) in refusal(cache)
+        assert f"{path} is damaged" in refusal(cache)
 
 
 def replaced(data, section, key, value):
@@ -905,7 +914,7 @@ def test_pickled_it_opens_its_maps_again(finished):
 def dictionary():
     found = Dictionary()
     for i in range(V - len(found)):
-        found.add_symbol("w{}".format(i))
+        found.add_symbol(f"w{i}")
     return found
 
 
@@ -959,9 +968,9 @@ def test_rows_belong_to_their_tokens_in_any_batch(
         "symbols": "torch.int32",
     }
     # asked for some rows in any order, it gives theirs
-    signal = CachedSignal(batch["teacher"], real, TEMPERATURES, False)
+    signal = CachedAnswer(batch["teacher"], real, TEMPERATURES, False)
     rows = torch.tensor(sorted(expected, key=lambda row: (row * 7919) % 104729))
-    word = signal.about(rows, torch.zeros(1))
+    word = signal.rows(rows, torch.zeros(1))
     assert (-word.nll(rows)).tolist() == [expected[row] for row in rows.tolist()]
     for row, symbols in zip(rows.tolist(), word.symbols.tolist()):
         i, j = position[row]
@@ -1049,7 +1058,7 @@ def test_every_file_and_setting_counts(tmp_path):
         content = (tmp_path / name).read_text()
         (tmp_path / name).write_text(content.swapcase())
         found = layout.data_differences(about(tmp_path), together)
-        assert found == ["files: {} differs".format(name)]
+        assert found == [f"files: {name} differs"]
         (tmp_path / name).write_text(content)
     for setting in (dict(upsample_primary=2), dict(truncate_source=True)):
         assert len(layout.data_differences(about(tmp_path, **setting), together)) == 1

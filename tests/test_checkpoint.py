@@ -16,7 +16,7 @@ import torch
 from fairseq.logging.meters import AverageMeter
 from omegaconf import OmegaConf
 
-from kd_plugin.checkpoint import (
+from kd_plugin.checkpoints.checkpoint import (
     CheckpointError,
     average,
     get,
@@ -69,7 +69,7 @@ def evil_states(marker):
         "reduce": {"model": Marker(marker)},
         "nested": fairseq_like(hidden=[{"deep": (Marker(marker),)}]),
         "in the optimizer state": fairseq_like(last_optimizer_state={"state": Marker(marker)}),
-        "builtins": fairseq_like(x=Marker("open({!r}, 'w')".format(str(marker)), eval)),
+        "builtins": fairseq_like(x=Marker(f"open({str(marker)!r}, 'w')", eval)),
         "getattr": fairseq_like(x=Marker("os", __import__)),
     }
 

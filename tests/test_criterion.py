@@ -15,8 +15,8 @@ from kd_plugin.criterion import (
     KDLabelSmoothedCrossEntropyCriterion,
     KDLabelSmoothedCrossEntropyCriterionConfig,
 )
-from kd_plugin.signal import Member, TeacherSignal
-from kd_plugin.task import KDTranslationConfig
+from kd_plugin.objective.answer import Member, RunningAnswer
+from kd_plugin.tasks.translation import KDTranslationConfig
 
 PAD = 1
 
@@ -59,7 +59,7 @@ def batch(logits=None, seed=0, **about):
         "net_input": {"src_tokens": None},
         "target": target,
         "ntokens": 6,
-        "teacher": TeacherSignal([Member("t.pt", lambda rows: teacher[rows])], **about),
+        "teacher": RunningAnswer([Member("t.pt", lambda rows: teacher[rows])], **about),
     }
     return Student(student), sample
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_plugin.divergences import NAMES, distribution, divergence, parameter_of
-from kd_plugin.signal import Dense
-from kd_plugin.topk import cut
+from kd_plugin.objective.answer import Dense
+from kd_plugin.objective.divergences import NAMES, distribution, divergence, parameter_of
+from kd_plugin.objective.topk import cut
 
 
 def kl(p, q):

@@ -14,10 +14,12 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
-from kd_plugin import checkpoint, export, verification
+from kd_plugin.checkpoints import checkpoint
 from kd_plugin.commands import export as command
-from kd_plugin.export import ExportError
-from kd_plugin.sequences import DataBin, FairseqEngine, databin
+from kd_plugin.decoding import DataBin, FairseqEngine, databin
+from kd_plugin.export import models as export
+from kd_plugin.export import verify as verification
+from kd_plugin.export.models import ExportError
 
 LANGS = (support.SOURCE, support.TARGET)
 TRANSFORMER = [
@@ -56,13 +58,13 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     dictionary = Dictionary()
     for i in range(30):
-        dictionary.add_symbol("w{:02d}".format(i), n=30 - i)
+        dictionary.add_symbol(f"w{i:02d}", n=30 - i)
     rng = random.Random(1)
     for lang in LANGS:
-        dictionary.save(str(folder / "dict.{}.txt".format(lang)))
+        dictionary.save(str(folder / f"dict.{lang}.txt"))
         writer = databin.Writer(folder / "valid.{}-{}.{}".format(*LANGS, lang), len(dictionary))
         for _ in range(24):
-            words = ["w{:02d}".format(rng.randrange(31)) for _ in range(rng.randint(1, 9))]
+            words = [f"w{rng.randrange(31):02d}" for _ in range(rng.randint(1, 9))]
             writer.add(databin.encode(dictionary, " ".join(words)))
         writer.close()
     return folder
@@ -184,7 +186,7 @@ def test_ctranslate2_without_positions_that_never_come(name, data, tmp_path):
 def test_ctranslate2_refuses_other_architectures_by_name(name, data, tmp_path):
     pytest.importorskip("ctranslate2")
     path = made(data, tmp_path / "model.pt", OTHERS[name])
-    with pytest.raises(ExportError, match="'{}'".format(name)):
+    with pytest.raises(ExportError, match=f"'{name}'"):
         export.check_ctranslate2(str(path), checkpoint.read_checkpoint(str(path)))
 
 
@@ -362,7 +364,7 @@ def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
     for lang in LANGS:
-        (other / "dict.{}.txt".format(lang)).write_text("w01 3\nw00 2\n")
+        (other / f"dict.{lang}.txt").write_text("w01 3\nw00 2\n")
     for arguments, words in (
         (("--path", path, "--gen-subset", "test"), "no subset 'test'"),
         (("--path", path, "--data", other), "is not the model's"),
@@ -389,7 +391,7 @@ def test_nothing_to_verify_on(data, tmp_path, capsys):
     code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt")
     assert code == 1 and "found nowhere" in error and "--data" in error
     for lang in LANGS:
-        name = "dict.{}.txt".format(lang)
+        name = f"dict.{lang}.txt"
         (tmp_path / name).write_text((data / name).read_text())
     code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt")
     assert code == 1 and "--data DIR names one; --no-verify" in error

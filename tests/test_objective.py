@@ -8,11 +8,13 @@ from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_l
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_plugin import divergences, objective, signal
-from kd_plugin.divergences import divergence
-from kd_plugin.objective import NotFiniteTeacherError, Settings
-from kd_plugin.selection import Selection
-from kd_plugin.signal import CachedSignal, Member, TeacherSignal
+from kd_plugin.objective import answer as signal
+from kd_plugin.objective import chunks as objective
+from kd_plugin.objective import divergences
+from kd_plugin.objective.answer import CachedAnswer, Member, RunningAnswer
+from kd_plugin.objective.chunks import NotFiniteTeacherError, Settings
+from kd_plugin.objective.divergences import divergence
+from kd_plugin.objective.selection import Selection
 
 
 def distillation_objective(
@@ -25,8 +27,8 @@ def distillation_objective(
 def signal_of(*logits, weights=None):
     weights = weights or [1.0] * len(logits)
     total = sum(weights)
-    return TeacherSignal(
-        [Member("t{}".format(i), lambda rows, z=z: z[rows]) for i, z in enumerate(logits)],
+    return RunningAnswer(
+        [Member(f"t{i}", lambda rows, z=z: z[rows]) for i, z in enumerate(logits)],
         [math.log(w / total) for w in weights],
     )
 
@@ -450,7 +452,7 @@ def test_a_blank_signal_is_harmless(name, temperature, temperatures):
     """Of a dummy batch: fairseq multiplies its loss by 0, which needs a finite one."""
     student, _, target = random_case(4, 9, 0)
     real = torch.tensor([[True, True], [True, False]])
-    blank = CachedSignal.blank(real, 3, temperatures, False, is_dummy=True)
+    blank = CachedAnswer.blank(real, 3, temperatures, False, is_dummy=True)
     mse = name == "logit-mse"
     settings = Settings(
         temperature=1.0 if mse else temperature,

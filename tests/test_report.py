@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_plugin.files import FileError
-from kd_plugin.report import build, compare, curves, draw, named, pick, read_models
+from kd_plugin.objective.answer import Member, RunningAnswer
+from kd_plugin.report import compare, curves, draw, named, pick, read_models
+from kd_plugin.report import pipeline as build
 from kd_plugin.report.score import METRICS, score
-from kd_plugin.signal import Member, TeacherSignal
 
 REFERENCES = [
     "A dog runs across the green field.",
@@ -59,7 +60,7 @@ def test_scores_are_those_of_the_command_line(scored, tmp_path):
         assert ours["score"] == pytest.approx(one["score"], abs=1e-6)
         assert ours["mean"] == pytest.approx(one["confidence_mean"], abs=1e-6)
         assert ours["ci"] == pytest.approx(one["confidence_var"], abs=1e-6)
-        assert signatures[one["name"]] == "{} {}".format(one["name"], one["signature"])
+        assert signatures[one["name"]] == f"{one['name']} {one['signature']}"
 
 
 def test_a_clearly_better_system_is_significantly_so_and_a_copy_is_called_one(scored):
@@ -100,7 +101,7 @@ def model_of(logits):
 
     def answer(net_input):
         flat = logits.flatten(0, 1)
-        return TeacherSignal([Member("m", lambda rows: flat[rows])])
+        return RunningAnswer([Member("m", lambda rows: flat[rows])])
 
     answer.device = torch.device("cpu")
     return answer
@@ -290,7 +291,7 @@ def test_models_by_name(tmp_path):
     folder.mkdir()
     (folder / "model.bin").write_bytes(b"x")
     a, b = str(tmp_path / "a.pt"), str(tmp_path / "b.pt")
-    pairs = ["teacher={}:{}".format(a, b), "student=" + a, "int8={}".format(folder)]
+    pairs = [f"teacher={a}:{b}", "student=" + a, f"int8={folder}"]
     models = read_models(pairs, "data", ["student=other"])
     assert [(m.name, m.kind, m.data) for m in models] == [
         ("teacher", "fairseq", "data"),
@@ -313,16 +314,14 @@ def test_wrong_names_are_all_named_at_once(tmp_path):
         named(["m=" + a, "m=" + a, a], "--models", "CHECKPOINT")
     assert "'m' stands there twice" in str(error.value) and "NAME=CHECKPOINT" in str(error.value)
     with pytest.raises(FileError) as error:
-        read_models(
-            ["m={}".format(tmp_path / "no.pt"), "a/b=" + a, "c={}".format(tmp_path)], "", ["x=y"]
-        )
+        read_models([f"m={tmp_path / 'no.pt'}", "a/b=" + a, f"c={tmp_path}"], "", ["x=y"])
     for part in ("no such file", "'a/b'", "without model.bin", "no model is named 'x'"):
         assert part in str(error.value)
     for name in ("_x", "a$b", "s.greedy", "a,b", ".a", "a b"):
         with pytest.raises(FileError, match="cannot be a model's name"):
-            read_models(["{}={}".format(name, a)], "", [])
+            read_models([f"{name}={a}"], "", [])
     with pytest.raises(FileError, match="no such file"):  # a folder is no member of an ensemble
-        read_models(["m={}:{}".format(a, tmp_path)], "", [])
+        read_models([f"m={a}:{tmp_path}"], "", [])
 
 
 # pages
@@ -556,9 +555,9 @@ def test_each_number_stands_in_its_place(tmp_path):
         ("length", "0.950"),
     ]
     cost = dict(row(tables[2], "s|t, greedy"))
-    assert cost["tokens/s"] == "{:,.0f}".format(system["tokens_per_second"]["median"])
+    assert cost["tokens/s"] == f"{system['tokens_per_second']['median']:,.0f}"
     assert cost["peak memory MB"] == "90.00" and cost["file MB"] == "30.16"
-    assert cost["without embeddings"] == "{:,}".format(model["parameters_without_embeddings"])
+    assert cost["without embeddings"] == f"{model['parameters_without_embeddings']:,}"
     columns = ["tokens", "agreement", "KL(teacher || student)", "nll", "teacher's nll"]
     difference = report["differences"]["s|t"]
     for table, buckets in zip(tables[3:8], [[difference["all"]], *difference["by"].values()]):
@@ -604,11 +603,11 @@ def test_numbers_without_a_word_in_json(tmp_path):
 def test_the_page_in_a_browser_without_scripts(written, tmp_path):
     _, folder = written
     for width in (420, 1200):
-        picture = tmp_path / "{}.png".format(width)
+        picture = tmp_path / f"{width}.png"
         how = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         how += ["--disable-quic", "--no-first-run", "--disable-component-update", "--disable-sync"]
-        how += ["--user-data-dir={}".format(tmp_path / "profile"), "--hide-scrollbars"]
-        how += ["--screenshot={}".format(picture), "--window-size={},1600".format(width)]
-        page_address = "file://{}/report.html".format(folder)
+        how += [f"--user-data-dir={tmp_path / 'profile'}", "--hide-scrollbars"]
+        how += [f"--screenshot={picture}", f"--window-size={width},1600"]
+        page_address = f"file://{folder}/report.html"
         subprocess.run(["/usr/bin/chromium", *how, page_address], check=True, timeout=120)
         assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 20_000

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from kd_plugin.schedules import constant, parse
+from kd_plugin.objective.schedules import constant, parse
 
 
 def weight(text):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kd_plugin.selection import NAMES, ScoreQueue, Selection, TokenStatistics
+from kd_plugin.objective.selection import NAMES, ScoreQueue, Selection, TokenStatistics
 
 
 def entered(queue, *scores):
@@ -121,7 +121,7 @@ def run_rank(rank, address, results):
 def test_two_ranks_hold_the_same_queue_in_order_of_ranks(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    address = "file://{}".format(tmp_path / "rendezvous")
+    address = f"file://{tmp_path / 'rendezvous'}"
     ranks = [context.Process(target=run_rank, args=(r, address, results)) for r in (0, 1)]
     for rank in ranks:
         rank.start()

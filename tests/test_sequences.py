@@ -23,23 +23,19 @@ from sacrebleu import sentence_bleu, sentence_chrf
 
 from kd_plugin import files
 from kd_plugin.commands import arguments, sequences
+from kd_plugin.decoding import Corpus, Hypothesis, databin, describe_text, plan
+from kd_plugin.decoding import models as teachers
 from kd_plugin.files import FileError
 from kd_plugin.sequences import (
     Choice,
-    Corpus,
     Filters,
-    Hypothesis,
     HypothesisStore,
     Student,
     choose,
-    databin,
-    describe_text,
-    distil,
     hypotheses,
-    plan,
-    select,
-    teachers,
 )
+from kd_plugin.sequences import choice as select
+from kd_plugin.sequences import pipeline as distil
 
 HEADER = {"teachers": [{"sha256": "1" * 64, "bytes": 7}], "generation": {"beam": 5}}
 SENTENCES = 23
@@ -544,9 +540,9 @@ def databin_of_letters(tmp_path) -> databin.DataBin:
     for symbol in "abcdefgh":
         dictionary.add_symbol(symbol)
     for lang in ("aa", "bb"):
-        dictionary.save(str(folder / "dict.{}.txt".format(lang)))
+        dictionary.save(str(folder / f"dict.{lang}.txt"))
         for split in ("train", "valid"):
-            writer = databin.Writer(folder / "{}.aa-bb.{}".format(split, lang), len(dictionary))
+            writer = databin.Writer(folder / f"{split}.aa-bb.{lang}", len(dictionary))
             for line in ("a b c", "b c d", "c d e", "d e f", "e f g"):
                 writer.add(databin.encode(dictionary, line))
             writer.close()
@@ -596,7 +592,7 @@ def test_many_unknown_symbols_are_said(databin_of_letters, tmp_path, caplog, unk
     data, text = databin_of_letters, tmp_path / "text"
     text.write_text(" ".join(["a"] * (24 - unknown) + ["raw"] * unknown) + "\n")
     Corpus.of_text(task_of(data), data, str(text), str, tmp_path / "source-1")
-    assert ("OF THE SYMBOLS OF {} ARE UNKNOWN".format(text) in caplog.text) == said
+    assert (f"OF THE SYMBOLS OF {text} ARE UNKNOWN" in caplog.text) == said
 
 
 def test_subwords_of_another_model_are_said(databin_of_letters, tmp_path, caplog):

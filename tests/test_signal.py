@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from kd_plugin.signal import Member, TeacherSignal
+from kd_plugin.objective.answer import Member, RunningAnswer
 
 
 def test_rows_are_computed_only_when_asked_for():
@@ -12,15 +12,15 @@ def test_rows_are_computed_only_when_asked_for():
         asked.append(rows.tolist())
         return torch.zeros(len(rows), 3)
 
-    signal = TeacherSignal([Member("t", logits)])
+    signal = RunningAnswer([Member("t", logits)])
     assert asked == []
     assert signal.logits(torch.tensor([4, 2])).shape == (2, 3)
     assert asked == [[4, 2]]
 
 
 def test_logits_are_at_least_float32():
-    half = TeacherSignal([Member("t", lambda rows: torch.zeros(len(rows), 3).half())])
-    double = TeacherSignal([Member("t", lambda rows: torch.zeros(len(rows), 3).double())])
+    half = RunningAnswer([Member("t", lambda rows: torch.zeros(len(rows), 3).half())])
+    double = RunningAnswer([Member("t", lambda rows: torch.zeros(len(rows), 3).double())])
     rows = torch.tensor([0])
     assert half.logits(rows).dtype == torch.float32
     assert double.logits(rows).dtype == torch.float64
@@ -28,7 +28,7 @@ def test_logits_are_at_least_float32():
 
 def test_an_ensemble_averages_probabilities():
     first, second = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[0.0, -math.inf, 1.0]])
-    signal = TeacherSignal(
+    signal = RunningAnswer(
         [Member("a", lambda rows: first[rows]), Member("b", lambda rows: second[rows])],
         [math.log(0.2), math.log(0.8)],
     )
@@ -39,7 +39,7 @@ def test_an_ensemble_averages_probabilities():
 
 def test_names_the_members_that_are_not_finite():
     fine = torch.tensor([[1.0, -math.inf]])
-    signal = TeacherSignal(
+    signal = RunningAnswer(
         [
             Member("fine", lambda rows: fine[rows]),
             Member("nan", lambda rows: fine[rows] * math.nan),

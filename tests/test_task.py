@@ -8,8 +8,8 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
 from kd_plugin.criterion import KDLabelSmoothedCrossEntropyCriterionConfig
-from kd_plugin.task import KDTranslationConfig, KDTranslationTask
-from kd_plugin.teacher import TeacherError
+from kd_plugin.tasks.translation import KDTranslationConfig, KDTranslationTask
+from kd_plugin.teachers.run import TeacherError
 
 
 def dataset(*lengths):

@@ -9,7 +9,7 @@ from fairseq import models
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from kd_plugin.teacher import Student, Teacher
+from kd_plugin.teachers.run import Student, Teacher
 
 SOURCE, TARGET = "abcdefg", "ABCDEFGHI"
 
@@ -27,7 +27,7 @@ def write_teacher(folder, source=SOURCE, target=TARGET, arch="transformer"):
     sides.update(hidden_size=8, out_embed_dim=8)  # an lstm's
     args = Namespace(arch=arch, criterion="cross_entropy", source_lang="aa", target_lang="bb")
     for side in ("encoder", "decoder"):
-        vars(args).update({"{}_{}".format(side, key): value for key, value in sides.items()})
+        vars(args).update({f"{side}_{key}": value for key, value in sides.items()})
     models.ARCH_CONFIG_REGISTRY[arch](args)
     source, target = dictionary(source), dictionary(target)
     task = TranslationTask(TranslationConfig(), source, target)
@@ -82,11 +82,11 @@ def test_second_copies_of_weights_come_and_go_between_versions(copies, tmp_path)
     if copies:
         layer = "encoder.layers.0."
         for kind in ("weight", "bias"):
-            parts = [weights["{}self_attn.{}_proj.{}".format(layer, p, kind)] for p in "qkv"]
+            parts = [weights[f"{layer}self_attn.{p}_proj.{kind}"] for p in "qkv"]
             weights[layer + "in_proj_" + kind] = torch.cat(parts)
             weights[layer + "out_proj_" + kind] = weights[layer + "self_attn.out_proj." + kind]
             for fc in ("fc1", "fc2"):
-                weights["{}{}_{}".format(layer, fc, kind)] = weights[layer + fc + "." + kind]
+                weights[f"{layer}{fc}_{kind}"] = weights[layer + fc + "." + kind]
     torch.save({**state, "model": weights}, teacher)
     assert torch.equal(logits(teacher), expected)
 

@@ -32,8 +32,8 @@ def write_text(folder: Path, sizes=SIZES, seed: int = 1) -> Path:
         if split == "train":
             sentences[0] = list(range(WORDS))  # every word is in the dictionary
         for lang, letter in ((SOURCE, "a"), (TARGET, "b")):
-            lines = [" ".join("{}{:02d}".format(letter, w) for w in words) for words in sentences]
-            (folder / "{}.{}".format(split, lang)).write_text("\n".join(lines) + "\n")
+            lines = [" ".join(f"{letter}{w:02d}" for w in words) for words in sentences]
+            (folder / f"{split}.{lang}").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -48,7 +48,7 @@ def binarise(text: Path, data: Path, *more: Any) -> Path:
 
 
 def dictionary_lines(folder: Path, lang: str) -> List[str]:
-    return (folder / "dict.{}.txt".format(lang)).read_text().splitlines()
+    return (folder / f"dict.{lang}.txt").read_text().splitlines()
 
 
 def write_dictionaries(folder: Path, source: List[str], target: List[str]) -> List[Any]:
@@ -56,7 +56,7 @@ def write_dictionaries(folder: Path, source: List[str], target: List[str]) -> Li
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for lang, lines in ((SOURCE, source), (TARGET, target)):
-        files.append(folder / "dict.{}.txt".format(lang))
+        files.append(folder / f"dict.{lang}.txt")
         files[-1].write_text("\n".join(lines) + "\n")
     return ["--srcdict", files[0], "--tgtdict", files[1]]
 

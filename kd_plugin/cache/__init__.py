@@ -2,7 +2,7 @@
 
 from .dataset import TaughtDataset
 from .fill import fill, rows_of_batch, summary_lines
-from .format import CacheError, describe_data
+from .layout import CacheError, describe_data
 from .reader import CachedSubset
 
 __all__ = [

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from fairseq.data import BaseWrapperDataset
 
-from .format import CacheError
+from .layout import CacheError
 from .reader import CachedSubset
 
 
@@ -26,16 +26,14 @@ class TaughtDataset(BaseWrapperDataset):
         lengths = cache.lengths()
         if len(lengths) != len(dataset):
             raise CacheError(
-                "the cache {} holds {} sentences, the data {}".format(
-                    cache.folder, len(lengths), len(dataset)
-                )
+                f"the cache {cache.folder} holds {len(lengths)} sentences, the data {len(dataset)}"
             )
         # no rows: the teacher could not read it
         wrong = np.flatnonzero((lengths != dataset.tgt_sizes) & (lengths > 0))
         if len(wrong):
             raise CacheError(
-                "the cache {} has another number of rows than the data has target tokens for {} "
-                "sentences, the first is number {}".format(cache.folder, len(wrong), wrong[0])
+                f"the cache {cache.folder} has another number of rows than the data has target "
+                f"tokens for {len(wrong)} sentences, the first is number {wrong[0]}"
             )
         self.has_rows = lengths > 0
 
@@ -63,10 +61,9 @@ class TaughtDataset(BaseWrapperDataset):
         tokens = int(batch["target"].ne(self._pad).sum())
         if len(teacher["reference"]) != tokens:
             raise CacheError(
-                "the batch of the sentences {} has {} target tokens, the cache {} rows: is there a "
-                "padding symbol in the text?".format(
-                    batch["id"].tolist(), tokens, len(teacher["reference"])
-                )
+                f"the batch of the sentences {batch['id'].tolist()} has {tokens} target tokens, "
+                f"the cache {len(teacher['reference'])} rows: is there a padding symbol in the "
+                "text?"
             )
         # torch has no unsigned integers of two and four bytes
         teacher["symbols"] = teacher["symbols"].astype(

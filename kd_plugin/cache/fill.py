@@ -10,9 +10,9 @@ from fairseq import utils
 from torch import Tensor
 from tqdm import tqdm
 
-from ..signal import TeacherSignal, not_finite_teacher, rows_ahead, rows_at_once
-from . import format as layout
-from .format import CacheError
+from ..objective.answer import RunningAnswer, not_finite_teacher, rows_ahead, rows_at_once
+from . import layout
+from .layout import CacheError
 from .writer import CacheWriter, teacher_rows
 
 
@@ -49,9 +49,7 @@ def fill(
     dataset, vocabulary = task.dataset(subset), len(task.target_dictionary)
     if not 1 <= k <= vocabulary:
         raise CacheError(
-            "--top-k must be from 1 to the {} symbols of the vocabulary, got {}".format(
-                vocabulary, k
-            )
+            f"--top-k must be from 1 to the {vocabulary} symbols of the vocabulary, got {k}"
         )
     limits = [min(pair) for pair in zip(teacher.max_positions(), task.max_positions())]
     lengths = _readable_lengths(dataset, limits)
@@ -86,8 +84,8 @@ def _plan(
     longest = max(dataset.src_sizes[order].max(), lengths.max()) if len(order) else 0
     if max_tokens is not None and longest > max_tokens:
         raise CacheError(
-            "the longest sentence has {} tokens, more than --max-tokens {}: give at least as "
-            "many".format(longest, max_tokens)
+            f"the longest sentence has {longest} tokens, more than --max-tokens {max_tokens}: "
+            "give at least as many"
         )
     # without a multiple: newer fairseq would leave sentences out
     batches = dataset.batch_by_size(
@@ -112,7 +110,7 @@ def _run(task: Any, teacher: Any, dataset: Any, writer: CacheWriter, num_workers
     progress = tqdm(
         total=sum(tokens),
         initial=sum(tokens[: writer.done]),
-        desc="caching {}".format(writer.header["subset"]),
+        desc=f"caching {writer.header['subset']}",
         unit="tokens",
         unit_scale=True,
         mininterval=0.5 if sys.stderr.isatty() else 30,
@@ -137,7 +135,7 @@ def rows_of_batch(
     size = rows_at_once(rows.device, header["vocabulary"])
     parts = []
     for block in rows.split(size * rows_ahead(rows.device)):
-        word = signal.about(block, torch.empty(0, device=block.device))
+        word = signal.rows(block, torch.empty(0, device=block.device))
         for start in range(0, len(block), size):
             here = slice(start, start + size)
             some = word.rows(here)
@@ -148,7 +146,7 @@ def rows_of_batch(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _refuse(signal: TeacherSignal, bad: Tensor, ids: np.ndarray, width: int) -> None:
+def _refuse(signal: RunningAnswer, bad: Tensor, ids: np.ndarray, width: int) -> None:
     sentences = sorted({int(ids[row // width]) for row in bad.tolist()})
     raise not_finite_teacher(" and ".join(signal.not_finite(bad)), sentences)
 
@@ -165,14 +163,10 @@ def summary_lines(manifest: Dict[str, Any], folder: Any) -> List[str]:
     """What a user wants to know of a finished cache."""
     s = manifest["summary"]
     return [
-        "{}: {} sentences, {} target tokens, top {} of {}".format(
-            folder,
-            manifest["sentences"],
-            manifest["rows"],
-            manifest["k"],
-            " + ".join(os.path.basename(teacher["path"]) for teacher in manifest["teachers"]),
-        ),
-        "  {:.1f} MB, {:.2f} bytes per target token".format(s["bytes"] / 1e6, s["bytes_per_token"]),
+        f"{folder}: {manifest['sentences']} sentences, {manifest['rows']} target tokens, top "
+        f"{manifest['k']} of "
+        f"{' + '.join((os.path.basename(teacher['path']) for teacher in manifest['teachers']))}",
+        f"  {s['bytes'] / 1000000.0:.1f} MB, {s['bytes_per_token']:.2f} bytes per target token",
         "  covered probability mass: mean {covered_mean:.4f}, 1st percentile "
         "{covered_1st_percentile:.4f}".format(**s),
         "  teacher: nll_loss {nll_loss:.3f}, entropy {entropy:.3f} bits per token, agreement with "

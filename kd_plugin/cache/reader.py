@@ -7,9 +7,9 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from ..checkpoint import digest
-from . import format as layout
-from .format import CacheError
+from ..checkpoints.checkpoint import digest
+from . import layout
+from .layout import CacheError
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +36,16 @@ class CachedSubset:
         found = layout.data_differences(data, self.manifest)
         if found:
             raise CacheError(
-                "the cache {} was made from something else than what it is used with: {}. Use it "
-                "with its own data, dictionaries and settings, or make a new one with "
-                "fairseq-kd-cache.".format(self.folder, "; ".join(found))
+                f"the cache {self.folder} was made from something else than what it is used with: "
+                f"{'; '.join(found)}. Use it with its own data, dictionaries and settings, or "
+                "make a new one with fairseq-kd-cache."
             )
         self._types = layout.arrays(self.vocabulary, self.k, self.temperatures)
         try:
             self._check_files()
             self._open()
         except OSError as error:
-            raise CacheError("the cache {} cannot be read: {}".format(self.folder, error)) from None
+            raise CacheError(f"the cache {self.folder} cannot be read: {error}") from None
         self._check_offsets()
         self._check_symbols()
         self._warn_of_other_teachers()
@@ -84,8 +84,8 @@ class CachedSubset:
         if not path.is_file():
             if (self.folder / layout.PARTIAL).is_dir():
                 raise CacheError(
-                    "the cache {} is not finished: run the same fairseq-kd-cache again, it goes on "
-                    "where it stopped (with --num-shards, each shard)".format(self.folder)
+                    f"the cache {self.folder} is not finished: run the same fairseq-kd-cache "
+                    "again, it goes on where it stopped (with --num-shards, each shard)"
                 )
             raise CacheError(
                 "no cache of the subset {0} in {1}: make it with fairseq-kd-cache DATA --path "
@@ -100,17 +100,16 @@ class CachedSubset:
         for name, size in expected.items():
             path = layout.array_file(self.folder, name)
             if not path.is_file():
-                raise CacheError("{} is missing: make the cache again".format(path))
+                raise CacheError(f"{path} is missing: make the cache again")
             if path.stat().st_size != size:
                 raise CacheError(
-                    "{}: expected {} bytes, found {}. Delete {} and make the cache again.".format(
-                        _damaged(path), size, path.stat().st_size, self.folder
-                    )
+                    f"{_damaged(path)}: expected {size} bytes, found {path.stat().st_size}. "
+                    f"Delete {self.folder} and make the cache again."
                 )
             if layout.checksum(path) != self.manifest["checksums"].get(name):
                 raise CacheError(
-                    "{}: its checksum is not the manifest's. Delete {} and make the cache "
-                    "again.".format(_damaged(path), self.folder)
+                    f"{_damaged(path)}: its checksum is not the manifest's. Delete {self.folder} "
+                    "and make the cache again."
                 )
 
     def _open(self) -> None:
@@ -125,16 +124,15 @@ class CachedSubset:
         lengths = self.lengths()
         if self.offsets[0] != 0 or self.offsets[-1] != self.manifest["rows"] or (lengths < 0).any():
             path = layout.array_file(self.folder, layout.OFFSETS)
-            raise CacheError("{}: make the cache again".format(_damaged(path)))
+            raise CacheError(f"{_damaged(path)}: make the cache again")
 
     def _check_symbols(self) -> None:
         symbols = self._arrays["symbols"]
         if len(symbols) and symbols.max() >= self.vocabulary:
             path = layout.array_file(self.folder, "symbols")
             raise CacheError(
-                "{}: symbol {} of a vocabulary of {}. Make the cache again.".format(
-                    _damaged(path), symbols.max(), self.vocabulary
-                )
+                f"{_damaged(path)}: symbol {symbols.max()} of a vocabulary of {self.vocabulary}. "
+                "Make the cache again."
             )
 
     def _warn_of_other_teachers(self) -> None:
@@ -148,8 +146,8 @@ class CachedSubset:
                 continue
             if not same:
                 logger.warning(
-                    "the teacher {} is no longer the one that the cache {} was made with; training "
-                    "goes on with what the cache holds".format(path, self.folder)
+                    f"the teacher {path} is no longer the one that the cache {self.folder} was "
+                    "made with; training goes on with what the cache holds"
                 )
 
     # A worker process that does not share this one's memory opens the maps anew: pickled, a map
@@ -172,4 +170,4 @@ def _mapped(path: Path, dtype: str, shape: Any) -> np.ndarray:
 
 
 def _damaged(path: Path) -> str:
-    return "{} is damaged".format(path)
+    return f"{path} is damaged"

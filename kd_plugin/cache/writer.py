@@ -23,9 +23,9 @@ from ..files import (
     write_all,
     write_json,
 )
-from ..signal import Dense
-from . import format as layout
-from .format import CacheError
+from ..objective.answer import Dense
+from . import layout
+from .layout import CacheError
 
 # Rows that are merged at a time, and bins of the covered mass from 0 to 1
 _MERGE_ROWS = 1 << 17
@@ -99,7 +99,7 @@ class CacheWriter:
             **header,
             "sentences": len(self.lengths),
             "rows": int(self.lengths.sum()),
-            "plan": "{:08x}".format(plan),
+            "plan": f"{plan:08x}",
         }
         self.types = layout.arrays(header["vocabulary"], header["k"], header["temperatures"])
         self.done = 0  # batches of this shard that are on disk
@@ -169,8 +169,8 @@ class CacheWriter:
                 file.close()
                 if size(Path(file.name)) != self._rows * self.types[name].row_bytes:
                     raise CacheError(
-                        "{} was written to by something else: delete {} and run the same command "
-                        "again".format(file.name, self.shards.own)
+                        f"{file.name} was written to by something else: delete {self.shards.own} "
+                        "and run the same command again"
                     )
             self.shards.end()
         if not self.shards.all_done:
@@ -192,10 +192,8 @@ class CacheWriter:
         different = differences(ours, theirs, ours)
         if different:
             raise CacheError(
-                "the cache {} {} with something else: {}. Repeat the command that made it, choose "
-                "another --cache, or delete that folder.".format(
-                    self.folder, what, "; ".join(different)
-                )
+                f"the cache {self.folder} {what} with something else: {'; '.join(different)}. "
+                "Repeat the command that made it, choose another --cache, or delete that folder."
             )
 
     def _check_space(self) -> None:
@@ -207,11 +205,10 @@ class CacheWriter:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise CacheError(
-                "the cache {} needs {:.1f} GB more while it is written ({} bytes for each of {} "
-                "target tokens, twice until its shards are merged), and {:.1f} GB are free: make "
-                "room, or take a smaller --top-k".format(
-                    self.folder, needed / 1e9, row, self.header["rows"], free / 1e9
-                )
+                f"the cache {self.folder} needs {needed / 1000000000.0:.1f} GB more while it is "
+                f"written ({row} bytes for each of {self.header['rows']} target tokens, twice "
+                f"until its shards are merged), and {free / 1000000000.0:.1f} GB are free: make "
+                "room, or take a smaller --top-k"
             )
 
     # merging
@@ -229,7 +226,7 @@ class CacheWriter:
                 for block in blocks:
                     value = zlib.crc32(_bytes(block), value)
                     file.write(_bytes(block))
-            checksums[name] = "{:08x}".format(value)
+            checksums[name] = f"{value:08x}"
         summary = self._summary(offsets, targets)
         manifest = {**self.header, "checksums": checksums, "summary": summary}
         layout.write_manifest(self.folder, manifest)

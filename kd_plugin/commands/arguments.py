@@ -106,7 +106,7 @@ def useless_for_decoding(options: Any) -> List[str]:
         "iter_decode_with_beam": 1,
     }
     faults = [
-        "--{} cannot be used here".format(name.replace("_", "-"))
+        f"--{name.replace('_', '-')} cannot be used here"
         for name, default in without.items()
         if getattr(options, name, default) not in (default, None)
     ]
@@ -134,14 +134,14 @@ def exit_code(prog: str, work: Callable[[], Any], goes_on: bool = True) -> int:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         kept = ". What is written is kept: run the same command again to go on."
-        message = "{}{}".format(error, kept if full and goes_on else "")
+        message = f"{error}{kept if full and goes_on else ''}"
     except MemoryError:
         message = "there is not enough memory"
     except KeyboardInterrupt:
         advice = "run the same command again to go on" if goes_on else "interrupted"
-        print("{}: {}".format(prog, advice), file=sys.stderr)
+        print(f"{prog}: {advice}", file=sys.stderr)
         return 130
-    print("{}: {}".format(prog, _printable(message)), file=sys.stderr)
+    print(f"{prog}: {_printable(message)}", file=sys.stderr)
     return 1
 
 

@@ -21,11 +21,11 @@ from fairseq.dataclass.configs import OptimizationConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
 from tqdm import tqdm
 
-from .. import benchmark
-from ..checkpoint import CheckpointError
-from ..configuration import CRITERION
+from ..benchmark import steps as benchmark
+from ..checkpoints.checkpoint import CheckpointError
 from ..criterion import KDLabelSmoothedCrossEntropyCriterionConfig
-from ..task import KDTranslationConfig
+from ..plan import CRITERION
+from ..tasks.translation import KDTranslationConfig
 from .arguments import Help, accept_user_dir
 
 PROG = "fairseq-kd-benchmark"
@@ -69,7 +69,7 @@ def _sizes(text: str) -> List[int]:
     sizes = [int(size) for size in text.split(",") if size.isdigit()]
     if len(sizes) != text.count(",") + 1 or min(sizes) < 2:
         raise argparse.ArgumentTypeError(
-            "expected whole numbers above 1 as in 8000,32000; got {!r}".format(text)
+            f"expected whole numbers above 1 as in 8000,32000; got {text!r}"
         )
     return sizes
 
@@ -78,7 +78,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except (ValueError, CheckpointError, RuntimeError, OSError) as error:
-        print("{}: {}".format(PROG, error), file=sys.stderr)
+        print(f"{PROG}: {error}", file=sys.stderr)
         return 1
 
 
@@ -92,7 +92,7 @@ def run(arguments: List[str]) -> int:
     if options.repeats < 1 or options.batches < 1:
         parser.error("--repeats and --batches must be at least 1")
     if options.output and not Path(options.output).resolve().parent.is_dir():
-        parser.error("--output {}: there is no such folder".format(options.output))
+        parser.error(f"--output {options.output}: there is no such folder")
 
     steps = benchmark.Steps(_configuration(training), options.batches) if training else None
     if options.peak_memory_of:
@@ -159,7 +159,7 @@ def _configuration(training: List[str]) -> Any:
     if cfg.task._name != "kd_translation" or cfg.criterion._name != CRITERION:
         make_parser().error(  # fairseq's would print its hundreds of flags first
             "expected the arguments of a distilling training (--task kd_translation --criterion "
-            "{}); plain steps are timed beside it anyway".format(CRITERION)
+            f"{CRITERION}); plain steps are timed beside it anyway"
         )
     return cfg
 
@@ -190,7 +190,7 @@ def _peak_memory(arguments: List[str], name: str) -> int:
         universal_newlines=True,
     )
     if done.returncode != 0:
-        raise RuntimeError("measuring the memory of {!r} failed:\n{}".format(name, done.stderr))
+        raise RuntimeError(f"measuring the memory of {name!r} failed:\n{done.stderr}")
     return int(done.stdout.split()[-1])
 
 

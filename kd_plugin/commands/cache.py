@@ -12,7 +12,7 @@ from omegaconf import open_dict
 
 from ..cache import CacheError, fill, summary_lines
 from ..files import FileError
-from ..teacher import TeacherError
+from ..teachers.run import TeacherError
 from .arguments import Help, add_trust, run_like_fairseq
 
 PROG = "fairseq-kd-cache"
@@ -94,9 +94,8 @@ def run(options: argparse.Namespace) -> None:
             print("\n".join(summary_lines(writer.manifest(), writer.folder)), flush=True)
         else:
             print(
-                "{}: shard {} of {} is done; the last one to end merges them".format(
-                    writer.folder, writer.shards.shard_id, writer.shards.num_shards
-                ),
+                f"{writer.folder}: shard {writer.shards.shard_id} of {writer.shards.num_shards} "
+                "is done; the last one to end merges them",
                 flush=True,
             )
 
@@ -109,7 +108,7 @@ def _refuse(options: argparse.Namespace) -> None:
         "teacher_cache": "--cache",
     }
     faults = [
-        "instead of --{} give {}".format(name.replace("_", "-"), flag)
+        f"instead of --{name.replace('_', '-')} give {flag}"
         for name, flag in instead.items()
         if getattr(options, name, None) not in (None, "{}")
     ]
@@ -130,9 +129,7 @@ def _read(data: str, work: Callable[..., Any], *arguments: Any, **more: Any) -> 
     except FileError:
         raise
     except Exception as error:
-        raise CacheError(
-            "{}: the data cannot be read: {}".format(data, error or repr(error))
-        ) from error
+        raise CacheError(f"{data}: the data cannot be read: {error or repr(error)}") from error
 
 
 def _temperatures(text: str) -> List[float]:
@@ -142,7 +139,7 @@ def _temperatures(text: str) -> List[float]:
             return found
     except ValueError:
         pass
-    raise CacheError("--temperatures needs numbers above 0 as in 1,2; got {!r}".format(text))
+    raise CacheError(f"--temperatures needs numbers above 0 as in 1,2; got {text!r}")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from fairseq import utils
 from fairseq.data import Dictionary, data_utils
 from sentencepiece import SentencePieceProcessor
 
-from .. import export, verification
-from ..checkpoint import average, digest, get, read_checkpoint, section
-from ..export import RECORD, ExportError
+from ..checkpoints.checkpoint import average, digest, get, read_checkpoint, section
+from ..decoding import DataBin
+from ..export import models as export
+from ..export import verify as verification
+from ..export.models import RECORD, ExportError
 from ..files import temporary, write_json
-from ..sequences import DataBin
-from ..teacher import find_dictionaries
+from ..teachers.run import find_dictionaries
 from .arguments import Help, add_trust, exit_code
 
 PROG = "fairseq-kd-export"
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
         export.check_ctranslate2(path, state)
     if options.average:
         state = {**state, "model": average(states)}
-        logger.info("averaged {} checkpoints".format(len(states)))
+        logger.info(f"averaged {len(states)} checkpoints")
     langs = _languages(options, path, state)
     data, source, target = _dictionaries(options, path, state, langs)
     stock = export.stock_state(path, state, source, target, langs)
@@ -121,10 +122,8 @@ def run(options: argparse.Namespace) -> None:
         else:
             record = _write_stock(options, path, state, stock, text, new)
     if text is None:
-        logger.warning(
-            "{} is UNVERIFIED: nobody has compared it with {}".format(output, options.path)
-        )
-    print("\n".join(["exported {}".format(output), *record]), flush=True)
+        logger.warning(f"{output} is UNVERIFIED: nobody has compared it with {options.path}")
+    print("\n".join([f"exported {output}", *record]), flush=True)
 
 
 def _refuse(options: argparse.Namespace, paths: List[str], output: Path) -> None:
@@ -132,14 +131,14 @@ def _refuse(options: argparse.Namespace, paths: List[str], output: Path) -> None
     faults = []
     if len(paths) > 1 and not options.average:
         faults.append(
-            "--path names {} checkpoints: --average makes one model of them; an ensemble cannot "
-            "be exported".format(len(paths))
+            f"--path names {len(paths)} checkpoints: --average makes one model of them; an "
+            "ensemble cannot be exported"
         )
     if options.format == "fairseq":
         for name in ("quantization", "spm", "max_positions"):
             if getattr(options, name) is not None:
                 flag = name.replace("_", "-")
-                faults.append("--{} needs --format ctranslate2".format(flag))
+                faults.append(f"--{flag} needs --format ctranslate2")
     if options.max_positions is not None and options.max_positions < 2:
         faults.append("--max-positions must be 2 or more")
     if options.beam < 1:
@@ -151,28 +150,25 @@ def _refuse(options: argparse.Namespace, paths: List[str], output: Path) -> None
             SentencePieceProcessor(model_file=options.spm)
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            faults.append("--spm {}: no SentencePiece model ({})".format(options.spm, reason))
+            faults.append(f"--spm {options.spm}: no SentencePiece model ({reason})")
     if not output.resolve().parent.is_dir():
-        faults.append("--output {}: there is no folder {}".format(output, output.parent))
+        faults.append(f"--output {output}: there is no folder {output.parent}")
     if options.data and not os.path.isdir(options.data):
-        faults.append("--data {}: there is no such folder".format(options.data))
+        faults.append(f"--data {options.data}: there is no such folder")
     ours = os.path.realpath(str(output))
     for name in (*paths, options.data, options.spm):
         if name and (os.path.realpath(name) + os.sep).startswith(ours + os.sep):
-            faults.append("--output {} would overwrite {}".format(output, name))
+            faults.append(f"--output {output} would overwrite {name}")
     if output.exists():
         folder = output.is_dir()
         if not options.overwrite:
-            faults.append(
-                "--output {} is there already; choose another, or --overwrite".format(output)
-            )
+            faults.append(f"--output {output} is there already; choose another, or --overwrite")
         elif folder != (options.format == "ctranslate2") or (
             folder and not (output / RECORD).is_file() and any(output.iterdir())
         ):
             faults.append(
-                "--output {}: --overwrite replaces only what {} --format {} has made".format(
-                    output, PROG, options.format
-                )
+                f"--output {output}: --overwrite replaces only what {PROG} --format "
+                f"{options.format} has made"
             )
     if faults:
         raise ExportError("; ".join(faults))
@@ -186,7 +182,7 @@ def _languages(options: argparse.Namespace, path: str, state: Dict[str, Any]) ->
             found = data_utils.infer_language_pair(folders[0])
     langs = options.source_lang or found[0], options.target_lang or found[1]
     if not all(langs):
-        raise ExportError("{} names no languages: say --source-lang and --target-lang".format(path))
+        raise ExportError(f"{path} names no languages: say --source-lang and --target-lang")
     return langs
 
 
@@ -215,10 +211,9 @@ def _dictionaries(
         for lang, mine, other in zip(langs, (source, target), (data.source, data.target)):
             if mine.symbols != other.symbols:
                 raise ExportError(
-                    "{}: dict.{}.txt in {} ({} symbols) is not the model's, {} ({} symbols); "
-                    "--data names a data-bin that was made with the model's dictionaries".format(
-                        path, lang, data.folder, len(other), origin, len(mine)
-                    )
+                    f"{path}: dict.{lang}.txt in {data.folder} ({len(other)} symbols) is not the "
+                    f"model's, {origin} ({len(mine)} symbols); --data names a data-bin that was "
+                    "made with the model's dictionaries"
                 )
     return data, source, target
 
@@ -233,8 +228,8 @@ def _text(
         return
     if data is None:
         raise ExportError(
-            "no data to prove the export on: {} names no data-bin that is there. --data DIR names "
-            "one; --no-verify exports without a proof".format(path)
+            f"no data to prove the export on: {path} names no data-bin that is there. --data DIR "
+            "names one; --no-verify exports without a proof"
         )
     count = options.verify_sentences
     if count is None:
@@ -245,9 +240,8 @@ def _text(
         )
         if options.format == "ctranslate2" and text.corpus.references is None:
             raise ExportError(
-                "{}: {} has no references, and they are what CTranslate2 is compared on".format(
-                    data.folder, options.gen_subset
-                )
+                f"{data.folder}: {options.gen_subset} has no references, and they are what "
+                "CTranslate2 is compared on"
             )
         yield text
 
@@ -264,7 +258,7 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield new
         if output.exists() and not overwrite:
-            raise ExportError("{} has come into being meanwhile".format(output))
+            raise ExportError(f"{output} has come into being meanwhile")
         if output.is_dir():
             old = temporary(output)
             os.replace(output, old)
@@ -281,8 +275,9 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
 
 def _size(stock: Dict[str, Any], files: List[Path]) -> str:
     total, rest = export.parameters(stock)
-    return "| {:,} parameters, {:,} without embeddings, {:,} bytes".format(
-        total, rest, sum(file.stat().st_size for file in files)
+    return (
+        f"| {total:,} parameters, {rest:,} without embeddings, "
+        f"{sum((file.stat().st_size for file in files)):,} bytes"
     )
 
 
@@ -299,10 +294,8 @@ def _write_stock(
     if text is not None:
         difference = verification.compare_with_stock(path, state, text, new, options.beam)
         lines.append(
-            "| verified in stock fairseq: {} sentences of {} translated the same (beam {}), "
-            "scores within {:.1g} per token".format(
-                text.sentences, options.gen_subset, options.beam, difference
-            )
+            f"| verified in stock fairseq: {text.sentences} sentences of {options.gen_subset} "
+            f"translated the same (beam {options.beam}), scores within {difference:.1g} per token"
         )
     return lines
 
@@ -318,7 +311,7 @@ def _write_ctranslate2(
     import ctranslate2
 
     path, quantization = paths[-1], options.quantization or "float32"
-    logger.info("converting {} to {}".format(path, quantization))
+    logger.info(f"converting {path} to {quantization}")
     export.convert(path, stock, new, quantization)
     if options.spm:
         shutil.copyfile(options.spm, str(new / "spm.model"))
@@ -349,25 +342,13 @@ def _write_ctranslate2(
         found.update(subset=text.subset, beam=options.beam, remove_bpe=_symbol(options))
         record["verification"] = found
         lines += [
-            "| verified in CTranslate2 {}: tokens of {} references scored within {:.1g} before "
-            "quantization, {:.2g} ({:.2g} on average) as {}".format(
-                ctranslate2.__version__,
-                found["sentences"],
-                found["max_token_difference_float32"],
-                found["max_token_difference"],
-                found["mean_token_difference"],
-                found["compute_type"],
-            ),
-            "| BLEU {:.2f} in fairseq, {:.2f} in CTranslate2: drop {:.2f} ({}, {} sentences of {}, "
-            "beam {})".format(
-                found["bleu_fairseq"],
-                found["bleu"],
-                found["bleu_drop"],
-                found["bleu_signature"],
-                found["sentences"],
-                found["subset"],
-                found["beam"],
-            ),
+            f"| verified in CTranslate2 {ctranslate2.__version__}: tokens of {found['sentences']} "
+            f"references scored within {found['max_token_difference_float32']:.1g} before "
+            f"quantization, {found['max_token_difference']:.2g} "
+            f"({found['mean_token_difference']:.2g} on average) as {found['compute_type']}",
+            f"| BLEU {found['bleu_fairseq']:.2f} in fairseq, {found['bleu']:.2f} in CTranslate2: "
+            f"drop {found['bleu_drop']:.2f} ({found['bleu_signature']}, {found['sentences']} "
+            f"sentences of {found['subset']}, beam {found['beam']})",
         ]
     write_json(new / RECORD, record)
     return lines

@@ -117,25 +117,24 @@ def run(options: argparse.Namespace) -> None:
         options.overwrite,
     )
     print(report.summary(made), flush=True)
-    print("The report is {}".format(os.path.join(options.output, "report.html")), flush=True)
+    print(f"The report is {os.path.join(options.output, 'report.html')}", flush=True)
     failed = [model["name"] for model in made["models"] if model["error"]]
     if failed:
         raise FileError(
-            "{} of {} models failed ({}); the report says why".format(
-                len(failed), len(models), ", ".join(failed)
-            )
+            f"{len(failed)} of {len(models)} models failed ({', '.join(failed)}); the report says "
+            "why"
         )
 
 
 def _refuse(options: Any) -> None:
     faults = useless_for_decoding(options)
     if options.path:
-        faults.append("instead of --path give --models NAME={}".format(options.path))
+        faults.append(f"instead of --path give --models NAME={options.path}")
     if options.nbest != 1:
         faults.append("--nbest: the likeliest translation is what is judged")
     for flag in ("repeats", "beam"):
         if getattr(options, flag) < 1:
-            faults.append("--{} must be 1 or more".format(flag))
+            faults.append(f"--{flag} must be 1 or more")
     if options.examples < 0:
         faults.append("--examples must be 0 or more")
     if options.significance_samples is not None and options.significance_samples < 1:
@@ -148,12 +147,11 @@ def _refuse(options: Any) -> None:
         BLEU(tokenize=options.bleu_tokenize)
     except (KeyError, RuntimeError, ImportError) as error:
         faults.append(
-            "--bleu-tokenize {}: expected one of {} ({})".format(
-                options.bleu_tokenize, ", ".join(BLEU.TOKENIZERS), " ".join(str(error).split())
-            )
+            f"--bleu-tokenize {options.bleu_tokenize}: expected one of "
+            f"{', '.join(BLEU.TOKENIZERS)} ({' '.join(str(error).split())})"
         )
     if options.reference and not os.path.isfile(options.reference):
-        faults.append("--reference {}: no such file".format(options.reference))
+        faults.append(f"--reference {options.reference}: no such file")
     if faults:
         raise FileError("; ".join(faults))
 

@@ -18,9 +18,9 @@ from fairseq import utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf, open_dict
 
-from .. import sequences
-from ..checkpoint import digest
-from ..export import max_positions
+from .. import decoding, sequences
+from ..checkpoints.checkpoint import digest
+from ..export.models import max_positions
 from ..files import FileError
 from .arguments import (
     Help,
@@ -108,21 +108,25 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-length",
         type=int,
         metavar="N",
-        help="more subwords on either side (default: {})".format(defaults.max_length),
+        help=f"more subwords on either side (default: {defaults.max_length})",
     )
     add(
         "--max-length-ratio",
         type=float,
         metavar="R",
-        help="one side longer than R times the other, in subwords, the end of sentence included "
-        "(default: {})".format(defaults.max_length_ratio),
+        help=(
+            "one side longer than R times the other, in subwords, the end of sentence included "
+            f"(default: {defaults.max_length_ratio})"
+        ),
     )
     add(
         "--max-repeats",
         type=int,
         metavar="N",
-        help="the hypothesis's commonest 4-gram occurs more than N times more often than the "
-        "source's commonest does (default: {})".format(defaults.max_repeats),
+        help=(
+            "the hypothesis's commonest 4-gram occurs more than N times more often than the "
+            f"source's commonest does (default: {defaults.max_repeats})"
+        ),
     )
     add(
         "--keep-copies",
@@ -162,11 +166,11 @@ def run(options: argparse.Namespace) -> None:
         with open_dict(cfg):
             cfg.dataset.max_tokens = 12000  # as fairseq-generate
     num_shards, shard_id, device_id = shard_of_process(options)
-    device, dtype = sequences.placement(cfg, device_id)
-    task = sequences.set_up_task(cfg)
+    device, dtype = decoding.placement(cfg, device_id)
+    task = decoding.set_up_task(cfg)
     langs = cfg.task.source_lang, cfg.task.target_lang
-    data = sequences.DataBin(cfg.task.data, *langs)
-    detokenise, to_subwords = sequences.text_functions(task, cfg)
+    data = decoding.DataBin(cfg.task.data, *langs)
+    detokenise, to_subwords = decoding.text_functions(task, cfg)
     student = _student(options, data, detokenise, _wants_text(options))
 
     overrides = ast.literal_eval(cfg.common_eval.model_overrides)
@@ -177,8 +181,8 @@ def run(options: argparse.Namespace) -> None:
         "teachers": [{"sha256": digest(path), "bytes": os.path.getsize(path)} for path in paths],
         "overrides": {str(k): repr(v) for k, v in overrides.items()},
         "task": options.task,
-        **sequences.describe(data, cfg.dataset.gen_subset, options.source_text, cfg.task),
-        "source_text_encoding": sequences.describe_text(cfg) if options.source_text else None,
+        **decoding.describe(data, cfg.dataset.gen_subset, options.source_text, cfg.task),
+        "source_text_encoding": decoding.describe_text(cfg) if options.source_text else None,
         "engine": options.engine,
         "precision": str(dtype) if fairseq_engine else compute_type,
         "generation": OmegaConf.to_container(cfg.generation),
@@ -197,11 +201,11 @@ def run(options: argparse.Namespace) -> None:
             "filters": dict(choice.filters._asdict()),
             "min_closeness": choice.min_closeness,
             "min_score_quantile": choice.min_score_quantile,
-            "text": sequences.describe_text(cfg),
+            "text": decoding.describe_text(cfg),
             "original": options.repeat_original if options.mix else 0,
             "student_spm": digest(options.student_spm) if options.student_spm else None,
             "student_files": {
-                path.name: digest(str(path)) for path in sequences.carried_files(student.data)
+                path.name: digest(str(path)) for path in decoding.carried_files(student.data)
             },
         },
     )
@@ -214,31 +218,30 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.source_text:
         kept = store.beside("source", "files", "source_text_encoding", "truncate_source")
-        corpus = sequences.Corpus.of_text(task, data, options.source_text, to_subwords, kept)
+        corpus = decoding.Corpus.of_text(task, data, options.source_text, to_subwords, kept)
     else:
-        corpus = sequences.Corpus.of_subset(task, data, cfg.dataset.gen_subset)
+        corpus = decoding.Corpus.of_subset(task, data, cfg.dataset.gen_subset)
     if choice.needs_references and corpus.references is None:
         raise FileError(
-            "--select closest and --min-closeness need references, and {} has none".format(
-                options.source_text or "{}, {}".format(cfg.task.data, cfg.dataset.gen_subset)
-            )
+            "--select closest and --min-closeness need references, and "
+            f"{options.source_text or f'{cfg.task.data}, {cfg.dataset.gen_subset}'} has none"
         )
     originals = _originals(options, data, corpus)
 
     if store.complete:
         store.clean_up()
     else:
-        states = sequences.read_teachers(paths, task, overrides, options.trust_checkpoint)
+        states = decoding.read_teachers(paths, task, overrides, options.trust_checkpoint)
         engine: Any
         if fairseq_engine:
-            models = sequences.build_teachers(states, task, overrides, cfg, device, dtype)
+            models = decoding.build_teachers(states, task, overrides, cfg, device, dtype)
             positions = [model.max_positions() for model in models]
-            engine = sequences.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
+            engine = decoding.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
         else:
             kept = store.beside("ctranslate2", "teachers", "files")
             converted = sequences.converted(*states[0], task, kept)
             positions = [max_positions(*states[0])]
-            engine = sequences.CTranslate2Engine(
+            engine = decoding.CTranslate2Engine(
                 task,
                 converted,
                 cfg.generation,
@@ -249,7 +252,7 @@ def run(options: argparse.Namespace) -> None:
             )
         plan = None
         if not store.planned:
-            plan = sequences.plan(
+            plan = decoding.plan(
                 task,
                 corpus,
                 positions,
@@ -264,21 +267,20 @@ def run(options: argparse.Namespace) -> None:
         sentences, tokens = sequences.decode(corpus, engine, store, plan, cfg.dataset.num_workers)
         seconds = max(time.perf_counter() - start, 1e-9)
         print(
-            "Translated {:,} sentences ({:,} tokens) in {:.1f}s ({:.2f} sentences/s, {:.2f} "
-            "tokens/s)".format(sentences, tokens, seconds, sentences / seconds, tokens / seconds),
+            f"Translated {sentences:,} sentences ({tokens:,} tokens) in {seconds:.1f}s "
+            f"({sentences / seconds:.2f} sentences/s, {tokens / seconds:.2f} tokens/s)",
             flush=True,
         )
         if not store.finish():
             print(
-                "{}: shard {} of {} is done; the last one to end writes the data".format(
-                    folder, shard_id, num_shards
-                ),
+                f"{folder}: shard {shard_id} of {num_shards} is done; the last one to end writes "
+                "the data",
                 flush=True,
             )
             return
     lock = sequences.alone(output.folder)
     if lock is None:
-        print("{}: another process is writing it".format(output.folder), flush=True)
+        print(f"{output.folder}: another process is writing it", flush=True)
         return
     output.look()  # another process may have written it
     _refuse_others(options, output, store)
@@ -287,7 +289,7 @@ def run(options: argparse.Namespace) -> None:
     g = cfg.generation
     chosen = sequences.choose(corpus, store, student, choice, g.lenpen, g.unnormalized)
     if output.differences():
-        print("replacing {}".format(output.contents()), flush=True)
+        print(f"replacing {output.contents()}", flush=True)
     output.write(corpus, store, chosen, student, originals, options.repeat_original)
     print("\n".join(sequences.summary_lines(output.record(), output.folder)), flush=True)
     lock.close()
@@ -299,13 +301,13 @@ def _refuse(options: argparse.Namespace) -> None:
     if not options.path:
         faults.append("--path: expected the teacher's checkpoint, or several with ':' between")
     if options.nbest > options.beam:
-        faults.append("--nbest {} needs --beam {}".format(options.nbest, options.nbest))
+        faults.append(f"--nbest {options.nbest} needs --beam {options.nbest}")
     if options.select == "closest" and options.nbest < 2:
         faults.append("--select closest needs --nbest 2 or more, as many as --beam say")
     if options.source_text and (options.select == "closest" or options.min_closeness is not None):
         faults.append("--source-text has no references for --select closest or --min-closeness")
     if options.source_text and not os.path.isfile(options.source_text):
-        faults.append("--source-text {}: no such file".format(options.source_text))
+        faults.append(f"--source-text {options.source_text}: no such file")
     if options.student_spm and not options.student_data:
         faults.append("--student-spm needs --student-data, with the dictionaries that go with it")
     if options.repeat_original != 1 and not options.mix:
@@ -323,7 +325,7 @@ def _refuse(options: argparse.Namespace) -> None:
             faults.append("--engine ctranslate2 takes no ensemble")
         for name in ("diverse_beam_groups", "diversity_rate", "match_source_len", "unkpen"):
             if getattr(options, name) not in (-1, -1.0, False, 0):
-                faults.append("--engine ctranslate2 has no --{}".format(name.replace("_", "-")))
+                faults.append(f"--engine ctranslate2 has no --{name.replace('_', '-')}")
         if options.sampling and options.temperature <= 0:
             faults.append("--temperature must be above 0")
         if not options.sampling and options.temperature != 1:
@@ -345,7 +347,7 @@ def _wants_text(options: argparse.Namespace) -> Optional[str]:
 
 def _student(
     options: argparse.Namespace,
-    data: sequences.DataBin,
+    data: decoding.DataBin,
     detokenise: Callable[[str], str],
     wants_text: Optional[str],
 ) -> sequences.Student:
@@ -353,25 +355,24 @@ def _student(
         for mark, how in (("\u2581", "--remove-bpe sentencepiece"), ("@@", "--remove-bpe")):
             if any(mark in symbol for symbol in data.target.symbols):
                 raise FileError(
-                    "{} needs text without subwords, and the vocabulary has {!r} in it: add "
-                    "{}".format(wants_text, mark, how)
+                    f"{wants_text} needs text without subwords, and the vocabulary has {mark!r} "
+                    f"in it: add {how}"
                 )
     if not options.student_data:
         return sequences.Student(data, detokenise, None)
-    theirs = sequences.DataBin(options.student_data, *data.langs)
+    theirs = decoding.DataBin(options.student_data, *data.langs)
     if "valid" not in theirs.splits():
         raise FileError(
-            "--student-data {}: expected a folder of fairseq-preprocess with a valid subset; it is "
-            "carried over".format(options.student_data)
+            f"--student-data {options.student_data}: expected a folder of fairseq-preprocess with "
+            "a valid subset; it is carried over"
         )
     if options.student_spm:
         try:
             model = sentencepiece.SentencePieceProcessor(model_file=options.student_spm)
         except (OSError, RuntimeError) as error:
             raise FileError(
-                "--student-spm {}: cannot be read as a SentencePiece model ({})".format(
-                    options.student_spm, error
-                )
+                f"--student-spm {options.student_spm}: cannot be read as a SentencePiece model "
+                f"({error})"
             ) from None
         return sequences.Student(
             theirs, detokenise, lambda text: " ".join(model.encode(text, out_type=str))
@@ -383,9 +384,9 @@ def _student(
         lacking = [s for s in mine.symbols if s not in other.indices and "madeupword" not in s]
         if lacking:
             raise FileError(
-                "the {} dictionary of --student-data lacks {} of the teacher's symbols ({}, ...): "
-                "give the student's SentencePiece model with --student-spm, so that the text is "
-                "encoded anew".format(side, len(lacking), ", ".join(map(repr, lacking[:5])))
+                f"the {side} dictionary of --student-data lacks {len(lacking)} of the teacher's "
+                f"symbols ({', '.join(map(repr, lacking[:5]))}, ...): give the student's "
+                "SentencePiece model with --student-spm, so that the text is encoded anew"
             )
     return sequences.Student(theirs, detokenise, None)
 
@@ -420,14 +421,11 @@ def _refuse_others(
         return
     different = output.differences()
     if different:
+        also = f", and the hypotheses in {store.folder}" if store.differences() else ""
         raise FileError(
-            "--output {} was made with other settings: {}. Choose another folder; --overwrite "
-            "would remove {}{}.".format(
-                output.folder,
-                "; ".join(different),
-                output.contents(),
-                ", and the hypotheses in {}".format(store.folder) if store.differences() else "",
-            )
+            f"--output {output.folder} was made with other settings: {'; '.join(different)}. "
+            "Choose another folder; --overwrite would remove "
+            f"{output.contents()}{also}."
         )
     store.refuse_others("Choose another folder; --overwrite would remove them")
 
@@ -436,21 +434,19 @@ def _clear(output: sequences.Output, store: sequences.HypothesisStore) -> None:
     """Remove hypotheses of other settings, unless another shard has been first."""
     with sequences.alone(output.folder, wait=True):
         if store.differences():
-            print("removing the hypotheses in {}".format(store.folder), flush=True)
+            print(f"removing the hypotheses in {store.folder}", flush=True)
             store.clear()
 
 
 def _originals(
-    options: argparse.Namespace, data: sequences.DataBin, corpus: sequences.Corpus
+    options: argparse.Namespace, data: decoding.DataBin, corpus: decoding.Corpus
 ) -> Optional[Tuple[Any, Any]]:
     if not options.mix:
         return None
     subset = "train" if options.source_text else options.gen_subset
     sides = [data.side(subset, lang) for lang in data.langs]
     if any(side is None for side in sides):
-        raise FileError(
-            "--mix original: {} has no {} of both languages".format(data.folder, subset)
-        )
+        raise FileError(f"--mix original: {data.folder} has no {subset} of both languages")
     return sides[0], sides[1]
 
 

@@ -1,7 +1,7 @@
 """Judge students: how good, at what cost, and where they still differ from the teacher."""
 
-from .build import Asked, make
 from .page import summary
+from .pipeline import Asked, make
 from .score import TESTS
 from .systems import named, pick, read_models
 

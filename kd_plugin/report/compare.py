@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from fairseq.data import Dictionary
 
-from ..divergences import forward_kl
-from ..signal import rows_ahead, rows_at_once
-from ..teacher import Teacher
+from ..objective.answer import rows_ahead, rows_at_once
+from ..objective.divergences import forward_kl
+from ..teachers.run import Teacher
 
 
 class Tokens(NamedTuple):
@@ -77,9 +77,9 @@ def compare(
         for start in range(0, len(rows), step):
             chunk = slice(start, start + step)
             reference = references[chunk]
-            p = taught.about(rows[chunk], like)
+            p = taught.rows(rows[chunk], like)
             for found, signal in zip(parts, said):
-                q = signal.about(rows[chunk], like)
+                q = signal.rows(rows[chunk], like)
                 found.append(
                     (
                         sentence[chunk],
@@ -167,7 +167,7 @@ def _cut(
         elif low == ends[i]:
             label = write.format(low)
         else:
-            label = "{} to {}".format(write.format(low), write.format(ends[i]))
+            label = f"{write.format(low)} to {write.format(ends[i])}"
         found += _some(Bucket.of(label, tokens.only(number == i)))
     return found
 

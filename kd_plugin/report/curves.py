@@ -37,11 +37,11 @@ def read_curves(path: str) -> Dict[str, Dict[str, Curve]]:
                 if subset is not None:
                     _add(curves[subset], values)
     except OSError as error:
-        raise FileError("--logs: {} cannot be read ({})".format(path, error.strerror)) from None
+        raise FileError(f"--logs: {path} cannot be read ({error.strerror})") from None
     if not any(curves.values()):
         raise FileError(
-            "--logs: {} has no line of fairseq-train's progress in it: expected what it prints, or "
-            "its --log-file, with --log-format json, simple or tqdm".format(path)
+            f"--logs: {path} has no line of fairseq-train's progress in it: expected what it "
+            "prints, or its --log-file, with --log-format json, simple or tqdm"
         )
     return curves
 

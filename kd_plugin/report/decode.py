@@ -25,10 +25,10 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import open_dict
 from tqdm import tqdm
 
-from .. import sequences
-from ..export import parameters, read_record, symbols_of
+from .. import decoding
+from ..decoding.databin import words
+from ..export.models import parameters, read_record, symbols_of
 from ..files import FileError, read_json, write_json
-from ..sequences.databin import words
 from .systems import CTRANSLATE2, Model, System
 
 _OTHER_DICTIONARIES = "Name a data-bin made with its own dictionaries: --model-data NAME=DIR."
@@ -85,7 +85,7 @@ class Measured:
             self.about, self.memory, self.runs = found["about"], found["memory"], found["runs"]
             self._check()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            raise FileError("{} is damaged: delete it".format(self._path)) from None
+            raise FileError(f"{self._path} is damaged: delete it") from None
 
     def _check(self) -> None:
         lines = [line for text in self.said.values() for line in text]
@@ -146,7 +146,7 @@ def measure(
     workers: Dict[str, _Worker] = {}
     try:
         for model in dict.fromkeys(system.model for _, system in missing):
-            print("opening {}".format(model.name), flush=True)
+            print(f"opening {model.name}", flush=True)
             workers[model.name] = _Worker(model, options)
         for name, worker in workers.items():
             try:
@@ -157,7 +157,7 @@ def measure(
             name = system.model.name
             if name in failures:
                 continue
-            what = "{}, beam {}, {} of {}".format(name, system.beam, number + 1, repeats)
+            what = f"{name}, beam {system.beam}, {number + 1} of {repeats}"
             try:
                 measured[name].add(system.beam, workers[name].decode(system.beam, what), run)
             except FileError as error:
@@ -208,8 +208,8 @@ class _Worker:
             except (EOFError, ConnectionResetError):
                 self._process.join()
                 raise FileError(
-                    "its process ended with exit code {}: was it killed, for want of memory "
-                    "perhaps?".format(self._process.exitcode)
+                    f"its process ended with exit code {self._process.exitcode}: was it killed, "
+                    "for want of memory perhaps?"
                 ) from None
             if kind == "failed":
                 raise FileError(content)
@@ -246,13 +246,13 @@ class _Decoder:
     def __init__(self, model: Model, options: Namespace) -> None:
         cfg = configuration(options, model)
         utils.import_user_module(cfg.common)
-        self.device, dtype = sequences.placement(cfg, cfg.distributed_training.device_id)
-        self.task = sequences.set_up_task(cfg)
+        self.device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
+        self.task = decoding.set_up_task(cfg)
         self.generation, self.seed = cfg.generation, cfg.common.seed
         langs = self.task.cfg.source_lang, self.task.cfg.target_lang
-        data = sequences.DataBin(model.data, *langs)
-        corpus = sequences.Corpus.of_subset(self.task, data, cfg.dataset.gen_subset)
-        self.to_text, _ = sequences.text_functions(self.task, cfg)
+        data = decoding.DataBin(model.data, *langs)
+        corpus = decoding.Corpus.of_subset(self.task, data, cfg.dataset.gen_subset)
+        self.to_text, _ = decoding.text_functions(self.task, cfg)
         self.sentences = len(corpus.source)
         self._memory_before = _resident()
         self.model: Any
@@ -275,7 +275,7 @@ class _Decoder:
                 "precision": record.get("quantization"),
             }
         else:
-            states = sequences.read_teachers(
+            states = decoding.read_teachers(
                 model.paths, self.task, {}, options.trust_checkpoint, _OTHER_DICTIONARIES
             )
             totals, inner = zip(*(parameters(state) for _, state in states))
@@ -287,11 +287,11 @@ class _Decoder:
                 "file_bytes": sum(Path(path).stat().st_size for path in model.paths),
                 "precision": str(dtype).replace("torch.", ""),
             }
-            self.model = sequences.build_teachers(states, self.task, {}, cfg, self.device, dtype)
+            self.model = decoding.build_teachers(states, self.task, {}, cfg, self.device, dtype)
             self.positions = [one.max_positions() for one in self.model]
             del states
         self.device_index = cfg.distributed_training.device_id
-        plan = sequences.plan(
+        plan = decoding.plan(
             self.task,
             corpus,
             self.positions,
@@ -324,7 +324,7 @@ class _Decoder:
         with open_dict(generation):
             generation.beam, generation.nbest = beam, 1
         if isinstance(self.model, Path):
-            return sequences.CTranslate2Engine(
+            return decoding.CTranslate2Engine(
                 self.task,
                 self.model,
                 generation,
@@ -333,7 +333,7 @@ class _Decoder:
                 "default",
                 self.positions[0][1],
             )
-        return sequences.FairseqEngine(self.task, self.model, generation, self.seed)
+        return decoding.FairseqEngine(self.task, self.model, generation, self.seed)
 
     def memory(self) -> int:
         """Of a GPU, what torch allocated there at most."""
@@ -375,13 +375,8 @@ def check_vocabulary(model: Model, task: Any) -> None:
         ]
         if lacking:
             raise FileError(
-                "{}: its {} vocabulary lacks {} symbols of the data ({}, ...). {}".format(
-                    model.path,
-                    side,
-                    len(lacking),
-                    ", ".join(map(repr, lacking[:5])),
-                    _OTHER_DICTIONARIES,
-                )
+                f"{model.path}: its {side} vocabulary lacks {len(lacking)} symbols of the data "
+                f"({', '.join(map(repr, lacking[:5]))}, ...). {_OTHER_DICTIONARIES}"
             )
 
 

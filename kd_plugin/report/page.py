@@ -35,7 +35,7 @@ def _number(value: Optional[float], form: str) -> str:
 
 
 def _megabytes(value: Optional[float]) -> str:
-    return _NONE if value is None else "{:,.2f}".format(value / 1e6)
+    return _NONE if value is None else f"{value / 1000000.0:,.2f}"
 
 
 def _tables(report: Dict[str, Any]) -> Iterator[Table]:
@@ -57,13 +57,13 @@ def _overview(report: Dict[str, Any]) -> Table:
         rows.append(
             [
                 system["name"],
-                "{:.2f}".format(system["scores"]["BLEU"]["score"]),
+                f"{system['scores']['BLEU']['score']:.2f}",
                 _number(system["speedup"], "{:.1f} x"),
                 _megabytes(model["bytes"]),
-                "{:.1%}".format(system["kept"]) if system["kept"] is not None else _NONE,
-                "{:.2f}".format(system["scores"]["chrF2"]["score"]),
+                f"{system['kept']:.1%}" if system["kept"] is not None else _NONE,
+                f"{system['scores']['chrF2']['score']:.2f}",
                 _number(model["parameters"], "{:,}"),
-                "{:,.1f}".format(system["sentences_per_second"]["median"]),
+                f"{system['sentences_per_second']['median']:,.1f}",
             ]
         )
     header = ["model", "BLEU", "speed-up", "MB", "of the teacher's BLEU", "chrF2", "parameters",
@@ -73,9 +73,7 @@ def _overview(report: Dict[str, Any]) -> Table:
 
 def _failures(report: Dict[str, Any]) -> List[str]:
     return [
-        "{} failed: {}".format(model["name"], model["error"])
-        for model in report["models"]
-        if model["error"]
+        f"{model['name']} failed: {model['error']}" for model in report["models"] if model["error"]
     ]
 
 
@@ -89,29 +87,27 @@ def _quality(report: Dict[str, Any]) -> Table:
         for metric in report["signatures"]:
             found = scores[metric]
             cells += [
-                "{:.2f}".format(found["score"]),
-                "{:.2f} ± {:.2f}".format(found["mean"], found["ci"]),
+                f"{found['score']:.2f}",
+                f"{found['mean']:.2f} ± {found['ci']:.2f}",
                 _p(system, found["p"]),
             ]
-        length = "{:.3f}".format(system["length_ratio"])
+        length = f"{system['length_ratio']:.3f}"
         rows.append([system["name"], str(system["beam"]), *cells, length])
     header = ["model", "beam"]
     for metric in report["signatures"]:
         header += [metric, "95% interval", "p"]
     notes = [
-        "{:,} sentences of {}, {}, against {}.".format(
-            report["sentences"], report["subset"], "-".join(report["languages"]),
-            report["references"],
-        ),
-        "p: {} against {}. TER is better when lower; length is the translations' over the "
-        "references'.".format(report["significance"], report["baseline"]),
+        f"{report['sentences']:,} sentences of {report['subset']}, "
+        f"{'-'.join(report['languages'])}, against {report['references']}.",
+        f"p: {report['significance']} against {report['baseline']}. TER is better when lower; "
+        "length is the translations' over the references'.",
         *("sacreBLEU: " + signature for signature in report["signatures"].values()),
     ]  # fmt: skip
     for system in report["systems"]:
         if system["scores"] and system["left_out"]:
             notes.append(
-                "{}: {} sentences are longer than the model reads, and count as not "
-                "translated.".format(system["name"], system["left_out"])
+                f"{system['name']}: {system['left_out']} sentences are longer than the model "
+                "reads, and count as not translated."
             )
     return Table("Quality", [*header, "length"], rows, notes)
 
@@ -139,9 +135,9 @@ def _cost(report: Dict[str, Any]) -> Table:
                 _number(model["parameters_without_embeddings"], "{:,}"),
                 _megabytes(model["bytes"]),
                 _megabytes(model["file_bytes"]),
-                "{:,.1f}".format(speed["median"]),
-                "{:,.1f} to {:,.1f}".format(speed["low"], speed["high"]),
-                "{:,.0f}".format(tokens["median"]),
+                f"{speed['median']:,.1f}",
+                f"{speed['low']:,.1f} to {speed['high']:,.1f}",
+                f"{tokens['median']:,.0f}",
                 _megabytes(model["peak_memory_bytes"]),
                 _number(system["speedup"], "{:.1f} x"),
             ]
@@ -151,15 +147,12 @@ def _cost(report: Dict[str, Any]) -> Table:
         "sentences/s", "quartiles", "tokens/s", "peak memory MB", "speed-up",
     ]  # fmt: skip
     notes = [
-        "Speed: medians of {} passes, all models in turns, on {}, {} threads; from batches of "
-        "source symbols to target symbols.".format(
-            report["repeats"], report["device"], report["threads"]
-        ),
+        f"Speed: medians of {report['repeats']} passes, all models in turns, on "
+        f"{report['device']}, {report['threads']} threads; from batches of source symbols to "
+        "target symbols.",
         "MB: the model alone, without optimizer state or vocabulary; file MB: all that is there. "
         "Peak memory: of decoding, beyond what the process held before the model was opened.",
-        "Speed-up: sentences/s over those of {}, beam {}.".format(
-            report["teacher"], report["beam"]
-        ),
+        f"Speed-up: sentences/s over those of {report['teacher']}, beam {report['beam']}.",
         *report["notes"],
     ]
     return Table("Cost", header, rows, notes)
@@ -169,14 +162,14 @@ def _difference(name: str, difference: Dict[str, Any]) -> Iterator[Table]:
     def row(label: str, bucket: Dict[str, Any]) -> List[str]:
         return [
             label,
-            "{:,}".format(bucket["tokens"]),
+            f"{bucket['tokens']:,}",
             _number(bucket["agreement"], "{:.3f}"),
             *(_number(bucket[key], "{:.3f}") for key in ("kl", "nll", "teacher_nll")),
         ]
 
     columns = ["tokens", "agreement", "KL(teacher || student)", "nll", "teacher's nll"]
     yield Table(
-        "Where {} differs from its teacher".format(name),
+        f"Where {name} differs from its teacher",
         ["", *columns],
         [row("all", difference["all"])],
         [
@@ -187,7 +180,7 @@ def _difference(name: str, difference: Dict[str, Any]) -> Iterator[Table]:
     )
     for kind, title in _TITLES.items():
         rows = [row(bucket["label"], bucket) for bucket in difference["by"][kind]]
-        yield Table("{}: {}".format(name, title[0].lower() + title[1:]), ["", *columns], rows)
+        yield Table(f"{name}: {title[0].lower() + title[1:]}", ["", *columns], rows)
 
 
 def markdown(report: Dict[str, Any]) -> str:
@@ -198,7 +191,7 @@ def markdown(report: Dict[str, Any]) -> str:
         parts.append(_markdown_table(table))
         parts += [_md(note) for note in table.notes]
         if table.title == "At a glance":
-            parts += ["![{}]({})".format(_CAPTIONS[name], name) for name in report["pictures"]]
+            parts += [f"![{_CAPTIONS[name]}]({name})" for name in report["pictures"]]
     parts += [_md(note) for note in _not_compared(report)]
     return "\n\n".join(parts) + "\n"
 
@@ -222,7 +215,7 @@ def _md(text: str) -> str:
 
 def _not_compared(report: Dict[str, Any]) -> List[str]:
     return [
-        "{} is not compared with the teacher token by token: {}".format(name, why)
+        f"{name} is not compared with the teacher token by token: {why}"
         for name, why in report["not_compared"].items()
     ]
 
@@ -260,22 +253,20 @@ dt { color: var(--pale); } dd { margin: 0; overflow-wrap: anywhere; }
 def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
     """One HTML page with the pictures, PNG files by name, in it."""
     e = html.escape
-    title = "Teacher and students: {} of {}".format(report["subset"], "-".join(report["languages"]))
+    title = f"Teacher and students: {report['subset']} of {'-'.join(report['languages'])}"
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        "<title>{}</title><style>{}</style></head><body>".format(e(title), _STYLE),
-        "<h1>{}</h1>".format(e(title)),
+        f"<title>{e(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{e(title)}</h1>",
     ]
     for table in _tables(report):
         level = "h3" if ": by " in table.title else "h2"
         parts.append("<{0}>{1}</{0}>".format(level, e(table.title)))
         parts.append(_html_table(table))
         parts += [
-            '<p class="{}">{}</p>'.format(
-                "failed" if table.title == "At a glance" else "note", e(note)
-            )
+            f"<p class=\"{'failed' if table.title == 'At a glance' else 'note'}\">{e(note)}</p>"
             for note in table.notes
         ]
         # the first two belong to all models, the third to what follows
@@ -284,7 +275,7 @@ def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
         elif table.title == "Cost" and "differences.png" in pictures:
             parts.append(_picture("differences.png", pictures["differences.png"]))
     for name, difference in report["differences"].items():
-        parts.append("<h2>Sentences where {} is farthest from its teacher</h2>".format(e(name)))
+        parts.append(f"<h2>Sentences where {e(name)} is farthest from its teacher</h2>")
         parts.append(
             '<p class="note">Each token of the reference, the redder the larger the divergence, '
             "with its KL in bits. Below a token, where they differ: what the teacher (T) and the "
@@ -294,21 +285,20 @@ def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
             _sentence(sentence, "" if i else " open")
             for i, sentence in enumerate(difference["farthest"])
         ]
-    parts += ['<p class="note">{}</p>'.format(e(note)) for note in _not_compared(report)]
+    parts += [f'<p class="note">{e(note)}</p>' for note in _not_compared(report)]
     parts.append("</body></html>")
     return "\n".join(parts) + "\n"
 
 
 def _html_table(table: Table) -> str:
-    head = "".join("<th>{}</th>".format(html.escape(cell)) for cell in table.header)
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
     rows = "".join(
-        "<tr>{}</tr>".format("".join("<td>{}</td>".format(html.escape(cell)) for cell in row))
+        f"<tr>{''.join(('<td>{}</td>'.format(html.escape(cell)) for cell in row))}</tr>"
         for row in table.rows
     )
     return (
-        '<div class="wide"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'.format(
-            head, rows
-        )
+        "<div "
+        f'class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
@@ -323,7 +313,7 @@ def _picture(name: str, png: bytes) -> str:
 def _sentence(sentence: Dict[str, Any], opened: str) -> str:
     e = html.escape
     said = "".join(
-        '<dt>{}</dt><dd dir="auto">{}</dd>'.format(label, e(sentence[key] or ""))
+        f"<dt>{label}</dt><dd dir=\"auto\">{e(sentence[key] or '')}</dd>"
         for label, key in (
             ("source", "source"),
             ("reference", "reference"),

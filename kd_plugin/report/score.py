@@ -51,7 +51,7 @@ def score(
             }
             if name == "BLEU":
                 scores[system]["length_ratio"] = found.sys_len / max(found.ref_len, 1)
-        signatures[name] = "{} {}".format(name, metric.get_signature())
+        signatures[name] = f"{name} {metric.get_signature()}"
 
     others = {
         system: text

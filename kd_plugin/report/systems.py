@@ -8,7 +8,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from fairseq import utils
 
-from ..checkpoint import digest
+from ..checkpoints.checkpoint import digest
 from ..files import FileError
 
 FAIRSEQ, CTRANSLATE2 = "fairseq", "ctranslate2"
@@ -68,13 +68,13 @@ def named(pairs: Sequence[str], flag: str, what: str) -> Dict[str, str]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not (name and equals and value):
-            faults.append("expected NAME={}, got {!r}".format(what, pair))
+            faults.append(f"expected NAME={what}, got {pair!r}")
         elif name in found:
-            faults.append("the name {!r} stands there twice".format(name))
+            faults.append(f"the name {name!r} stands there twice")
         else:
             found[name] = value
     if faults:
-        raise FileError("{}: {}".format(flag, "; ".join(faults)))
+        raise FileError(f"{flag}: {'; '.join(faults)}")
     return found
 
 
@@ -86,25 +86,21 @@ def read_models(pairs: Sequence[str], data: str, own_data: Sequence[str]) -> Lis
     """
     paths = named(pairs, "--models", "CHECKPOINT")
     folders = named(own_data, "--model-data", "DATA-BIN")
-    faults = ["--model-data: no model is named {!r}".format(n) for n in folders if n not in paths]
+    faults = [f"--model-data: no model is named {n!r}" for n in folders if n not in paths]
     models = [Model(name, path, folders.get(name, data)) for name, path in paths.items()]
     for model in models:
         if not _NAME.fullmatch(model.name) or model.name.endswith(".greedy"):
             faults.append(
-                "{!r} cannot be a model's name, which is also a file's: expected letters, digits "
-                "and . _ + -, the first a letter or digit, not .greedy at the end".format(
-                    model.name
-                )
+                f"{model.name!r} cannot be a model's name, which is also a file's: expected "
+                "letters, digits and . _ + -, the first a letter or digit, not .greedy at the end"
             )
         if model.kind == CTRANSLATE2 and not (Path(model.path) / "model.bin").is_file():
             faults.append(
-                "{}: {} is a folder without model.bin, so no CTranslate2 model".format(
-                    model.name, model.path
-                )
+                f"{model.name}: {model.path} is a folder without model.bin, so no CTranslate2 model"
             )
         exists = os.path.isdir if model.kind == CTRANSLATE2 else os.path.isfile
         missing = [path for path in model.paths if not exists(path)]
-        faults += ["{}: no such file {}".format(model.name, path) for path in missing]
+        faults += [f"{model.name}: no such file {path}" for path in missing]
     if faults:
         raise FileError("; ".join(faults))
     return models
@@ -121,7 +117,5 @@ def pick(models: Sequence[Model], wanted: Optional[str], flag: str, usual: Seque
         if name in by_name:
             return by_name[name]
     if wanted:
-        raise FileError(
-            "{} {}: no model is named so, but {}".format(flag, wanted, ", ".join(by_name))
-        )
+        raise FileError(f"{flag} {wanted}: no model is named so, but {', '.join(by_name)}")
     return models[0]

@@ -22,10 +22,12 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from ..checkpoints.torchfile import check_stored
+from ..decoding.engines import Hypothesis
 from ..files import (
     UNFINISHED,
     FileError,
@@ -38,19 +40,10 @@ from ..files import (
     write_all,
     write_json,
 )
-from ..torchfile import check_stored
 
 _HEADER, _PLAN, _LINES, _SHARDS = "header.json", "plan.npz", "hypotheses.jsonl", "shards"
 _KINDS = ("source", "ctranslate2")
 _VERSION = 1
-
-
-class Hypothesis(NamedTuple):
-    """One translation: symbols with spaces between, and whether it ended by itself."""
-
-    subwords: str
-    score: float
-    finished: bool
 
 
 class HypothesisStore:
@@ -93,9 +86,8 @@ class HypothesisStore:
         different = self.differences()
         if different:
             raise FileError(
-                "{} holds hypotheses made with something else: {}. {}.".format(
-                    self.folder, "; ".join(different), advice
-                )
+                f"{self.folder} holds hypotheses made with something else: "
+                f"{'; '.join(different)}. {advice}."
             )
 
     def clear(self) -> None:
@@ -120,7 +112,7 @@ class HypothesisStore:
         """
         assert kind in _KINDS
         made_from = json.dumps({key: self.header[key] for key in keys}, sort_keys=True)
-        name = "{}-{}".format(kind, hashlib.sha256(made_from.encode("utf-8")).hexdigest()[:12])
+        name = f"{kind}-{hashlib.sha256(made_from.encode('utf-8')).hexdigest()[:12]}"
         self._kept.append(name)
         return self.folder / name
 
@@ -208,9 +200,8 @@ class HypothesisStore:
                     yield _read_line(line)
                 except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
                     raise FileError(
-                        "{}: line {} is damaged. Delete {} and decode again.".format(
-                            file.name, number, self.folder
-                        )
+                        f"{file.name}: line {number} is damaged. Delete {self.folder} and decode "
+                        "again."
                     ) from None
 
     def _merge(self) -> None:
@@ -223,8 +214,8 @@ class HypothesisStore:
                 ids = np.concatenate([np.zeros(0, np.int64), *batches])
                 if len(ids) != len(ends):
                     raise FileError(
-                        "{} holds {} sentences, expected {}: delete that folder and run its shard "
-                        "again".format(shard, len(ends), len(ids))
+                        f"{shard} holds {len(ends)} sentences, expected {len(ids)}: delete that "
+                        "folder and run its shard again"
                     )
                 begins = np.concatenate([np.zeros(1, np.int64), ends])[: len(ids)]
                 sentences.append(ids)
@@ -239,9 +230,7 @@ class HypothesisStore:
                     line = file.readline()
                     if not line.startswith(b'{"id": %d,' % ids[at]):
                         raise FileError(
-                            "{} is damaged: delete its folder and run that shard again".format(
-                                file.name
-                            )
+                            f"{file.name} is damaged: delete its folder and run that shard again"
                         )
                     merged.write(line)
         finally:
@@ -306,6 +295,4 @@ def _read_plan(path: Path) -> List[np.ndarray]:
             raise ValueError("expected each sentence once")
         return np.split(sentences, np.cumsum(lengths)[:-1]) if len(lengths) else []
     except Exception as error:  # of a zip file's, nearly any
-        raise FileError(
-            "{} cannot be read ({}: {})".format(path, type(error).__name__, error)
-        ) from None
+        raise FileError(f"{path} cannot be read ({type(error).__name__}: {error})") from None

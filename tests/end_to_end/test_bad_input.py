@@ -13,7 +13,7 @@ from toy import binarise, train_teacher
 def refused(run, folder, *words):
     message = run.error
     for word in words:
-        assert word in message, "{!r} not in: {}".format(word, message)
+        assert word in message, f"{word!r} not in: {message}"
     assert not run.records("train_inner")
     assert not [*folder.glob("**/checkpoint*.pt"), *folder.glob("**/crash.pt")]
 
@@ -65,7 +65,7 @@ def test_missing_file(data, tmp_path):
 
 
 def test_one_of_two_files_missing(data, teacher, tmp_path):
-    paths = "{}:{}".format(teacher, tmp_path / "missing.pt")
+    paths = f"{teacher}:{tmp_path / 'missing.pt'}"
     refused(distil(data, paths, tmp_path), tmp_path, str(tmp_path / "missing.pt"), "no such")
 
 
@@ -241,7 +241,7 @@ def test_teacher_that_overflows_in_one_sentence(corpus, tmp_path):
 
     path = changed(theirs, tmp_path, change)
     run = distil(data, path, tmp_path / "student", "--max-epoch", 1)
-    assert "[{}]".format(sentence) in run.error
+    assert f"[{sentence}]" in run.error
     assert str(path) in run.error
     assert len(run.records("train_inner")) < 40
     assert not (tmp_path / "student" / "checkpoint_last.pt").exists()

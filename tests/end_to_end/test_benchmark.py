@@ -16,10 +16,11 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.tasks.translation import TranslationConfig
 
-from kd_plugin import benchmark, divergences
+from kd_plugin.benchmark import steps as benchmark
 from kd_plugin.commands import benchmark as command
 from kd_plugin.criterion import KDLabelSmoothedCrossEntropyCriterionConfig
-from kd_plugin.task import KDTranslationConfig
+from kd_plugin.objective import divergences
+from kd_plugin.tasks.translation import KDTranslationConfig
 
 CPU = torch.device("cpu")
 STOCK = "label_smoothed_cross_entropy"
@@ -220,11 +221,11 @@ def test_help_lists_every_flag(config, stock, capsys, monkeypatch):
     assert len(own) >= 7
     for field in own:
         flag = "--" + field.name.replace("_", "-")
-        (entry,) = re.findall(r"^  {}\b(?!-).*(?:\n   .*)*$".format(flag), text, re.MULTILINE)
+        (entry,) = re.findall(rf"^  {flag}\b(?!-).*(?:\n   .*)*$", text, re.MULTILINE)
         assert field.metadata["help"].split(" (")[0] in entry, flag
         assert entry.count("(default: ") <= 1 and "None" not in entry, flag
         if field.default is not None:
-            assert entry.endswith("(default: {})".format(field.default)), flag
+            assert entry.endswith(f"(default: {field.default})"), flag
 
 
 MEGA = 1 << 20

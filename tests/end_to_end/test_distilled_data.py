@@ -53,7 +53,7 @@ def assert_same_lists(ours, theirs, count):
 
 
 def text_of(output, lang, kind="") -> List[str]:
-    return (output / "text" / "train{}.{}".format(kind, lang)).read_text().splitlines()
+    return (output / "text" / f"train{kind}.{lang}").read_text().splitlines()
 
 
 def record(output):
@@ -118,12 +118,12 @@ def test_it_is_what_fairseq_preprocess_would_make_of_the_text(data, made, tmp_pa
         "fairseq-preprocess",
         *("--source-lang", SOURCE, "--target-lang", TARGET, "--destdir", tmp_path),
         *("--trainpref", made.output / "text" / "train.subwords", "--workers", 1),
-        *("--srcdict", data / "dict.{}.txt".format(SOURCE)),
-        *("--tgtdict", data / "dict.{}.txt".format(TARGET)),
+        *("--srcdict", data / f"dict.{SOURCE}.txt"),
+        *("--tgtdict", data / f"dict.{TARGET}.txt"),
     ).ok()
     for lang in (SOURCE, TARGET):
         for end in ("bin", "idx"):
-            name = "train.{}-{}.{}.{}".format(SOURCE, TARGET, lang, end)
+            name = f"train.{SOURCE}-{TARGET}.{lang}.{end}"
             assert (made.output / name).read_bytes() == (tmp_path / name).read_bytes(), name
     for path in data.iterdir():
         if path.name.startswith(("valid", "test", "dict")):
@@ -186,7 +186,7 @@ def test_sampling_depends_on_neither_shards_nor_interruptions(data, weak, tmp_pa
 
 
 def test_an_ensemble(data, weak, teacher, tmp_path):
-    pair = "{}:{}".format(weak, teacher)
+    pair = f"{weak}:{teacher}"
     write_sequences(data, pair, tmp_path / "data", "--gen-subset", "valid").ok()
     run = fairseq(
         "fairseq-generate",
@@ -277,9 +277,9 @@ def other_subwords(corpus, tmp_path_factory):
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
     for split in ("train", "valid"):
         for lang in (SOURCE, TARGET):
-            lines = (corpus.text / "{}.{}".format(split, lang)).read_text().splitlines()
+            lines = (corpus.text / f"{split}.{lang}").read_text().splitlines()
             encoded = [" ".join(model.encode(line, out_type=str)) for line in lines]
-            (folder / "{}.{}".format(split, lang)).write_text("\n".join(encoded) + "\n")
+            (folder / f"{split}.{lang}").write_text("\n".join(encoded) + "\n")
     return folder / "spm.model", binarise(folder, folder / "data", "--joined-dictionary")
 
 
@@ -296,7 +296,7 @@ def test_a_student_with_other_subwords(data, weak, made, other_subwords, tmp_pat
         running, subwords = text_of(output, lang), text_of(output, lang, ".subwords")
         assert [model.decode(line.split()) for line in subwords] == running
         assert subwords == [" ".join(model.encode(line, out_type=str)) for line in running]
-        name = "dict.{}.txt".format(lang)
+        name = f"dict.{lang}.txt"
         assert (output / name).read_bytes() == (student / name).read_bytes()
     assert record(output)["counts"]["unknown_tokens"] == 0
     fairseq(
@@ -311,7 +311,7 @@ def test_a_multilingual_teacher(corpus, tmp_path):
     """Of another task, which tells the target language with a symbol."""
     joined = binarise(corpus.text, tmp_path / "data", "--joined-dictionary")
     task = ("--task", "translation_multi_simple_epoch", "--decoder-langtok")
-    pairs = ("--lang-pairs", "{}-{}".format(SOURCE, TARGET))
+    pairs = ("--lang-pairs", f"{SOURCE}-{TARGET}")
     training = [a for a in TRAINING if a not in LANGUAGES]
     fairseq(
         "fairseq-train",
@@ -329,7 +329,7 @@ def test_a_multilingual_teacher(corpus, tmp_path):
     theirs, ours = generated(run.text), lists(output / "hypotheses")
     assert len(theirs) == 48 and ours.keys() == theirs.keys()
     assert sum(ours[i][0][0] == theirs[i][0][0] for i in theirs) >= 47
-    assert "__{}__".format(TARGET) not in (output / "hypotheses" / "hypotheses.jsonl").read_text()
+    assert f"__{TARGET}__" not in (output / "hypotheses" / "hypotheses.jsonl").read_text()
     fairseq(
         "fairseq-train",
         *(output, *STOCK, *TRAINING, *STUDENT, "--save-dir", tmp_path / "s", "--max-update", 2),
@@ -346,7 +346,7 @@ def test_sources_that_are_too_long(corpus, data, tmp_path):
     too_long = sum(length > 7 for length in lengths)
     assert too_long > 50
     run = write_sequences(data, teacher, tmp_path / "left", "--no-filters").ok()
-    assert "{} longer than the teacher reads".format(too_long) in run.text
+    assert f"{too_long} longer than the teacher reads" in run.text
     counts = record(tmp_path / "left")["counts"]
     assert counts["dropped"]["longer_than_the_teacher_reads"] == too_long
     options = ("--no-filters", "--truncate-source", "--max-source-positions", 7)
@@ -371,7 +371,7 @@ def test_an_output_of_other_settings(data, weak, made, tmp_path):
         assert word in message and "--overwrite would remove" in message
         assert "train.aa-bb.aa.bin" in message
         assert tree(output) == before
-    assert ", and the hypotheses in {}".format(output / "hypotheses") in message
+    assert f", and the hypotheses in {output / 'hypotheses'}" in message
     # one that fails replaces nothing
     (tmp_path / "junk.pt").write_text("no")
     message = refused(write_sequences(data, tmp_path / "junk.pt", output, "--overwrite"))

@@ -119,7 +119,7 @@ def test_ctranslate2(quantization, distilled, corpus, tmp_path):
     assert found["sentences"] == 48 and found["max_token_difference_float32"] < 1e-3
     assert found["max_token_difference"] < (1e-3 if quantization == "float32" else 1)
     assert abs(found["bleu_drop"]) < (1 if quantization == "float32" else 10)
-    assert "drop {:.2f}".format(found["bleu_drop"]) in run.text
+    assert f"drop {found['bleu_drop']:.2f}" in run.text
 
     readme = (output / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)

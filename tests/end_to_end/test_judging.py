@@ -16,7 +16,7 @@ HOW = ("--cpu", "--beam", 3, "--repeats", 2, "--num-workers", 0, *LANGUAGES)
 
 
 def judge(data, output, models, *more, **how):
-    named = ["{}={}".format(name, path) for name, path in models.items()]
+    named = [f"{name}={path}" for name, path in models.items()]
     return fairseq(
         "fairseq-kd-report", data, *("--output", output, *HOW, *more), "--models", *named, **how
     )
@@ -55,9 +55,9 @@ def judged(corpus, teacher, distilled, int8, tmp_path_factory) -> Judged:
     log = folder.parent / "train.log"
     log.write_text(distilled.run.text)
     run = judge(
-        *("{}/".format(corpus.data), folder),
+        *(f"{corpus.data}/", folder),
         {"teacher": teacher, "student": distilled.checkpoint, "int8": int8},
-        *("--greedy", "--reference", corpus.text / "test.bb", "--logs", "student={}".format(log)),
+        *("--greedy", "--reference", corpus.text / "test.bb", "--logs", f"student={log}"),
     ).ok()
     return Judged(folder, run, report_of(folder))
 
@@ -75,7 +75,7 @@ def test_what_is_written(judged):
     assert "| student, greedy |" in judged.run.text
     page = (judged.folder / "report.html").read_text(encoding="utf-8")
     for system in judged.report["systems"]:
-        assert "{:.2f}".format(system["scores"]["BLEU"]["score"]) in page
+        assert f"{system['scores']['BLEU']['score']:.2f}" in page
 
 
 def test_translations_are_fairseq_generates_and_scores_sacrebleus(corpus, teacher, judged):
@@ -181,7 +181,7 @@ def test_the_same_again_decodes_nothing(corpus, judged):
     log = judged.folder.parent / "train.log"
     again = judge(
         *(corpus.data, judged.folder, models, "--greedy"),
-        *("--reference", corpus.text / "test.bb", "--logs", "student={}".format(log)),
+        *("--reference", corpus.text / "test.bb", "--logs", f"student={log}"),
     ).ok()
     assert "opening" not in again.text
     assert tree(judged.folder) == before
@@ -189,7 +189,7 @@ def test_the_same_again_decodes_nothing(corpus, judged):
 
 def test_killed_and_run_again(data, teacher, distilled, tmp_path):
     models = {"teacher": teacher, "student": distilled.checkpoint}
-    named = ["{}={}".format(name, path) for name, path in models.items()]
+    named = [f"{name}={path}" for name, path in models.items()]
 
     def arguments(repeats):
         return (data, "--output", tmp_path / "r", *HOW, "--repeats", repeats, "--models", *named)
@@ -269,7 +269,7 @@ def test_a_vocabulary_of_its_own(corpus, teacher, judged, tmp_path):
     run = judge(corpus.data, tmp_path / "r", models)
     assert "1 of 2 models failed (stranger)" in refused(run)
     assert "--model-data NAME=DIR" in report_of(tmp_path / "r")["models"][1]["error"]
-    judge(corpus.data, tmp_path / "r", models, "--model-data", "stranger={}".format(other)).ok()
+    judge(corpus.data, tmp_path / "r", models, "--model-data", f"stranger={other}").ok()
     report = report_of(tmp_path / "r")
     assert report["systems"][1]["scores"] and report["models"][1]["error"] is None
     assert report["not_compared"]["stranger"] == "it has a vocabulary of its own"

@@ -118,7 +118,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(data, teacher, tmp_path):
     assert warm["kd_loss"] < record["kd_loss"]
     for weight, ce in ((0.25, None), (1, 1), (0.5, 2)):
         more = ("--kd-weight", weight) if ce is None else ("--kd-weight", weight, "--ce-weight", ce)
-        mixed = first("mixed-{}".format(weight), *more)
+        mixed = first(f"mixed-{weight}", *more)
         ce = 1 - weight if ce is None else ce
         assert mixed["nll_loss"] == record["nll_loss"]
         expected = ce * mixed["nll_loss"] + weight * mixed["kd_loss"]

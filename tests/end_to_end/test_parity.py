@@ -127,10 +127,10 @@ def test_the_shipped_yaml_runs(data, teacher, tmp_path):
     """With nothing but paths, languages and the toy's sizes changed."""
     run = support.script(
         *("fairseq-hydra-train", "--config-dir", support.CHECKOUT / "recipes" / "config"),
-        *("--config-name", "kd_translation", "common.user_dir={}".format(support.PLUGIN)),
-        *("common.cpu=true", "task.data={}".format(data)),
+        *("--config-name", "kd_translation", f"common.user_dir={support.PLUGIN}"),
+        *("common.cpu=true", f"task.data={data}"),
         *("task.source_lang=aa", "task.target_lang=bb"),
-        "task.teacher_checkpoint_path={}".format(teacher),
+        f"task.teacher_checkpoint_path={teacher}",
         *("model.encoder.embed_dim=16", "model.decoder.embed_dim=16"),
         *("model.share_all_embeddings=false", "dataset.ignore_unused_valid_subsets=true"),
         *("optimization.max_update=3", "common.log_format=json", "common.log_interval=1"),

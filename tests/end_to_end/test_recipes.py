@@ -20,7 +20,7 @@ def run(recipe: str, work: Path, *arguments, **settings) -> Run:
     settings.update(
         SETUP="skip",
         VIRTUAL_ENV=sys.prefix,
-        PATH="{}:{}".format(SCRIPTS, os.environ["PATH"]),
+        PATH=f"{SCRIPTS}:{os.environ['PATH']}",
         WORK=work,
         OMP_NUM_THREADS=1,
         # teachers of so few updates do not know where a sentence ends

@@ -30,7 +30,7 @@ def uninterrupted(request, data, teacher, tmp_path_factory):
 def test_resumed_after_a_kill(uninterrupted, data, teacher, tmp_path, updates):
     """From a checkpoint written inside the first and inside the second epoch."""
     folder, more = uninterrupted
-    (saved,) = folder.glob("checkpoint_*_{}.pt".format(updates))
+    (saved,) = folder.glob(f"checkpoint_*_{updates}.pt")
     shutil.copy(str(saved), str(tmp_path / "checkpoint_last.pt"))
     run = distil(data, teacher, tmp_path, *OPTIONS, *more).ok()
 

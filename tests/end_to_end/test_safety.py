@@ -16,7 +16,7 @@ class Evil:
         self.marker = marker
 
     def __reduce__(self):
-        return os.system, ("touch {}".format(self.marker),)
+        return os.system, (f"touch {self.marker}",)
 
 
 class EvilImport:
@@ -26,7 +26,7 @@ class EvilImport:
         self.marker = marker
 
     def __reduce__(self):
-        return eval, ("open({!r}, 'w').close()".format(str(self.marker)),)
+        return eval, (f"open({str(self.marker)!r}, 'w').close()",)
 
 
 def test_these_files_are_dangerous(tmp_path):
@@ -51,7 +51,7 @@ def test_malicious_checkpoint(kind, name, zipped, data, teacher, tmp_path):
     run = script("fairseq-train", *kd_arguments(data, path, student, "--max-update", 1))
 
     message = run.error
-    assert "asks for {},".format(name) in message.replace("builtins.", "")
+    assert f"asks for {name}," in message.replace("builtins.", "")
     assert str(path) in message
     assert "--teacher-trust-checkpoint" in message
     assert not marker.exists()
@@ -122,7 +122,7 @@ def test_every_command_opens_what_is_trusted(command, data, teacher, tmp_path):
         if command == "export":
             return fairseq("fairseq-kd-export", "--path", path, "--data", data, *arguments)
         arguments += ["--cpu", "--beam", 1, "--repeats", 1]
-        models = ("--models", "teacher={}".format(path))
+        models = ("--models", f"teacher={path}")
         return fairseq("fairseq-kd-report", data, *models, *arguments)
 
     refused = run()

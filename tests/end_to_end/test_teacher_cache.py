@@ -136,7 +136,7 @@ def test_the_command_reports_what_it_kept(distilled, eight, whole):
         assert len(found) == 2  # train, valid
         assert float(found[1][0]) == pytest.approx(expected, abs=0.0021)
         assert "valid: 48 sentences" in cache.run.text
-        assert "top {} of checkpoint_last.pt".format(k) in cache.run.text
+        assert f"top {k} of checkpoint_last.pt" in cache.run.text
     assert re.search(r"probability mass: mean 1.0000", whole.run.text)
     # 2 bytes for each symbol and log-probability, the reference, the entropy and a rest
     (bytes_, *_) = re.findall(r"([\d.]+) bytes per target token", eight.run.text)
@@ -171,7 +171,7 @@ def test_shards_and_a_merge_that_finds_no_room(data, teacher, eight, tmp_path):
 
     for shard in (2, 1):
         done = run(shard).ok()
-        assert "train: shard {} of 3 is done; the last one to end".format(shard) in done.text
+        assert f"train: shard {shard} of 3 is done; the last one to end" in done.text
     limit = (eight.folder / "train" / "log_probs.bin").stat().st_size - 1000
     full = run(0, file_limit=limit)
     assert full.code == 1 and "run the same command again" in full.text
@@ -361,7 +361,7 @@ def test_train1_upsampled(data, teacher, tmp_path):
     run = write_cache(
         *(more, teacher, tmp_path / "cache", "--gen-subset", "train", "--top-k", SYMBOLS, *options)
     ).ok()
-    assert "train: {} sentences".format(2 * 640 + 24) in run.text
+    assert f"train: {2 * 640 + 24} sentences" in run.text
     online = distil(more, teacher, tmp_path / "online", *SHORT, *options).ok()
     cached = taught(more, tmp_path / "cache", tmp_path / "cached", *SHORT, *options).ok()
     close(cached, online, ("loss", "kd_loss", "wpb"), 0.003)
@@ -427,7 +427,7 @@ def test_a_student_works_without_the_cache(corpus, data, student, whole, tmp_pat
 def refused(run, *words):
     message = run.error
     for word in words:
-        assert word in message, "{!r} not in: {}".format(word, message)
+        assert word in message, f"{word!r} not in: {message}"
     assert not run.records("train_inner")
 
 
@@ -504,11 +504,11 @@ def test_other_data_of_the_same_size(what, corpus, data, eight, tmp_path):
         first = next(i for i in range(1, 100) if lengths[i] == lengths[i + 1])
         at = sum(lengths[:first])
         for lang in SIDES:
-            file = other / "train.aa-bb.{}.bin".format(lang)
+            file = other / f"train.aa-bb.{lang}.bin"
             swap(file, item_size(file, texts[lang]), at, at + lengths[first], lengths[first])
         words = ["files: train.aa-bb.aa.bin differs", "files: train.aa-bb.bb.bin differs"]
     run = taught(other, eight.folder, tmp_path / "student", "--disable-validation")
-    refused(run, "the cache {}/".format(eight.folder), *words)
+    refused(run, f"the cache {eight.folder}/", *words)
 
 
 def flip(path):

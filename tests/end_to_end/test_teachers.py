@@ -123,7 +123,7 @@ def test_ensemble_weights(data, teacher, second_teacher, tmp_path):
     """From one member alone to the other alone, and nowhere worse than the worse one."""
 
     def teacher_nll(name, *more):
-        paths = "{}:{}".format(teacher, second_teacher)
+        paths = f"{teacher}:{second_teacher}"
         run = distil(data, paths, tmp_path / name, "--max-update", 1, *more).ok()
         return run.records("valid")[-1]["valid_teacher_nll_loss"]
 
@@ -156,7 +156,7 @@ def reordered(corpus, teacher, folder):
         lines = dictionary_lines(corpus.data, lang)
         order = list(range(len(lines)))
         random.Random(lang).shuffle(order)
-        (folder / "dict.{}.txt".format(lang)).write_text("\n".join(lines[i] for i in order) + "\n")
+        (folder / f"dict.{lang}.txt").write_text("\n".join(lines[i] for i in order) + "\n")
         rows = torch.tensor([0, 1, 2, 3] + [4 + i for i in order])
         for key in keys:
             state["model"][key] = state["model"][key][rows]

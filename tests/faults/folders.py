@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from kd_plugin.cache.writer import CacheWriter
-from kd_plugin.sequences import Hypothesis, HypothesisStore
+from kd_plugin.decoding import Hypothesis
+from kd_plugin.sequences import HypothesisStore
 
 HEADER = {
     "subset": "train",

@@ -65,7 +65,7 @@ def number(value: int) -> bytes:
 
 
 def named(module: str, attribute: str) -> bytes:
-    return pickle.GLOBAL + "{}\n{}\n".format(module, attribute).encode()
+    return pickle.GLOBAL + f"{module}\n{attribute}\n".encode()
 
 
 def several(*parts: bytes) -> bytes:
@@ -206,7 +206,7 @@ def _code(marker: Path) -> Dict[str, bytes]:
     partial, nothing = named("functools", "partial"), pickle.EMPTY_TUPLE
     made = partial + several(named("builtins", "int")) + pickle.NEWOBJ
     changed = made + several(mkdir, several(path), pickle.EMPTY_DICT, pickle.NONE) + pickle.BUILD
-    expression = "__import__('os').mkdir({!r})".format(str(marker))
+    expression = f"__import__('os').mkdir({str(marker)!r})"
     return {
         "reduce": call(mkdir, path),
         "eval": call(named("__builtin__", "eval"), text(expression)),
@@ -414,7 +414,7 @@ def configured(whole: Dict[str, Any], **options: Any) -> Dict[str, Any]:
 
 def built(marker: Path) -> Dict[str, Dict[str, Any]]:
     """Options of a model that make a folder when stock fairseq builds it."""
-    code = "[__import__('os').mkdir({!r})]".format(str(marker))
+    code = f"[__import__('os').mkdir({str(marker)!r})]"
     return {
         "transformer": {"adaptive_softmax_cutoff": code},
         "transformer_align": {"encoder": {"xformers_att_config": code}},

@@ -24,11 +24,12 @@ from support import (
 )
 from toy import binarise, train_teacher
 
-from kd_plugin import divergences, objective
 from kd_plugin.cache.writer import teacher_rows
-from kd_plugin.divergences import divergence
-from kd_plugin.objective import Settings
-from kd_plugin.signal import CachedSignal, Dense, Member, TeacherSignal
+from kd_plugin.objective import chunks as objective
+from kd_plugin.objective import divergences
+from kd_plugin.objective.answer import CachedAnswer, Dense, Member, RunningAnswer
+from kd_plugin.objective.chunks import Settings
+from kd_plugin.objective.divergences import divergence
 
 # a teacher that rules symbols out
 
@@ -73,7 +74,7 @@ def cached(teacher, target, k, temperatures):
     rows["symbols"] = rows["symbols"].astype("i4")
     real = torch.ones(1, len(target), dtype=torch.bool)
     tensors = {name: torch.from_numpy(array) for name, array in rows.items()}
-    return CachedSignal(tensors, real, temperatures, k == V)
+    return CachedAnswer(tensors, real, temperatures, k == V)
 
 
 @pytest.mark.parametrize("name", divergences.NAMES)
@@ -87,7 +88,7 @@ def test_symbols_that_the_teacher_rules_out(name, count):
     # the reference, too, may be one of them
     target = torch.randint(0, V, (rows,), generator=generator)
     assert teacher.gather(-1, target[:, None]).isinf().any()
-    online = TeacherSignal([Member("t", lambda rows: teacher[rows])])
+    online = RunningAnswer([Member("t", lambda rows: teacher[rows])])
 
     for tail, k, temperature in (
         (tail, k, temperature)
@@ -116,7 +117,7 @@ def test_symbols_that_the_teacher_rules_out(name, count):
                 tail=tail,
                 with_metrics=True,
             )
-            where = "{}, {}, top {}, temperature {}".format(way, tail, k, temperature)
+            where = f"{way}, {tail}, top {k}, temperature {temperature}"
             z = student.float().requires_grad_()
             terms = objective.distillation_objective(
                 z, target, torch.arange(rows), signal, settings
@@ -148,7 +149,7 @@ def test_a_gradient_too_large_for_half_precision_is_inf(name):
     generator = torch.Generator().manual_seed(0)
     logits, teacher = torch.randn(2, 4, V, generator=generator) * 2
     rows, target = torch.arange(4), torch.randint(0, V, (4,), generator=generator)
-    signal = TeacherSignal([Member("t", lambda rows: teacher[rows])])
+    signal = RunningAnswer([Member("t", lambda rows: teacher[rows])])
     settings = Settings(0.5, divergence=divergence(name))
 
     def gradient(z, scale):
@@ -190,7 +191,7 @@ COMMANDS = {
     ),
     "reporting": lambda data, path, out, good: fairseq(
         "fairseq-kd-report",
-        *(data, "--models", "good={}".format(good), "bad={}".format(path), "--output", out),
+        *(data, "--models", f"good={good}", f"bad={path}", "--output", out),
         *("--cpu", "--repeats", 1, "--num-workers", 0, *LANGUAGES),
     ),
 }
@@ -216,7 +217,7 @@ def test_weights_that_are_no_numbers(command, data, teacher, distilled, tmp_path
     if command == "reporting":  # on the others; and why not on this one
         text = json.loads((tmp_path / "out" / "report.json").read_text())["models"][1]["error"]
     weights = "encoder.layers.0.fc1.weight, decoder.layers.0.fc2.bias"
-    assert "{}: 2 of its weights hold NaN or inf ({})".format(path, weights) in text, text[-2000:]
+    assert f"{path}: 2 of its weights hold NaN or inf ({weights})" in text, text[-2000:]
     if command not in ("training", "validating"):  # fairseq prints its callers, too
         assert "Traceback" not in run.text
     assert not list(tmp_path.glob("out*/**/*.pt")) and not (tmp_path / "out").is_file()
@@ -270,7 +271,7 @@ def test_a_vocabulary_of_five(tmp_path, count):
     for split, size in (("train", 64), ("valid", 16)):
         for lang, word in (("aa", "a"), ("bb", "b")):
             lines = [" ".join([word] * (1 + i % 4)) for i in range(size)]
-            (text / "{}.{}".format(split, lang)).write_text("\n".join(lines) + "\n")
+            (text / f"{split}.{lang}").write_text("\n".join(lines) + "\n")
     data = binarise(text, tmp_path / "data", "--padding-factor", 1)
     teacher = train_teacher(data, tmp_path / "teacher", support.transformer(16), 40)
 
@@ -295,8 +296,8 @@ def test_sentences_of_one_token_and_of_none(corpus, teacher, tmp_path, long, cou
         for lang, column in (("aa", 0), ("bb", 1)):
             pairs = [("", ""), ("a03", ""), ("", "b03"), ("a03", "b03"), ("a05 a01", "b05 b01")]
             lines = [pairs[i % len(pairs)][column] for i in range(size)]
-            (text / "{}.{}".format(split, lang)).write_text("\n".join(lines) + "\n")
-    known = [corpus.data / "dict.{}.txt".format(lang) for lang in ("aa", "bb")]
+            (text / f"{split}.{lang}").write_text("\n".join(lines) + "\n")
+    known = [corpus.data / f"dict.{lang}.txt" for lang in ("aa", "bb")]
     data = binarise(text, tmp_path / "data", "--srcdict", known[0], "--tgtdict", known[1])
     options = (*SGD, "--max-sentences", 1, "--max-epoch", 1, "--report-accuracy")
 

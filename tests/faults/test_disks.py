@@ -127,7 +127,7 @@ def command(request, data, teacher, distilled, long) -> Command:
     if request.param == "report":
         if not long:
             pytest.skip("its processes take long to start: in the long form")
-        models = ["--models", "teacher={}".format(teacher)]
+        models = ["--models", f"teacher={teacher}"]
         arguments = [data, *models, *how, "--repeats", 1]
         varies = (".html", ".json", ".md", ".png")  # they tell times
         earlier = ["--lenpen", 2]
@@ -159,7 +159,7 @@ def assert_refused(command: Command, run: Run, place: Path, *reasons: str) -> No
     """The last line says why, in one of these ways, and where."""
     assert run.code == 1 and "Traceback" not in run.text, run.text[-3000:]
     line = run.text.strip().splitlines()[-1]
-    error = re.compile(r"{}: (\[Errno \d+\] )?({})".format(command.tool, "|".join(reasons)))
+    error = re.compile(rf"{command.tool}: (\[Errno \d+\] )?({'|'.join(reasons)})")
     assert error.match(line) and str(place) in line, line
 
 

@@ -36,12 +36,11 @@ from folders import (
     hypotheses,
 )
 
-from kd_plugin import vocabulary
-from kd_plugin.cache import CachedSubset
-from kd_plugin.cache import format as layout
+from kd_plugin.cache import CachedSubset, layout
 from kd_plugin.cache.writer import CacheWriter
-from kd_plugin.checkpoint import read_checkpoint
-from kd_plugin.export import read_record, symbols_of
+from kd_plugin.checkpoints import dictionaries as vocabulary
+from kd_plugin.checkpoints.checkpoint import read_checkpoint
+from kd_plugin.export.models import read_record, symbols_of
 from kd_plugin.files import FileError
 from kd_plugin.report.curves import read_curves
 from kd_plugin.report.decode import Measured
@@ -358,9 +357,9 @@ def try_all(reader: Reader, inputs: int, pipe: Any) -> None:
             except Exception as error:
                 fault = repr(error)
             if acts or (folder / "executed").exists():
-                fault = "it was executed: {}".format(acts)
+                fault = f"it was executed: {acts}"
             if fault:
-                pipe.send("input {}: {}".format(i, fault))
+                pipe.send(f"input {i}: {fault}")
                 return
         pipe.send("")
     finally:
@@ -380,7 +379,7 @@ def test_readers(reader, long, count):
         fault = ours.recv()
     except EOFError:
         process.join()
-        fault = "the process ended with {}".format(process.exitcode)
+        fault = f"the process ended with {process.exitcode}"
     process.join()
     assert not fault
     count("files changed by chance, given to their readers", inputs)

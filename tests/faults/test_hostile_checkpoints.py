@@ -12,8 +12,8 @@ import hostile
 import pytest
 import torch
 
-from kd_plugin.checkpoint import CheckpointError, read_checkpoint
-from kd_plugin.untrusted import BUILDABLE, EVALUATED
+from kd_plugin.checkpoints.checkpoint import CheckpointError, read_checkpoint
+from kd_plugin.checkpoints.untrusted import BUILDABLE, EVALUATED
 
 ALLOWED = 400 << 20  # bytes beyond what the process had
 # what torch < 2.6 does by default
@@ -32,7 +32,7 @@ for path in sys.argv[2:]:
 
 
 def write(folder, files):
-    paths = {what: folder / "{}.pt".format(i) for i, what in enumerate(files)}
+    paths = {what: folder / f"{i}.pt" for i, what in enumerate(files)}
     for what, content in files.items():
         paths[what].write_bytes(content)
     return paths
@@ -61,11 +61,11 @@ def outcomes(paths):
     theirs.close()
     found = {}
     while len(found) < len(paths):
-        assert ours.poll(120), "it does not end with {!r}".format(list(paths)[len(found)])
+        assert ours.poll(120), f"it does not end with {list(paths)[len(found)]!r}"
         try:
             what, outcome = ours.recv()
         except EOFError:
-            raise AssertionError("{!r} ends the process".format(list(paths)[len(found)])) from None
+            raise AssertionError(f"{list(paths)[len(found)]!r} ends the process") from None
         found[what] = outcome
     process.join()
     return found
@@ -90,7 +90,7 @@ def test_what_executes_code(tmp_path, count):
 
 def test_that_it_would(tmp_path):
     """Otherwise the test above shows nothing."""
-    markers = {what: tmp_path / "executed {}".format(what) for what in hostile.executing(tmp_path)}
+    markers = {what: tmp_path / f"executed {what}" for what in hostile.executing(tmp_path)}
     files = {what: hostile.executing(marker)[what] for what, marker in markers.items()}
     paths = write(tmp_path, files).values()
     here = Path(__file__).parent

@@ -20,10 +20,9 @@ from folders import (
 from support import LANGUAGES, distil, fairseq, transformer, write_cache, write_sequences
 from toy import binarise, train_teacher
 
-from kd_plugin.cache import CachedSubset, CacheError
-from kd_plugin.cache import format as layout
+from kd_plugin.cache import CachedSubset, CacheError, layout
+from kd_plugin.decoding import text_functions
 from kd_plugin.files import FileError
-from kd_plugin.sequences import text_functions
 
 # folders that were begun
 
@@ -44,7 +43,7 @@ def test_nothing_is_written_through_a_link(begin, go_on, file, tmp_path, count):
     begin(folder)
     (folder / file).unlink()
     (folder / file).symlink_to(precious)
-    with pytest.raises(FileError, match="{} is a link".format(folder / file)):
+    with pytest.raises(FileError, match=f"{folder / file} is a link"):
         go_on(folder)
     assert precious.read_text() == "a diary\n" * 100
     count("links planted in caches and n-best lists")
@@ -280,7 +279,7 @@ def test_a_report_of_anything(tmp_path, count):
     lines = "".join(" ".join(WORDS[i:] + WORDS[:i]) + "\n" for i in range(len(WORDS)))
     for split in ("train", "valid", "test"):
         for lang in ("aa", "bb"):
-            (text / "{}.{}".format(split, lang)).write_text(lines, encoding="utf-8")
+            (text / f"{split}.{lang}").write_text(lines, encoding="utf-8")
     binarise(text, data, "--testpref", text / "test")
     teacher = train_teacher(data, tmp_path / "teacher", transformer(8), 2)
     # the last character of it is half of none
@@ -291,7 +290,7 @@ def test_a_report_of_anything(tmp_path, count):
     fairseq(
         *("fairseq-kd-report", data, "--output", output, "--cpu", "--beam", 1, "--repeats", 1),
         *("--num-workers", 0, *LANGUAGES, "--reference", reference, "--max-len-b", 20),
-        *("--models", "teacher={}".format(teacher), "student={}".format(teacher)),
+        *("--models", f"teacher={teacher}", f"student={teacher}"),
     ).ok()
     page = Page((output / "report.html").read_text(encoding="utf-8"))
     allowed = """html head meta title style body h1 h2 h3 div table thead tbody tr th td p

@@ -42,7 +42,7 @@ def export(data, path, good, folder, *more):
 
 
 def average(data, path, good, folder):
-    return export(data, "{}:{}".format(good, path), good, folder, "--average")
+    return export(data, f"{good}:{path}", good, folder, "--average")
 
 
 def ctranslate2_export(data, path, good, folder):
@@ -61,7 +61,7 @@ COMMANDS = (train, cache, sequences, ctranslate2_sequences, export, average, ctr
 def models(teacher, marker, long):
     """Checkpoints that are the teacher's but for one thing, with a word of what is said."""
     whole = load(teacher)
-    option = "[__import__('os').mkdir({!r})]".format(str(marker))
+    option = f"[__import__('os').mkdir({str(marker)!r})]"
     found = {
         "code in the optimizer state": ({**whole, "last_optimizer_state": hostile.Mkdir(marker)},
             "posix.mkdir"),
@@ -158,8 +158,8 @@ def test_report(data, teacher, tmp_path, long, count):
     named = {"teacher": teacher}
     checkpoints = [content for content, _ in models(teacher, marker, long).values()]
     for i, content in enumerate(checkpoints if long else checkpoints[:2]):
-        named["evil{}".format(i)] = tmp_path / "evil{}.pt".format(i)
-        named["evil{}".format(i)].write_bytes(content)
+        named[f"evil{i}"] = tmp_path / f"evil{i}.pt"
+        named[f"evil{i}"].write_bytes(content)
     try:
         import ctranslate2  # noqa: F401
 
@@ -176,7 +176,7 @@ def test_report(data, teacher, tmp_path, long, count):
     run = fairseq(
         *("fairseq-kd-report", data, "--output", output, "--cpu", "--beam", 1, "--repeats", 1),
         *("--num-workers", 0, *LANGUAGES, "--models"),
-        *["{}={}".format(name, path) for name, path in named.items()],
+        *[f"{name}={path}" for name, path in named.items()],
         timeout=900,  # a process for each
     )
     assert run.code == 1 and "Traceback" not in run.text, run.text[-3000:]

@@ -52,7 +52,7 @@ class Job(NamedTuple):
 def written(one: Started) -> int:
     """Bytes that a process has written so far, logs included; 0 once it has ended."""
     try:
-        said = Path("/proc/{}/io".format(one.process.pid)).read_text()
+        said = Path(f"/proc/{one.process.pid}/io").read_text()
     except OSError:
         return 0
     found = re.search(r"^wchar: (\d+)$", said, re.MULTILINE)
@@ -163,7 +163,7 @@ def disturb(make, total: int, kills: int, what: str, same, count) -> None:
     while left > 0:
         number += 1
         caused = finish_in_spite_of_kills(make(number), total, rng, left, count)
-        count("kill -9 while {}".format(what), caused)
+        count(f"kill -9 while {what}", caused)
         left -= caused
         same(number)
 

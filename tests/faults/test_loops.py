@@ -227,7 +227,7 @@ def compare(found: Trained, expected: Trained, near: Near) -> None:
 
 def test_loop(loop, train, plain, stand_ins, count):
     if not can(loop.torch):
-        pytest.skip("torch {} has no half precision on a CPU".format(torch.__version__))
+        pytest.skip(f"torch {torch.__version__} has no half precision on a CPU")
     more = stand_ins if loop.stand_ins else ()
     found = train(*loop.options, *more, ranks=loop.ranks)
     compare(found, plain(*loop.plain), loop.near)
@@ -264,7 +264,7 @@ def test_an_update_that_overflowed_never_happened(precision, train, stand_ins, l
     """The loss scaler gives it up: its scores are compared with by nobody, its number, and so its
     weight, is the next one's."""
     if not can((2, 3)):
-        pytest.skip("torch {} scales no loss on a CPU".format(torch.__version__))
+        pytest.skip(f"torch {torch.__version__} scales no loss on a CPU")
     if precision.startswith("--memory") and not long:
         pytest.skip("in the long form")
     options = (precision, *stand_ins, *ADAM, "--train-subset", "train", "--max-sentences", 16)

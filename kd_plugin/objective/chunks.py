@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Optional, Tuple, Union
 import torch
 from torch import Tensor
 
+from .answer import CachedAnswer, RunningAnswer, Sparse, rows_ahead, rows_at_once
 from .divergences import Distribution, Divergence, distribution, divergence
 from .selection import Selection, TokenStatistics
-from .signal import CachedSignal, Sparse, TeacherSignal, rows_ahead, rows_at_once
 from .topk import Spread, cut
 
 
@@ -25,7 +25,7 @@ class NotFiniteTeacherError(RuntimeError):
         self.rows = rows
 
 
-Signal = Union[TeacherSignal, CachedSignal]
+Signal = Union[RunningAnswer, CachedAnswer]
 _FORWARD_KL = divergence("forward-kl")
 
 
@@ -329,12 +329,12 @@ class _Work:
         """The teacher's word on a chunk's rows, or on those of them that ``index`` says."""
         assert self.signal is not None
         if index is not None:
-            return self.signal.about(self.rows[here][index], like)
+            return self.signal.rows(self.rows[here][index], like)
         if self._ahead is None or here.start >= self._ahead[0].stop:
             # a lazy teacher's projection is a small product: several chunks' at a time is faster
             n = here.start + rows_ahead(like.device) * (here.stop - here.start)
             block = slice(here.start, min(n, self.rows.numel()))
-            self._ahead = block, self.signal.about(self.rows[block], like)
+            self._ahead = block, self.signal.rows(self.rows[block], like)
         block, word = self._ahead
         return word.rows(slice(here.start - block.start, here.stop - block.start))
 

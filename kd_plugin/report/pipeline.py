@@ -14,7 +14,8 @@ import torch
 from fairseq import utils
 from omegaconf import OmegaConf
 
-from .. import sequences
+from .. import decoding
+from ..decoding import databin
 from ..files import (
     UNFINISHED,
     FileError,
@@ -24,8 +25,7 @@ from ..files import (
     read_json,
     write_json,
 )
-from ..sequences import databin
-from ..teacher import Student, Teacher
+from ..teachers.run import Student, Teacher
 from ..timing import Spread
 from . import compare, page
 from .curves import read_curves
@@ -78,7 +78,7 @@ class _Data(NamedTuple):
 
     cfg: Any
     task: Any
-    corpus: sequences.Corpus
+    corpus: decoding.Corpus
     source: List[str]
     binarised: Optional[List[str]]  # references out of the data-bin
     references: List[str]
@@ -113,13 +113,13 @@ def make(asked: Asked, options: Namespace, output: str, overwrite: bool) -> Dict
     for model in asked.models:
         found = len(next(iter(measured[model.name].said.values()), ()))
         if model.name not in failures and found != len(data.references):
-            failures[model.name] = "{} has {} sentences, the references {}".format(
-                model.data, found, len(data.references)
+            failures[model.name] = (
+                f"{model.data} has {found} sentences, the references {len(data.references)}"
             )
     if len(failures) == len(asked.models):
         raise FileError(
             "no model could be judged: "
-            + "; ".join("{}: {}".format(name, why) for name, why in failures.items())
+            + "; ".join(f"{name}: {why}" for name, why in failures.items())
         )
     report: Dict[str, Any] = {
         "format": "kd_plugin report",
@@ -156,10 +156,10 @@ def _digest(settings: Dict[str, Any]) -> str:
 def _read(asked: Asked, options: Namespace) -> _Data:
     cfg = configuration(options)
     utils.import_user_module(cfg.common)
-    task = sequences.set_up_task(cfg)
-    bins = sequences.DataBin(cfg.task.data, task.cfg.source_lang, task.cfg.target_lang)
-    corpus = sequences.Corpus.of_subset(task, bins, cfg.dataset.gen_subset)
-    to_text, _ = sequences.text_functions(task, cfg)
+    task = decoding.set_up_task(cfg)
+    bins = decoding.DataBin(cfg.task.data, task.cfg.source_lang, task.cfg.target_lang)
+    corpus = decoding.Corpus.of_subset(task, bins, cfg.dataset.gen_subset)
+    to_text, _ = decoding.text_functions(task, cfg)
     source = [to_text(databin.decode(bins.source, t.tolist())) for t in _each(corpus.source)]
     binarised = None
     if corpus.references is not None:
@@ -170,17 +170,15 @@ def _read(asked: Asked, options: Namespace) -> _Data:
         references = _lines(asked.reference)
         if len(references) != len(source):
             raise FileError(
-                "--reference {}: expected {} lines, as many as {} has sentences; got {}".format(
-                    asked.reference, len(source), cfg.dataset.gen_subset, len(references)
-                )
+                f"--reference {asked.reference}: expected {len(source)} lines, as many as "
+                f"{cfg.dataset.gen_subset} has sentences; got {len(references)}"
             )
     elif binarised is not None:
         references = binarised
     else:
         raise FileError(
-            "{} has no {} references: give a file with --reference".format(
-                cfg.task.data, task.cfg.target_lang
-            )
+            f"{cfg.task.data} has no {task.cfg.target_lang} references: give a file with "
+            "--reference"
         )
     return _Data(cfg, task, corpus, source, binarised, references)
 
@@ -195,20 +193,20 @@ def _lines(path: str) -> List[str]:
         with open(path, encoding="utf-8", newline="\n") as file:
             return [line.rstrip("\r\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
-        raise FileError("--reference {} cannot be read ({})".format(path, error)) from None
+        raise FileError(f"--reference {path} cannot be read ({error})") from None
 
 
 def _settings(asked: Asked, data: _Data) -> Dict[str, Any]:
     """All that translations, and how long they take, depend on beside the model."""
     cfg = data.cfg
-    device, dtype = sequences.placement(cfg, cfg.distributed_training.device_id)
+    device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
     generation = OmegaConf.to_container(cfg.generation)
     assert isinstance(generation, dict)
     bins = data.corpus.data
     return {
-        **sequences.describe(bins, cfg.dataset.gen_subset, None, cfg.task),
+        **decoding.describe(bins, cfg.dataset.gen_subset, None, cfg.task),
         "generation": {key: v for key, v in generation.items() if key not in ("beam", "nbest")},
-        "text": sequences.describe_text(cfg),
+        "text": decoding.describe_text(cfg),
         "precision": str(dtype),
         "seed": cfg.common.seed,
         "max_tokens": cfg.dataset.max_tokens,
@@ -222,8 +220,8 @@ def _settings(asked: Asked, data: _Data) -> Dict[str, Any]:
 def _about(model: Model, data: _Data) -> Dict[str, Any]:
     own = {}
     if _is_other(model, data):
-        bins = sequences.DataBin(model.data, *data.corpus.data.langs)
-        own = sequences.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
+        bins = decoding.DataBin(model.data, *data.corpus.data.langs)
+        own = decoding.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
     return {"model": model.fingerprint(), "model_data": own}
 
 
@@ -235,7 +233,7 @@ def _is_other(model: Model, data: _Data) -> bool:
 def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
     """Make the folder and hold it; refuse one that holds something else."""
     if folder.exists() and not folder.is_dir():
-        raise FileError("--output {}: expected a folder, found a file".format(folder))
+        raise FileError(f"--output {folder}: expected a folder, found a file")
     folder.mkdir(parents=True, exist_ok=True)
     lock = locked(folder / ".lock")
     if (folder / _SETTINGS).is_file():
@@ -243,8 +241,8 @@ def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
         different = differences(settings, found, settings)
         if different and not overwrite:
             raise FileError(
-                "--output {} holds a report made with other settings: {}. Choose another folder; "
-                "--overwrite would replace it.".format(folder, "; ".join(different))
+                f"--output {folder} holds a report made with other settings: "
+                f"{'; '.join(different)}. Choose another folder; --overwrite would replace it."
             )
     else:
         ours = {".lock", _MEASURED}
@@ -253,8 +251,8 @@ def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
         names = {path.name for path in folder.iterdir()} - ours
         if not all(name.endswith(UNFINISHED) for name in names):
             raise FileError(
-                "--output {} holds files that this command did not write: choose another "
-                "folder".format(folder)
+                f"--output {folder} holds files that this command did not write: choose another "
+                "folder"
             )
     for left in folder.rglob("*" + UNFINISHED):
         left.unlink()
@@ -269,8 +267,8 @@ def _notes(
     if len({run for one in good for run in one.runs}) > 1:
         notes.append("Not all passes are of the same run of the command, so not all were in turns.")
     if any(len(seconds) > asked.repeats for one in good for seconds in one.seconds.values()):
-        notes.append("Of some models there were more passes than {}.".format(asked.repeats))
-    text = sequences.describe_text(data.cfg)
+        notes.append(f"Of some models there were more passes than {asked.repeats}.")
+    text = decoding.describe_text(data.cfg)
     said = (line for one in good for line in one.said.get(asked.beam, ()) if line)
     if not any(text.values()) and any("\u2581" in line or "@@ " in line for line in said):
         notes.append(
@@ -323,7 +321,7 @@ def _judge(
             )
     return {
         "baseline": baseline.name,
-        "significance": "{}, {:,} samples".format(TESTS[asked.test], asked.samples),
+        "significance": f"{TESTS[asked.test]}, {asked.samples:,} samples",
         "signatures": signatures,
         "models": [
             {
@@ -347,7 +345,7 @@ def _write_translations(
     names = set()
     for system in asked.systems():
         if system.model.name not in failures:
-            name = "{}{}.txt".format(system.model.name, "" if system.main else ".greedy")
+            name = f"{system.model.name}{'' if system.main else '.greedy'}.txt"
             names.add(name)
             lines = measured[system.model.name].said[system.beam]
             with all_or_nothing(folder / _TRANSLATIONS / name) as file:
@@ -399,14 +397,12 @@ def _differences(
             except ValueError as error:
                 why[model.name] = str(error)
     if asked.teacher.name in why:
-        reason = "nothing can be compared with {}: {}".format(
-            asked.teacher.name, why[asked.teacher.name]
-        )
+        reason = f"nothing can be compared with {asked.teacher.name}: {why[asked.teacher.name]}"
         return {}, {model.name: reason for model in students}
     teacher = opened.pop(asked.teacher.name)
     if not opened:
         return {}, why
-    plan = sequences.plan(
+    plan = decoding.plan(
         data.task,
         data.corpus,
         [model.max_positions() for model in (teacher, *opened.values())],
@@ -437,7 +433,7 @@ def _differences(
 
 
 def _open(model: Model, data: _Data, asked: Asked) -> Teacher:
-    device, dtype = sequences.placement(data.cfg, data.cfg.distributed_training.device_id)
+    device, dtype = decoding.placement(data.cfg, data.cfg.distributed_training.device_id)
     task = data.task
     fit = Student(
         task.source_dictionary, task.target_dictionary, task.cfg.source_lang, task.cfg.target_lang

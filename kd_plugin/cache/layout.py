@@ -33,7 +33,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 from fairseq import utils
 
-from ..checkpoint import digest
+from ..checkpoints.checkpoint import digest
 from ..files import FileError, differences, read_json, write_json
 
 FORMAT, VERSION = "kd_plugin teacher cache", 1
@@ -105,10 +105,9 @@ def describe_data(task: Any, subset: str, combine: bool) -> Dict[str, Any]:
     folders = utils.split_paths(cfg.data)
     if len(folders) != 1:
         raise CacheError(
-            "a teacher cache is for one data folder, and here are {} ({}), of which each epoch "
-            "reads another: train without --teacher-cache, or binarise into one folder".format(
-                len(folders), cfg.data
-            )
+            f"a teacher cache is for one data folder, and here are {len(folders)} ({cfg.data}), "
+            "of which each epoch reads another: train without --teacher-cache, or binarise into "
+            "one folder"
         )
     settings = {
         "source_lang": cfg.source_lang,
@@ -162,7 +161,7 @@ def checksum(path: Path) -> str:
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(_BLOCK), b""):
             value = zlib.crc32(block, value)
-    return "{:08x}".format(value)
+    return f"{value:08x}"
 
 
 def write_manifest(folder: Path, content: Dict[str, Any]) -> None:
@@ -171,7 +170,7 @@ def write_manifest(folder: Path, content: Dict[str, Any]) -> None:
 
 def _checksum_of(content: Dict[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "checksum"}
-    return "{:08x}".format(zlib.crc32(json.dumps(rest, sort_keys=True).encode()))
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
 
 
 def read_manifest(folder: Path) -> Dict[str, Any]:
@@ -183,14 +182,14 @@ def read_manifest(folder: Path) -> Dict[str, Any]:
     path = folder / MANIFEST
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
-        raise CacheError("{} is not the manifest of a teacher cache".format(path))
+        raise CacheError(f"{path} is not the manifest of a teacher cache")
     if manifest.get("version") != VERSION:
         raise CacheError(
-            "the cache {} has version {} of the format, and this kd_plugin reads version {}: "
-            "make it again with fairseq-kd-cache".format(folder, manifest.get("version"), VERSION)
+            f"the cache {folder} has version {manifest.get('version')} of the format, and this "
+            f"kd_plugin reads version {VERSION}: make it again with fairseq-kd-cache"
         )
     if manifest.get("checksum") != _checksum_of(manifest) or not _well_formed(manifest):
-        raise CacheError("{} is damaged: delete {} and make the cache again".format(path, folder))
+        raise CacheError(f"{path} is damaged: delete {folder} and make the cache again")
     return manifest
 
 

@@ -21,13 +21,13 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
-from .cache import CachedSubset, CacheError, TaughtDataset, describe_data
-from .checkpoint import refuse_cut_short
-from .configuration import CRITERION, choice_value
-from .files import reading_binarised, refuse_unknown_numbers
-from .selection import ScoreQueue
-from .signal import CachedSignal, not_finite_teacher
-from .teacher import DTYPES, Student, Teacher, TeacherError, parse_overrides, parse_weights
+from ..cache import CachedSubset, CacheError, TaughtDataset, describe_data
+from ..checkpoints.checkpoint import refuse_cut_short
+from ..files import reading_binarised, refuse_unknown_numbers
+from ..objective.answer import CachedAnswer, not_finite_teacher
+from ..objective.selection import ScoreQueue
+from ..plan import CRITERION, choice_value
+from ..teachers.run import DTYPES, Student, Teacher, TeacherError, parse_overrides, parse_weights
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +140,8 @@ class KDTranslationTask(TranslationTask):
         name = getattr(cfg, "_name", None) or getattr(cfg, "criterion", None)
         if name != CRITERION:
             raise ValueError(
-                "--task kd_translation needs --criterion {}, which listens to the teacher; got "
-                "{}. For training without a teacher use --task translation.".format(CRITERION, name)
+                f"--task kd_translation needs --criterion {CRITERION}, which listens to the "
+                f"teacher; got {name}. For training without a teacher use --task translation."
             )
         if not self._from_checkpoint:
             # nothing of ours is asked again before fairseq opens the checkpoint to go on from
@@ -166,7 +166,7 @@ class KDTranslationTask(TranslationTask):
     def load_dataset(
         self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
     ) -> None:
-        with reading_binarised("{}: {}".format(self.cfg.data, split)):
+        with reading_binarised(f"{self.cfg.data}: {split}"):
             super().load_dataset(split, epoch, combine, **kwargs)
             dataset = self.datasets[split]
             if len(dataset) > 0:
@@ -277,11 +277,11 @@ class KDTranslationTask(TranslationTask):
             shape = self.cache.temperatures, self.cache.whole
             real = sample["target"].ne(self.tgt_dict.pad())
             if "teacher" in sample:
-                return {**sample, "teacher": CachedSignal(sample["teacher"], real, *shape, **about)}
+                return {**sample, "teacher": CachedAnswer(sample["teacher"], real, *shape, **about)}
             if about.get("is_dummy"):
                 # a batch of a validation without cache, which the trainer kept; yet all ranks must
                 # log the same keys
-                blank = CachedSignal.blank(real, self.cache.k, *shape, **about)
+                blank = CachedAnswer.blank(real, self.cache.k, *shape, **about)
                 return {**sample, "teacher": blank}
             return sample
         if self.teacher is None:
@@ -306,8 +306,8 @@ class KDTranslationTask(TranslationTask):
             return precision
         if precision not in ("same", "fp32"):
             raise TeacherError(
-                "--teacher-device cpu runs the teacher in fp32; --teacher-dtype {} cannot be had "
-                "there".format(precision)
+                f"--teacher-device cpu runs the teacher in fp32; --teacher-dtype {precision} "
+                "cannot be had there"
             )
         return "fp32"
 
@@ -351,7 +351,7 @@ class KDTranslationTask(TranslationTask):
         self._looked_for_teacher = True
         if self.cfg.teacher_cache:
             if self._cache_fault is not None:
-                logger.warning("validating the student alone: {}".format(self._cache_fault))
+                logger.warning(f"validating the student alone: {self._cache_fault}")
             return
         paths = self._paths()
         if paths and all(os.path.isfile(path) for path in paths):
@@ -360,8 +360,8 @@ class KDTranslationTask(TranslationTask):
             self._check_lengths(self.teacher)
         else:
             logger.warning(
-                "no teacher at {}: validating the student alone, without kd_loss, teacher_nll_loss "
-                "and agreement".format(self.cfg.teacher_checkpoint_path)
+                f"no teacher at {self.cfg.teacher_checkpoint_path}: validating the student alone, "
+                "without kd_loss, teacher_nll_loss and agreement"
             )
 
     # the teacher on disk
@@ -376,8 +376,8 @@ class KDTranslationTask(TranslationTask):
         ]
         if useless:
             raise CacheError(
-                "with --teacher-cache no teacher is run: leave out {}, or leave out "
-                "--teacher-cache".format(", ".join(useless))
+                f"with --teacher-cache no teacher is run: leave out {', '.join(useless)}, or "
+                "leave out --teacher-cache"
             )
 
     def _join_cache(self, split: str, combine: bool) -> None:
@@ -385,22 +385,20 @@ class KDTranslationTask(TranslationTask):
         folder = str(self.cfg.teacher_cache)
         if split != self.cfg.train_subset and not CachedSubset.exists(folder, split):
             logger.info(
-                "no subset {} in the cache {}: it is validated without kd_loss, teacher_nll_loss "
-                "and agreement".format(split, folder)
+                f"no subset {split} in the cache {folder}: it is validated without kd_loss, "
+                "teacher_nll_loss and agreement"
             )
             return
         cache = CachedSubset(folder, split, describe_data(self, split, combine))
         if self.cache is not None and self.cache.likeness() != cache.likeness():
             raise CacheError(
-                "the caches {} and {} are not of the same teachers, top k and temperatures: make "
-                "one of them again".format(cache.folder, self.cache.folder)
+                f"the caches {cache.folder} and {self.cache.folder} are not of the same teachers, "
+                "top k and temperatures: make one of them again"
             )
         self._criterion.refuse_cache(cache.k, cache.temperatures, cache.whole)
         self.cache = cache
         self.datasets[split] = TaughtDataset(self.datasets[split], cache, self.tgt_dict.pad())
-        logger.info(
-            "teacher of {}: the {} likeliest symbols from {}".format(split, cache.k, cache.folder)
-        )
+        logger.info(f"teacher of {split}: the {cache.k} likeliest symbols from {cache.folder}")
 
     def _check_lengths(self, teacher: Teacher) -> None:
         limits = teacher.max_positions()
@@ -441,23 +439,17 @@ class KDTranslationTask(TranslationTask):
             count += rows.numel()
         guess = math.log(len(self.tgt_dict))
         logger.info(
-            "teacher on {} sentences of {}: nll_loss {:.3f} (a uniform guess has {:.3f})".format(
-                len(chosen), subset, nll / count / math.log(2), guess / math.log(2)
-            )
+            f"teacher on {len(chosen)} sentences of {subset}: nll_loss "
+            f"{nll / count / math.log(2):.3f} (a uniform guess has {guess / math.log(2):.3f})"
         )
         if not nll / count <= guess:
             raise TeacherError(
-                "the teacher knows nothing of this data: on {} sentences of {} its nll_loss is "
-                "{:.2f} bits per token, a uniform guess over the {} symbols has {:.2f}. Likely "
+                f"the teacher knows nothing of this data: on {len(chosen)} sentences of {subset} "
+                f"its nll_loss is {nll / count / math.log(2):.2f} bits per token, a uniform guess "
+                f"over the {len(self.tgt_dict)} symbols has {guess / math.log(2):.2f}. Likely "
                 "causes: its vocabulary has another order than the dictionaries found for it "
                 "(--teacher-data), it translates in another direction, or its subword model is "
-                "another one.".format(
-                    len(chosen),
-                    subset,
-                    nll / count / math.log(2),
-                    len(self.tgt_dict),
-                    guess / math.log(2),
-                )
+                "another one."
             )
 
 
@@ -501,13 +493,9 @@ def _kept(dataset: Any, max_positions: Any) -> np.ndarray:
 
 def _untaught(dataset: TaughtDataset, which: np.ndarray) -> CacheError:
     return CacheError(
-        "the cache {} has no rows for {} sentences of up to {} source and {} target tokens: they "
-        "were longer than the teacher, or the limits that the cache was made with, allow. Leave "
-        "them out with --max-source-positions and --max-target-positions (for validation data also "
-        "--skip-invalid-size-inputs-valid-test).".format(
-            dataset.cache.folder,
-            which.sum(),
-            dataset.src_sizes[which].max(),
-            dataset.tgt_sizes[which].max(),
-        )
+        f"the cache {dataset.cache.folder} has no rows for {which.sum()} sentences of up to "
+        f"{dataset.src_sizes[which].max()} source and {dataset.tgt_sizes[which].max()} target "
+        "tokens: they were longer than the teacher, or the limits that the cache was made with, "
+        "allow. Leave them out with --max-source-positions and --max-target-positions (for "
+        "validation data also --skip-invalid-size-inputs-valid-test)."
     )

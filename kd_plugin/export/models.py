@@ -17,9 +17,10 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from . import checkpoint
-from .files import FileError, naming, passing_folder, read_json
-from .untrusted import bounded_memory
+from ..checkpoints import checkpoint
+from ..checkpoints.untrusted import bounded_memory
+from ..errors import UserError
+from ..files import FileError, naming, passing_folder, read_json
 
 QUANTIZATIONS = (
     "float32",
@@ -40,7 +41,7 @@ _TABLES = re.compile(
 )
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """A model that cannot be exported; the message says why and what to do."""
 
 
@@ -89,14 +90,12 @@ def model_arguments(path: str, state: Dict[str, Any]) -> Namespace:
     name = checkpoint.get(task, "_name") or checkpoint.get(task, "task")
     if name not in _TASKS:
         raise ExportError(
-            "{} was trained for the task {!r}; expected one of {}".format(
-                path, name, " and ".join(_TASKS)
-            )
+            f"{path} was trained for the task {name!r}; expected one of {' and '.join(_TASKS)}"
         )
     arch = checkpoint.get(model, "_name") or checkpoint.get(model, "arch")
     if arch not in models.ARCH_MODEL_REGISTRY:
         raise ExportError(
-            "{}: this fairseq has no architecture {!r} of a translation model".format(path, arch)
+            f"{path}: this fairseq has no architecture {arch!r} of a translation model"
         )
     parser = ArgumentParser()
     models.ARCH_MODEL_REGISTRY[arch].add_args(parser)
@@ -121,14 +120,12 @@ def model_arguments(path: str, state: Dict[str, Any]) -> Namespace:
         ]
     except Exception as error:  # an option of another kind than the architecture's
         raise ExportError(
-            "{}: its options are not those of {} ({}: {})".format(
-                path, arch, type(error).__name__, error
-            )
+            f"{path}: its options are not those of {arch} ({type(error).__name__}: {error})"
         ) from error
     if 1 in kernels:
         raise ExportError(
-            "{}: stock fairseq cannot build the architecture {} with a single layer from plain "
-            "types".format(path, arch)
+            f"{path}: stock fairseq cannot build the architecture {arch} with a single layer from "
+            "plain types"
         )
     return args
 
@@ -217,7 +214,7 @@ def shortened(stock: Dict[str, Any], longest: int) -> Dict[str, Any]:
     """
     model, weights = dict(stock["cfg"]["model"]), dict(stock["model"])
     for side, module in (("source", "encoder"), ("target", "decoder")):
-        name = "max_{}_positions".format(side)
+        name = f"max_{side}_positions"
         model[name] = min(model[name], longest)
         table = module + ".embed_positions.weight"
         if table in weights:  # learned; fairseq counts from after the padding's index
@@ -245,9 +242,8 @@ def _plain(path: str, name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(path, name, item) for key, item in value.items()}
     raise ExportError(
-        "{}: the value of {} is a {}, and only plain types can be exported".format(
-            path, name, type(value).__name__
-        )
+        f"{path}: the value of {name} is a {type(value).__name__}, and only plain types can be "
+        "exported"
     )
 
 
@@ -269,14 +265,12 @@ def check_ctranslate2(path: str, state: Dict[str, Any]) -> None:
     if not faults:  # options that it does not look at
         for name in ("adaptive_input", "cross_self_attention", "no_cross_attention"):
             if getattr(args, name, False):
-                faults.append("Option --{} is not supported".format(name.replace("_", "-")))
+                faults.append(f"Option --{name.replace('_', '-')} is not supported")
         if getattr(args, "adaptive_softmax_cutoff", None):
             faults.append("Option --adaptive-softmax-cutoff is not supported")
         for name in ("decoder_input_dim", "decoder_output_dim"):
             if getattr(args, name, args.decoder_embed_dim) != args.decoder_embed_dim:
-                faults.append(
-                    "Option --{} must be as --decoder-embed-dim".format(name.replace("_", "-"))
-                )
+                faults.append(f"Option --{name.replace('_', '-')} must be as --decoder-embed-dim")
     if faults:
         raise _not_taken(path, "; ".join(faults))
 
@@ -319,7 +313,7 @@ def convert(path: str, stock: Dict[str, Any], folder: Path, quantization: str = 
         for side, lang in zip(("source", "target"), langs):
             _write_symbols(
                 stock["task_state"][side + "_symbols"],
-                os.path.join(passing, "dict.{}.txt".format(lang)),
+                os.path.join(passing, f"dict.{lang}.txt"),
             )
         try:
             converter = converters.FairseqConverter(
@@ -350,7 +344,7 @@ def read_record(folder: Path) -> Dict[str, Any]:
     }
     for name, kind in kinds.items():
         if not isinstance(found.get(name), (kind, type(None))):
-            raise FileError("{}: {} is no {}".format(folder / RECORD, name, kind.__name__))
+            raise FileError(f"{folder / RECORD}: {name} is no {kind.__name__}")
     return found
 
 
@@ -368,7 +362,7 @@ def symbols_of(folder: Path) -> Tuple[Set[str], Set[str]]:
         source, target = [set(json.loads(file.read_text(encoding="utf-8"))) for file in files]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise FileError(
-            "{}: expected a model of CTranslate2 4 with its vocabularies ({})".format(folder, error)
+            f"{folder}: expected a model of CTranslate2 4 with its vocabularies ({error})"
         ) from None
     return source, target
 
@@ -384,9 +378,8 @@ def _ctranslate2() -> Any:
 
 def _not_taken(path: str, reason: str) -> ExportError:
     return ExportError(
-        "CTranslate2 {} cannot take the model {}: {}".format(
-            _ctranslate2().__version__, path, " ".join(reason.split())
-        )
+        f"CTranslate2 {_ctranslate2().__version__} cannot take the model {path}: "
+        f"{' '.join(reason.split())}"
     )
 
 
@@ -398,7 +391,7 @@ def _write_symbols(symbols: List[str], path: str) -> None:
         seen.update(symbols[:special])
         for symbol in symbols[special:]:
             again = " #fairseq:overwrite" if symbol in seen else ""
-            file.write("{} 1{}\n".format(symbol, again))
+            file.write(f"{symbol} 1{again}\n")
             seen.add(symbol)
 
 
@@ -434,5 +427,5 @@ def readme(langs: Tuple[str, str], quantization: str, spm: bool, record: str) ->
         imports="ctranslate2, sentencepiece" if spm else "ctranslate2",
         subwords=processor if spm else "# in and out: subwords, with spaces between\n",
         encode="subwords.encode(input(), out_type=str)" if spm else "input().split()",
-        decode="subwords.decode({})".format(words) if spm else '" ".join({})'.format(words),
+        decode=f"subwords.decode({words})" if spm else f'" ".join({words})',
     )

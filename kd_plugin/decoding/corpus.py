@@ -13,7 +13,7 @@ from fairseq.data import data_utils
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import DictConfig
 
-from ..checkpoint import digest
+from ..checkpoints.checkpoint import digest
 from ..files import FileError, temporary
 from . import databin
 from .databin import DataBin
@@ -52,10 +52,9 @@ class Corpus(NamedTuple):
         more = sorted(split for split in data.splits() if re.match(r"train\d+$", split))
         if subset == "train" and more:
             logger.warning(
-                "{}: only train is translated, and fairseq-train would read {} with it: binarise "
-                "them into one, or run again with --gen-subset {} and another --output".format(
-                    data.folder, ", ".join(more), more[0]
-                )
+                f"{data.folder}: only train is translated, and fairseq-train would read "
+                f"{', '.join(more)} with it: binarise them into one, or run again with "
+                f"--gen-subset {more[0]} and another --output"
             )
         if isinstance(task, TranslationTask) and references is not None:
             task.load_dataset(subset)
@@ -103,13 +102,13 @@ def _binarise(
                 writer.add(tokens)
                 unknown += int(tokens.eq(data.source.unk()).sum())
         if writer.sentences == 0:
-            raise FileError("--source-text {}: it has no line".format(text))
+            raise FileError(f"--source-text {text}: it has no line")
         databin.warn_of_unknown(unknown, writer.tokens, text)
         writer.close()
         for end in (".bin", ".idx"):  # without the second one there is none
             os.replace(str(new) + end, str(prefix) + end)
     except UnicodeDecodeError as error:
-        raise FileError("--source-text {}: not UTF-8 ({})".format(text, error)) from None
+        raise FileError(f"--source-text {text}: not UTF-8 ({error})") from None
     finally:
         for left in new.parent.glob(new.name + ".*"):
             left.unlink()
@@ -125,9 +124,8 @@ def text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[
         bpe, tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
     except Exception as error:  # of the libraries that they are in
         raise FileError(
-            "--bpe or --tokenizer cannot be set up as {} and {}: {}".format(
-                cfg.bpe, cfg.tokenizer, " ".join(str(error).split())
-            )
+            f"--bpe or --tokenizer cannot be set up as {cfg.bpe} and {cfg.tokenizer}: "
+            f"{' '.join(str(error).split())}"
         ) from error
     symbol = cfg.common_eval.post_process
 
@@ -168,8 +166,8 @@ def plan(
     longest = sizes.max(initial=0)
     if max_tokens is not None and longest > max_tokens:
         raise FileError(
-            "the longest sentence has {} tokens, more than --max-tokens {}: give at least as "
-            "many".format(longest, max_tokens)
+            f"the longest sentence has {longest} tokens, more than --max-tokens {max_tokens}: "
+            "give at least as many"
         )
     batches = task.get_batch_iterator(
         dataset=corpus.dataset,
@@ -186,8 +184,8 @@ def plan(
     planned = sum(map(len, found))
     if planned < len(sizes):
         raise FileError(
-            "this fairseq leaves {} sentences out with --required-batch-size-multiple {}: take "
-            "1".format(len(sizes) - planned, required_multiple)
+            f"this fairseq leaves {len(sizes) - planned} sentences out with "
+            f"--required-batch-size-multiple {required_multiple}: take 1"
         )
     return found
 

@@ -163,7 +163,7 @@ class Member(NamedTuple):
     logits: Callable[[Tensor], Tensor]
 
 
-class TeacherSignal:
+class RunningAnswer:
     """A teacher's distributions for one batch, computed row by row when they are asked for.
 
     Nothing of size tokens x vocabulary is held when the members are lazy.
@@ -187,7 +187,7 @@ class TeacherSignal:
         self.num_updates = num_updates
         self.is_dummy = is_dummy
 
-    def about(self, rows: Tensor, like: Tensor) -> Dense:
+    def rows(self, rows: Tensor, like: Tensor) -> Dense:
         """The teacher's word on some rows, in the dtype and on the device of a tensor."""
         return Dense(self.logits(rows).to(like))
 
@@ -214,7 +214,7 @@ class TeacherSignal:
         ]
 
 
-class CachedSignal:
+class CachedAnswer:
     """A teacher's likeliest symbols for one batch, as a cache delivers them.
 
     Args:
@@ -243,7 +243,7 @@ class CachedSignal:
     @classmethod
     def blank(
         cls, real: Tensor, k: int, temperatures: Sequence[float], whole: bool, **about: Any
-    ) -> "CachedSignal":
+    ) -> "CachedAnswer":
         """Of a batch that only keeps a rank busy and that no cache knows: it says nothing."""
         n = int(real.sum())
         half: Dict[str, Any] = {"dtype": torch.float16, "device": real.device}
@@ -256,7 +256,7 @@ class CachedSignal:
         }
         return cls(arrays, real, temperatures, whole, **about)
 
-    def about(self, rows: Tensor, like: Tensor) -> Sparse:
+    def rows(self, rows: Tensor, like: Tensor) -> Sparse:
         """The teacher's word on some rows, in the dtype and on the device of a tensor."""
         position = self._position[rows]
 
@@ -282,10 +282,9 @@ class CachedSignal:
 def not_finite_teacher(names: str, sample_ids: Sequence[int]) -> RuntimeError:
     """The error that stops a run whose teacher gave no distribution."""
     return RuntimeError(
-        "teacher {} gave NaN, +inf or no probability at all for the samples with ids {}. Check its "
-        "weights, or run it in a wider precision (--teacher-dtype fp32)".format(
-            names, list(sample_ids)
-        )
+        f"teacher {names} gave NaN, +inf or no probability at all for the samples with ids "
+        f"{list(sample_ids)}. Check its weights, or run it in a wider precision (--teacher-dtype "
+        "fp32)"
     )
 
 

@@ -5,8 +5,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 from sacrebleu.metrics import BLEU, CHRF
 
-from .databin import words
-from .hypotheses import Hypothesis
+from ..decoding.databin import words
+from ..decoding.engines import Hypothesis
 
 METRICS = ("bleu", "chrf")
 # Why a sentence is dropped, in the order in which that is asked

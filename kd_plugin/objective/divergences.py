@@ -167,7 +167,7 @@ def divergence(name: str, parameter: Optional[float] = None) -> Divergence:
     function, power, in_nats, keyword = _DIVERGENCES[name]
     if parameter is not None:
         if keyword is None:
-            raise ValueError("{} takes no parameter".format(name))
+            raise ValueError(f"{name} takes no parameter")
         function = functools.partial(function, **{keyword: parameter})
     return Divergence(function, power, in_nats)
 

@@ -97,7 +97,7 @@ def _read_zip(file: Any) -> Any:
         check_stored(archive)
         names = [name for name in entries if name.endswith("/data.pkl")]
         if len(names) != 1:
-            raise ValueError("expected one data.pkl in it, found {}".format(len(names)))
+            raise ValueError(f"expected one data.pkl in it, found {len(names)}")
         folder = names[0][: -len("data.pkl")]
         order = folder + "byteorder"
         if order in entries and archive.read(order) != b"little":
@@ -107,9 +107,7 @@ def _read_zip(file: Any) -> Any:
         def storage(key: str, dtype: torch.dtype, size: int) -> Tensor:
             entry = entries[folder + "data/" + key]
             if entry.file_size != size:
-                raise ValueError(
-                    "a tensor claims {} bytes, the file has {}".format(size, entry.file_size)
-                )
+                raise ValueError(f"a tensor claims {size} bytes, the file has {entry.file_size}")
             if key not in found:
                 found[key] = bytearray(size)
                 with archive.open(entry) as content:
@@ -168,7 +166,7 @@ def _read_legacy(content: mmap.mmap) -> Any:
             raise EOFError("it ends too early")
         numbers[:] = content.read(len(numbers))
     if found:
-        raise EOFError("{} tensors are missing".format(len(found)))
+        raise EOFError(f"{len(found)} tensors are missing")
     return whole
 
 
@@ -210,13 +208,13 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
 def _encode(text: str, encoding: str) -> bytes:
     """How Python 3 pickles bytes for Python 2."""
     if encoding != "latin1":
-        raise ValueError("text is to be encoded as {!r}".format(encoding)[:100])
+        raise ValueError(f"text is to be encoded as {encoding!r}"[:100])
     return text.encode("latin1")
 
 
 def _dtype(name: str, align: Any = False, copy: Any = True) -> np.dtype:
     if not re.fullmatch(r"[<>=|]?(b1|[iu][1248]|f[248])", name):
-        raise ValueError("an array of {!r}".format(name)[:100])
+        raise ValueError(f"an array of {name!r}"[:100])
     return np.dtype(name, False, True)  # type: ignore[call-overload]
 
 
@@ -237,7 +235,7 @@ def _fill(array: np.ndarray, state: Tuple) -> None:
     if type(content) is not bytes or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError("an array of something else than numbers")
     if math.prod(shape) * _checked(dtype).itemsize != len(content):
-        raise ValueError("an array claims {} numbers".format(math.prod(shape)))
+        raise ValueError(f"an array claims {math.prod(shape)} numbers")
     array.__setstate__(state)
 
 
@@ -271,7 +269,7 @@ def _key(key: Any) -> Any:
     """What a dictionary's key or a set's member may be: nothing whose hash takes long."""
     for part in key if type(key) is tuple else (key,):
         if part is not None and not isinstance(part, (str, bytes, int, float, np.generic)):
-            raise ValueError("a key of the type {}".format(type(part).__name__))
+            raise ValueError(f"a key of the type {type(part).__name__}")
     return key
 
 
@@ -321,9 +319,7 @@ _FUNCTIONS = (_tensor, _parameter, _encode, _array, _scalar)
 
 class _Instructions(Dict[int, Any]):
     def __missing__(self, code: int) -> Any:
-        raise pickle.UnpicklingError(
-            "the instruction {:#04x}, which no checkpoint has".format(code)
-        )
+        raise pickle.UnpicklingError(f"the instruction {code:#04x}, which no checkpoint has")
 
 
 _USED = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
@@ -362,7 +358,7 @@ class _Machine(pickle._Unpickler):  # type: ignore[name-defined]
         if (module, name) in _STAND_INS:
             return _STAND_INS[module, name]
         if (module, name) not in FAIRSEQ_GLOBALS:
-            raise ForbiddenGlobal("{}.{}".format(module, name))
+            raise ForbiddenGlobal(f"{module}.{name}")
         found = getattr(importlib.import_module(local_module(module)), name)
         if (module, name) in _OBJECTS:
             self._classes.add(found)
@@ -386,16 +382,14 @@ class _Machine(pickle._Unpickler):  # type: ignore[name-defined]
         known = any(function is one for one in _FUNCTIONS)
         call = function if known else _MAKERS.get(function)
         if call is None:
-            raise ForbiddenGlobal("a call of {}".format(getattr(function, "__name__", "something")))
+            raise ForbiddenGlobal(f"a call of {getattr(function, '__name__', 'something')}")
         self.append(call(*arguments))
 
     def load_newobj(self) -> None:
         arguments = self.stack.pop()
         kind = self.stack.pop()
         if kind not in self._classes or arguments != ():
-            raise ForbiddenGlobal(
-                "an instance of {}".format(getattr(kind, "__name__", "something"))
-            )
+            raise ForbiddenGlobal(f"an instance of {getattr(kind, '__name__', 'something')}")
         self.append(kind.__new__(kind))
 
     def load_build(self) -> None:
@@ -414,7 +408,7 @@ class _Machine(pickle._Unpickler):  # type: ignore[name-defined]
             restore = getattr(target, "__setstate__", target.__dict__.update)
             restore(state)
         else:
-            raise ForbiddenGlobal("a change of {}".format(type(target).__name__))
+            raise ForbiddenGlobal(f"a change of {type(target).__name__}")
 
     def load_append(self) -> None:
         item = self.stack.pop()
@@ -454,7 +448,7 @@ class _Machine(pickle._Unpickler):  # type: ignore[name-defined]
 
 def _kind(target: Any, kind: Any) -> Any:
     if not isinstance(target, kind):
-        raise ValueError("items for a {}".format(type(target).__name__))
+        raise ValueError(f"items for a {type(target).__name__}")
     return target
 
 
@@ -476,5 +470,5 @@ class _Limited:
     def _take(self, content: bytes) -> bytes:
         self._left -= len(content)
         if self._left < 0:
-            raise ValueError("its pickle has more than {} bytes".format(_LARGEST_PICKLE))
+            raise ValueError(f"its pickle has more than {_LARGEST_PICKLE} bytes")
         return content

@@ -8,9 +8,9 @@ from fairseq import tasks
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationTask
 
-from .. import checkpoint
+from ..checkpoints import checkpoint
 from ..files import FileError
-from ..teacher import TeacherError, build_model, check_sizes, find_dictionaries
+from ..teachers.run import TeacherError, build_model, check_sizes, find_dictionaries
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def set_up_task(cfg: Any) -> Any:
         task = tasks.setup_task(cfg.task)
     except Exception as error:  # fairseq's is a bare Exception, or an assertion
         raise FileError(
-            "{}: the data cannot be read: {}".format(cfg.task.data, error or repr(error))
+            f"{cfg.task.data}: the data cannot be read: {error or repr(error)}"
         ) from error
     if isinstance(task, TranslationTask):
         cfg.task.source_lang, cfg.task.target_lang = task.cfg.source_lang, task.cfg.target_lang
@@ -107,11 +107,9 @@ def _check_dictionaries(
         different = _differing(mine, theirs)
         if different:
             raise TeacherError(
-                "teacher {}: its {} dictionary ({}, {} symbols) is not the data's ({} symbols); "
-                "{}. {} If the dictionaries found are not its own, put those beside the "
-                "checkpoint.".format(
-                    path, side, found[2], len(theirs), len(mine), different, otherwise
-                )
+                f"teacher {path}: its {side} dictionary ({found[2]}, {len(theirs)} symbols) is "
+                f"not the data's ({len(mine)} symbols); {different}. {otherwise} If the "
+                "dictionaries found are not its own, put those beside the checkpoint."
             )
     check_sizes(path, state, *ours, "of the data")
 
@@ -121,7 +119,7 @@ def _differing(mine: Dictionary, theirs: Dictionary) -> str:
         return ""
     for i, (a, b) in enumerate(zip(mine.symbols, theirs.symbols)):
         if a != b:
-            return "number {} is {!r} in the data and {!r} there".format(i, a, b)
+            return f"number {i} is {a!r} in the data and {b!r} there"
     return "one is the beginning of the other"
 
 

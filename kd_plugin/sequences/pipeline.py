@@ -13,6 +13,10 @@ import torch
 from fairseq.data import Dictionary
 from tqdm import tqdm
 
+from ..decoding import databin
+from ..decoding.corpus import Corpus
+from ..decoding.databin import DataBin
+from ..export import models as export
 from ..files import (
     UNFINISHED,
     FileError,
@@ -23,11 +27,8 @@ from ..files import (
     temporary,
     write_json,
 )
-from . import databin
-from .corpus import Corpus
-from .databin import DataBin
+from .choice import Filters, closeness, closest, new_counts, per_token
 from .hypotheses import HypothesisStore
-from .select import Filters, closeness, closest, new_counts, per_token
 
 _RECORD, _TEXT = "record.json", "text"
 _SPLIT = "train"
@@ -51,7 +52,7 @@ def decode(
     """
     store.begin(plan)
     if any((batch >= len(corpus.dataset)).any() for batch in store.batches):
-        raise FileError("{} is a plan for other sentences".format(store.folder))
+        raise FileError(f"{store.folder} is a plan for other sentences")
     total = sum(map(len, store.batches))
     before = sum(map(len, store.batches[: store.done]))
     batches: Any = store.batches[store.done :]
@@ -135,8 +136,8 @@ def choose(
         for i, hypotheses in nbest:
             if not last < i < sentences:
                 raise FileError(
-                    "{} has sentence {} where another was expected: it is damaged. Delete it and "
-                    "decode again.".format(nbest.folder, i)
+                    f"{nbest.folder} has sentence {i} where another was expected: it is damaged. "
+                    "Delete it and decode again."
                 )
             progress.update(1)
             decoded, last = decoded + 1, i
@@ -206,12 +207,12 @@ class Output:
         if self.found is not None:
             return
         if self.folder.exists() and not self.folder.is_dir():
-            raise FileError("--output {}: expected a folder, found a file".format(folder))
+            raise FileError(f"--output {folder}: expected a folder, found a file")
         elif self.folder.is_dir() and set(os.listdir(self.folder)) - {"hypotheses", ".lock"}:
             if not self._unfinished():
                 raise FileError(
-                    "--output {} holds files that this command did not write: choose another "
-                    "folder".format(folder)
+                    f"--output {folder} holds files that this command did not write: choose "
+                    "another folder"
                 )
 
     def look(self) -> None:
@@ -226,7 +227,7 @@ class Output:
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
                 known = False
             if not known:
-                raise FileError("{} is not a record of this command".format(self.folder / _RECORD))
+                raise FileError(f"{self.folder / _RECORD} is not a record of this command")
 
     def _unfinished(self) -> List[Path]:
         """What a kill has left; it is removed last, so without it nothing of ours is there."""
@@ -256,8 +257,9 @@ class Output:
     def contents(self) -> str:
         """What ``write`` replaces."""
         names = self.record().get("files", [])
-        return "{} files of {}: {}, {}/ and {}".format(
-            len(names), self.folder, ", ".join(map(str, names)), _TEXT, _RECORD
+        return (
+            f"{len(names)} files of {self.folder}: {', '.join(map(str, names))}, {_TEXT}/ and "
+            f"{_RECORD}"
         )
 
     def write(
@@ -287,10 +289,9 @@ class Output:
         }
         if kept == 0:
             raise FileError(
-                "nothing is left: of {} sentences, {}. The hypotheses are kept; run the same "
-                "command with other filters, or --no-filters.".format(
-                    len(corpus.source), said(chosen.dropped) or "none was decoded"
-                )
+                f"nothing is left: of {len(corpus.source)} sentences, "
+                f"{said(chosen.dropped) or 'none was decoded'}. The hypotheses are kept; run the "
+                "same command with other filters, or --no-filters."
             )
         for left in self._unfinished():
             shutil.rmtree(left)
@@ -348,7 +349,7 @@ class Output:
         ]
         files = [
             [
-                open(str(text / "{}{}.{}".format(_SPLIT, kind, lang)), "w", encoding="utf-8")
+                open(str(text / f"{_SPLIT}{kind}.{lang}"), "w", encoding="utf-8")
                 for kind in ("", ".subwords")
             ]
             for lang in pair
@@ -374,7 +375,7 @@ class Output:
                 file.close()
         for writer, lang, count in zip(sides, pair, unknown):
             writer.close()
-            databin.warn_of_unknown(count, writer.tokens, "{}.{}".format(_SPLIT, lang))
+            databin.warn_of_unknown(count, writer.tokens, f"{_SPLIT}.{lang}")
         return {
             "source_tokens": sides[0].tokens,
             "target_tokens": sides[1].tokens,
@@ -415,9 +416,7 @@ def alone(folder: Path, wait: bool = False) -> Any:
 
 
 def said(counts: Dict[str, int]) -> str:
-    return ", ".join(
-        "{} {}".format(n, reason.replace("_", " ")) for reason, n in counts.items() if n
-    )
+    return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
 
 
 def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
@@ -433,9 +432,8 @@ def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
             counts["target_tokens"],
             " ({} unknown)".format(counts["unknown_tokens"]) if counts["unknown_tokens"] else "",
         ),
-        "  of {} sentences {} were dropped{}".format(
-            counts["sentences"], dropped, ": " + said(counts["dropped"]) if dropped else ""
-        ),
+        f"  of {counts['sentences']} sentences {dropped} were "
+        f"dropped{': ' + said(counts['dropped']) if dropped else ''}",
         "  teacher's log-probability per token {:.3f} bits{}".format(
             means["score_per_token"] / math.log(2),
             ""
@@ -454,3 +452,32 @@ def _progress(total: int, what: str, done: int = 0) -> Any:
         unit="sentences",
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
+
+
+def converted(path: str, state: Dict[str, Any], task: Any, folder: Path) -> Path:
+    """A teacher as CTranslate2 reads it, kept in ``folder`` for the next time.
+
+    Args:
+        path: the checkpoint, for messages.
+        state: what ``read_checkpoint`` found there.
+        task: a translation task with its dictionaries.
+
+    Raises:
+        FileError: CTranslate2 is not installed, or takes no such model.
+    """
+    if (folder / "model.bin").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = temporary(folder)
+    langs = task.cfg.source_lang, task.cfg.target_lang
+    try:
+        export.check_ctranslate2(path, state)
+        dictionaries = task.source_dictionary, task.target_dictionary
+        export.convert(path, export.stock_state(path, state, *dictionaries, langs), new)
+        with contextlib.suppress(OSError):  # another process was first
+            os.replace(new, folder)
+    except export.ExportError as error:
+        raise FileError(f"--engine ctranslate2: {error}. --engine fairseq takes any.") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder

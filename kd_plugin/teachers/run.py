@@ -18,11 +18,13 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
-from . import checkpoint, vocabulary
-from .checkpoint import CheckpointError
-from .signal import Member, TeacherSignal
-from .untrusted import bounded_memory
-from .vocabulary import MISSING, VocabularyError
+from ..checkpoints import checkpoint
+from ..checkpoints import dictionaries as vocabulary
+from ..checkpoints.checkpoint import CheckpointError
+from ..checkpoints.dictionaries import MISSING, VocabularyError
+from ..checkpoints.untrusted import bounded_memory
+from ..errors import UserError
+from ..objective.answer import Member, RunningAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _TASKS = ("translation", "kd_translation")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class TeacherError(ValueError):
+class TeacherError(UserError):
     """A teacher that cannot teach this student; the message says why and what to do."""
 
 
@@ -80,8 +82,8 @@ class Teacher:
         """
         if len(data) not in (0, 1, len(paths)):
             raise TeacherError(
-                "--teacher-data needs one folder for all teachers or one for each of the {}, got "
-                "{}".format(len(paths), len(data))
+                "--teacher-data needs one folder for all teachers or one for each of the "
+                f"{len(paths)}, got {len(data)}"
             )
         folders: List[Optional[str]] = [None] * len(paths)
         if data:
@@ -129,7 +131,7 @@ class Teacher:
     @torch.no_grad()
     def __call__(
         self, net_input: Dict[str, Tensor], amp: bool = False, **about: Any
-    ) -> TeacherSignal:
+    ) -> RunningAnswer:
         """Run the teacher on a batch given in the student's indices.
 
         Args:
@@ -137,7 +139,7 @@ class Teacher:
             amp: run under CUDA autocast.
             about: ``num_updates`` and ``is_dummy`` of the signal.
         """
-        return TeacherSignal(
+        return RunningAnswer(
             [member.run(net_input, amp) for member in self.members], self.log_weights, **about
         )
 
@@ -164,7 +166,7 @@ class _Member:
             source_map = vocabulary.index_map(student.source.symbols, source.symbols, "source")
             target_map = vocabulary.index_map(student.target.symbols, target.symbols, "target")
         except VocabularyError as error:
-            raise VocabularyError("teacher {}: {}".format(path, error)) from None
+            raise VocabularyError(f"teacher {path}: {error}") from None
         # what the teacher reads; a padding symbol that it lacks never occurs in data
         self.read_source = _readable(source_map, source)
         self.read_target = _readable(target_map, target)
@@ -177,18 +179,14 @@ class _Member:
             parameter.requires_grad_(False)
         if getattr(self.model.decoder, "adaptive_softmax", None) is not None:
             raise TeacherError(
-                "teacher {} has an adaptive softmax, which gives no distribution over the whole "
-                "vocabulary to distil; train it without --adaptive-softmax-cutoff".format(path)
+                f"teacher {path} has an adaptive softmax, which gives no distribution over the "
+                "whole vocabulary to distil; train it without --adaptive-softmax-cutoff"
             )
         self._projection: Optional[Tuple[Tensor, Optional[Tensor]]] = None
         logger.info(
-            "teacher {}: {}, dictionaries {}; source vocabulary {}, target vocabulary {}".format(
-                path,
-                type(self.model).__name__,
-                origin,
-                _fit(source_map, student.source, source),
-                _fit(target_map, student.target, target),
-            )
+            f"teacher {path}: {type(self.model).__name__}, dictionaries {origin}; source "
+            f"vocabulary {_fit(source_map, student.source, source)}, target vocabulary "
+            f"{_fit(target_map, student.target, target)}"
         )
 
     def _check_task(self, state: Dict, student: Student, overrides: Dict[str, Any]) -> None:
@@ -198,15 +196,14 @@ class _Member:
         arch = checkpoint.get(arch, "_name") or checkpoint.get(arch, "arch")
         if name == "language_modeling" or str(arch).endswith("_lm") or "_lm_" in str(arch):
             raise TeacherError(
-                "teacher {} is a decoder-only language model ({}); a translation student needs an "
-                "encoder-decoder teacher".format(self.name, arch)
+                f"teacher {self.name} is a decoder-only language model ({arch}); a translation "
+                "student needs an encoder-decoder teacher"
             )
         if name is not None and name not in _TASKS:
             raise TeacherError(
-                "teacher {} was trained for the task {!r}; word-level distillation reads teachers "
-                "of the task 'translation'. Sequence-level distillation takes any task.".format(
-                    self.name, name
-                )
+                f"teacher {self.name} was trained for the task {name!r}; word-level distillation "
+                "reads teachers of the task 'translation'. Sequence-level distillation takes any "
+                "task."
             )
         langs = tuple(
             overrides.get(key, checkpoint.get(task, key)) for key in ("source_lang", "target_lang")
@@ -317,8 +314,8 @@ def _look_up(index: Optional[Tensor], tokens: Tensor) -> Tensor:
 
 def _fit(index: Optional[Tensor], student: Dictionary, teacher: Dictionary) -> str:
     if index is None:
-        return "the same ({} symbols)".format(len(student))
-    return "mapped (student {} symbols, teacher {})".format(len(student), len(teacher))
+        return f"the same ({len(student)} symbols)"
+    return f"mapped (student {len(student)} symbols, teacher {len(teacher)})"
 
 
 def check_sizes(
@@ -336,10 +333,9 @@ def check_sizes(
         weight = state["model"].get(key)
         if weight is not None and weight.size(0) != len(symbols):
             raise TeacherError(
-                "teacher {} has {} {} embeddings, but the dictionary {} has {} symbols. Point "
-                "--teacher-data at the folder with the dict.*.txt it was trained with.".format(
-                    path, weight.size(0), side, origin, len(symbols)
-                )
+                f"teacher {path} has {weight.size(0)} {side} embeddings, but the dictionary "
+                f"{origin} has {len(symbols)} symbols. Point --teacher-data at the folder with "
+                "the dict.*.txt it was trained with."
             )
 
 
@@ -366,7 +362,7 @@ def find_dictionaries(
     ]
 
     def beside(folder: str) -> Optional[List[Dictionary]]:
-        files = [os.path.join(folder, "dict.{}.txt".format(lang)) for lang in langs]
+        files = [os.path.join(folder, f"dict.{lang}.txt") for lang in langs]
         return [vocabulary.read(f) for f in files] if all(map(os.path.isfile, files)) else None
 
     if data is not None:
@@ -388,9 +384,9 @@ def find_dictionaries(
     if found is not None:
         if not os.path.isabs(folder):
             logger.warning(
-                "teacher {}: its checkpoint names the data folder {}, which was found from here "
-                "({}). If it was trained in another place, that may be other data: --teacher-data "
-                "says for sure".format(path, folder, os.getcwd())
+                f"teacher {path}: its checkpoint names the data folder {folder}, which was found "
+                f"from here ({os.getcwd()}). If it was trained in another place, that may be "
+                "other data: --teacher-data says for sure"
             )
         return found[0], found[1], "from " + os.path.abspath(folder)
     logger.warning(
@@ -445,9 +441,8 @@ def build_model(
     unknown = set(overrides) - set(known) - {"source_lang", "target_lang"}
     if unknown:
         raise TeacherError(
-            "--teacher-overrides (--model-overrides): the model of teacher {} has no {}".format(
-                path, ", ".join(sorted(map(repr, unknown)))
-            )
+            f"--teacher-overrides (--model-overrides): the model of teacher {path} has no "
+            f"{', '.join(sorted(map(repr, unknown)))}"
         )
     changed = {key: v for key, v in overrides.items() if key in known}
     try:
@@ -462,15 +457,14 @@ def build_model(
             model.load_state_dict(state["model"], strict=True, model_cfg=config)
     except Exception as error:
         raise TeacherError(
-            "teacher {}: its model cannot be rebuilt with this fairseq ({}: {}). Options that "
-            "changed since it was trained can be set with --teacher-overrides "
-            "(--model-overrides).".format(path, type(error).__name__, str(error)[:500])
+            f"teacher {path}: its model cannot be rebuilt with this fairseq "
+            f"({type(error).__name__}: {str(error)[:500]}). Options that changed since it was "
+            "trained can be set with --teacher-overrides (--model-overrides)."
         ) from error
     if not isinstance(model, FairseqEncoderDecoderModel):
         raise TeacherError(
-            "teacher {} is a {}; expected an encoder-decoder translation model".format(
-                path, type(model).__name__
-            )
+            f"teacher {path} is a {type(model).__name__}; expected an encoder-decoder translation "
+            "model"
         )
     return model.eval()
 
@@ -487,7 +481,7 @@ def parse_overrides(text: str) -> Dict[str, Any]:
         overrides = None
     if not isinstance(overrides, dict):
         raise TeacherError(
-            "--teacher-overrides needs a dictionary, {{'dropout': 0.1}} say; got {!r}".format(text)
+            f"--teacher-overrides needs a dictionary, {{'dropout': 0.1}} say; got {text!r}"
         )
     return overrides
 
@@ -501,12 +495,10 @@ def parse_weights(text: Optional[str], teachers: int) -> Optional[List[float]]:
     try:
         weights = [float(weight) for weight in text.split(",")] if text else None
     except ValueError:
-        raise TeacherError(
-            "--teacher-weights needs numbers as in 2,1,1; got {!r}".format(text)
-        ) from None
+        raise TeacherError(f"--teacher-weights needs numbers as in 2,1,1; got {text!r}") from None
     if weights and (len(weights) != teachers or not all(0 < w < math.inf for w in weights)):
         raise TeacherError(
-            "--teacher-weights needs one positive number for each of the {} teachers in "
-            "--teacher-checkpoint-path, got {}".format(teachers, weights)
+            f"--teacher-weights needs one positive number for each of the {teachers} teachers in "
+            f"--teacher-checkpoint-path, got {weights}"
         )
     return weights

@@ -45,7 +45,7 @@ class Plain:
         if isinstance(value, str):
             # references in them may multiply, or ask for the environment
             if "${" in value and not re.fullmatch(r"\$\{[\w.]+\}", value):
-                raise ValueError("{!r} in its configuration".format(value)[:200])
+                raise ValueError(f"{value!r} in its configuration"[:200])
             return str(value)
         if isinstance(value, np.generic):
             return value.item()
@@ -77,20 +77,18 @@ def refuse_code(arch: Any, config: Any, weights: Dict[str, Any]) -> None:
     module = getattr(model, "__module__", "")  # other modules' are this user's own
     if module.startswith("fairseq.") and not BUILDABLE.match(module):
         raise Refused(
-            "building its architecture {} evaluates, or opens, what the file says. If you know "
-            "where this file comes from and trust it, --trust-checkpoint (in training "
-            "--teacher-trust-checkpoint) uses it all the same.".format(arch)
+            f"building its architecture {arch} evaluates, or opens, what the file says. If you "
+            "know where this file comes from and trust it, --trust-checkpoint (in training "
+            "--teacher-trust-checkpoint) uses it all the same."
         )
     for name, value in _fields(config):
         if isinstance(value, str) and EVALUATED.match(name) and not _is_literal(value):
             raise Refused(
-                "its option {} is {:.200}, which building the model would execute. Nothing was "
-                "executed.".format(name, repr(value))
+                f"its option {name} is {repr(value):.200}, which building the model would "
+                "execute. Nothing was executed."
             )
         if name.endswith("layers") and isinstance(value, int) and value > len(weights):
-            raise ValueError(
-                "its option {} is {}, and it has {} weights".format(name, value, len(weights))
-            )
+            raise ValueError(f"its option {name} is {value}, and it has {len(weights)} weights")
 
 
 def _fields(config: Any) -> Iterator[Tuple[str, Any]]:

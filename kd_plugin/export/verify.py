@@ -16,10 +16,10 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 from sacrebleu.metrics import BLEU
 
-from . import sequences
-from .export import ExportError, convert
-from .files import FileError, passing_folder
-from .sequences import databin
+from .. import decoding
+from ..decoding import databin
+from ..files import FileError, passing_folder
+from .models import ExportError, convert
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ class Text(NamedTuple):
     folder: Path
     subset: str
     task: Any
-    corpus: sequences.Corpus
+    corpus: decoding.Corpus
     batches: Sequence[Any]
 
     @classmethod
     def cut(
         cls,
-        data: sequences.DataBin,
+        data: decoding.DataBin,
         subset: str,
         sentences: int,
         max_positions: Tuple[int, int],
@@ -97,13 +97,11 @@ class Text(NamedTuple):
             data.target,
         )
         if data.side(subset, data.langs[0]) is None:
-            sequences.Corpus.of_subset(task, data, subset)  # names what there is
-        corpus = sequences.Corpus.of_subset(
-            task, sequences.DataBin(str(folder), *data.langs), subset
-        )
-        batches = sequences.plan(task, corpus, [max_positions], _MAX_TOKENS, None, 1, 1)
+            decoding.Corpus.of_subset(task, data, subset)  # names what there is
+        corpus = decoding.Corpus.of_subset(task, decoding.DataBin(str(folder), *data.langs), subset)
+        batches = decoding.plan(task, corpus, [max_positions], _MAX_TOKENS, None, 1, 1)
         if not batches:
-            raise FileError("{}, {}: no sentence to verify with".format(data.folder, subset))
+            raise FileError(f"{data.folder}, {subset}: no sentence to verify with")
         return cls(folder, subset, task, corpus, batches)
 
     def samples(self) -> Iterator[Dict[str, Any]]:
@@ -121,20 +119,20 @@ def build(path: str, state: Dict[str, Any], text: Text, beam: int) -> Any:
     """The checkpoint's model, in float32 on the CPU, as fairseq-generate prepares it."""
     cfg = Namespace(generation=_generation(beam))
     device = torch.device("cpu")
-    return sequences.build_teachers([(path, state)], text.task, {}, cfg, device, torch.float32)[0]
+    return decoding.build_teachers([(path, state)], text.task, {}, cfg, device, torch.float32)[0]
 
 
 def _generation(beam: int) -> Any:
     return OmegaConf.structured(GenerationConfig(beam=beam))
 
 
-def translations(engine: Any, text: Text) -> Dict[int, sequences.Hypothesis]:
+def translations(engine: Any, text: Text) -> Dict[int, decoding.Hypothesis]:
     """The best hypothesis of each sentence."""
     return {i: nbest[0] for found in engine.decode(text.samples()) for i, nbest in found.items()}
 
 
-def by_fairseq(model: Any, text: Text, beam: int) -> Dict[int, sequences.Hypothesis]:
-    return translations(sequences.FairseqEngine(text.task, [model], _generation(beam), 1), text)
+def by_fairseq(model: Any, text: Text, beam: int) -> Dict[int, decoding.Hypothesis]:
+    return translations(decoding.FairseqEngine(text.task, [model], _generation(beam), 1), text)
 
 
 def compare_with_stock(
@@ -151,7 +149,7 @@ def compare_with_stock(
     Raises:
         ExportError: they are not the checkpoint's.
     """
-    logger.info("translating {} sentences with {}".format(text.sentences, path))
+    logger.info(f"translating {text.sentences} sentences with {path}")
     expected = by_fairseq(build(path, state, text, beam), text, beam)
     logger.info("translating them with the export, in stock fairseq without the plugin")
     source, target = text.corpus.data.langs
@@ -174,29 +172,26 @@ def compare_with_stock(
     )
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
-        raise ExportError("stock fairseq cannot use the export: {}".format(lines[-1][:500]))
+        raise ExportError(f"stock fairseq cannot use the export: {lines[-1][:500]}")
     found = {}
     for line in re.findall(r"^H-(.*)$", done.stdout.decode("utf-8"), re.MULTILINE):
         i, score, words = line.split("\t", 2)
         found[int(i)] = (float(score) * math.log(2), words)  # it prints them to base 2
     if found.keys() != expected.keys():
         raise ExportError(
-            "stock fairseq translates {} sentences with the export, the checkpoint {}".format(
-                len(found), len(expected)
-            )
+            f"stock fairseq translates {len(found)} sentences with the export, the checkpoint "
+            f"{len(expected)}"
         )
     for i, hypothesis in sorted(expected.items()):
         if found[i][1] != hypothesis.subwords:
             raise ExportError(
-                "the export translates otherwise than the checkpoint: sentence {} is {!r} with "
-                "stock fairseq, {!r} before".format(i, found[i][1], hypothesis.subwords)
+                f"the export translates otherwise than the checkpoint: sentence {i} is "
+                f"{found[i][1]!r} with stock fairseq, {hypothesis.subwords!r} before"
             )
     difference = max(abs(found[i][0] - expected[i].score) for i in expected)
     if not difference <= STOCK_TOLERANCE:
         raise ExportError(
-            "the export scores otherwise than the checkpoint: by up to {:.2g} per token".format(
-                difference
-            )
+            f"the export scores otherwise than the checkpoint: by up to {difference:.2g} per token"
         )
     return difference
 
@@ -241,16 +236,15 @@ def compare_token_scores(
     for i, result in zip(ids, found):
         if len(result.log_probs) != len(expected[i]):
             raise ExportError(
-                "CTranslate2 scores {} tokens in reference {}, fairseq {}".format(
-                    len(result.log_probs), i, len(expected[i])
-                )
+                f"CTranslate2 scores {len(result.log_probs)} tokens in reference {i}, fairseq "
+                f"{len(expected[i])}"
             )
         differences += [abs(a - b) for a, b in zip(expected[i], result.log_probs)]
     return max(differences), sum(differences) / len(differences)
 
 
 def bleu(
-    systems: Sequence[Dict[int, sequences.Hypothesis]], text: Text, detokenise: Callable[[str], str]
+    systems: Sequence[Dict[int, decoding.Hypothesis]], text: Text, detokenise: Callable[[str], str]
 ) -> Tuple[List[float], str]:
     """sacreBLEU's BLEU of several systems on the references, and its signature.
 
@@ -299,11 +293,11 @@ def compare_with_ctranslate2(
     def engine(model: Path) -> Any:
         longest = stock["cfg"]["model"]["max_target_positions"]
         generation = _generation(beam)
-        return sequences.CTranslate2Engine(
+        return decoding.CTranslate2Engine(
             text.task, model, generation, "cpu", 0, "default", longest
         )
 
-    logger.info("scoring {} references with {} and CTranslate2".format(text.sentences, path))
+    logger.info(f"scoring {text.sentences} references with {path} and CTranslate2")
     model = build(path, state, text, beam)
     expected = reference_scores(model, text)
     with passing_folder(folder) as passing:
@@ -314,9 +308,9 @@ def compare_with_ctranslate2(
         largest, _ = compare_token_scores(expected, engine(exact).translator, text)
     if not largest <= CTRANSLATE2_TOLERANCE:
         raise ExportError(
-            "CTranslate2 scores otherwise than fairseq, by up to {:.2g} per token in float32 "
-            "({:.0e} at most was expected): it does not convert this model as it is. --format "
-            "fairseq takes any".format(largest, CTRANSLATE2_TOLERANCE)
+            f"CTranslate2 scores otherwise than fairseq, by up to {largest:.2g} per token in "
+            f"float32 ({CTRANSLATE2_TOLERANCE:.0e} at most was expected): it does not convert "
+            "this model as it is. --format fairseq takes any"
         )
     converted = engine(folder)
     compute_type = converted.translator.compute_type
@@ -326,7 +320,7 @@ def compare_with_ctranslate2(
                 quantization, compute_type
             )
         )
-    logger.info("translating {} sentences with {} and CTranslate2".format(text.sentences, path))
+    logger.info(f"translating {text.sentences} sentences with {path} and CTranslate2")
     differences = compare_token_scores(expected, converted.translator, text)
     systems = [by_fairseq(model, text, beam), translations(converted, text)]
     (before, after), signature = bleu(systems, text, detokenise)

@@ -26,12 +26,12 @@ from omegaconf import open_dict
 from torch import Tensor
 from tqdm import tqdm
 
-from .cache import rows_of_batch
-from .divergences import NAMES, divergence
-from .objective import Settings, distillation_objective
-from .signal import Member, TeacherSignal
-from .task import RUN_TEACHER, KDTranslationConfig, KDTranslationTask
-from .timing import Spread
+from ..cache import rows_of_batch
+from ..objective.answer import Member, RunningAnswer
+from ..objective.chunks import Settings, distillation_objective
+from ..objective.divergences import NAMES, divergence
+from ..tasks.translation import RUN_TEACHER, KDTranslationConfig, KDTranslationTask
+from ..timing import Spread
 
 STOCK = "label_smoothed_cross_entropy"
 
@@ -87,7 +87,7 @@ def objective_costs(
     teacher = (3 * torch.randn(shape, generator=generator)).to(device, dtype)
     target = torch.randint(4, vocabulary, (rows,), generator=generator).to(device)
     every_row = torch.arange(rows, device=device)
-    signal = TeacherSignal([Member("teacher", lambda some: teacher[some])])
+    signal = RunningAnswer([Member("teacher", lambda some: teacher[some])])
 
     def stock() -> Tensor:
         log_q = torch.log_softmax(student, dim=-1, dtype=torch.float32)
@@ -125,7 +125,7 @@ def objective_costs(
         return work
 
     works = {name: step(loss) for name, loss in losses.items()}
-    timings = Timings(works, repeats, "objective, V = {}".format(vocabulary))
+    timings = Timings(works, repeats, f"objective, V = {vocabulary}")
     one_tensor = student.numel() * student.element_size()
     costs = {}
     for name, work in works.items():
@@ -201,7 +201,7 @@ class Steps:
         if self.cfg.task.teacher_cache:
             makers[CACHED] = lambda: self._steps(self._trainer("cached"))
             for t in self._other_temperatures():
-                makers["{}, T = {:g}".format(CACHED, t)] = self._cached_at(t)
+                makers[f"{CACHED}, T = {t:g}"] = self._cached_at(t)
         return {name: makers[name]() for name in (names or makers)}
 
     def costs(self, repeats: int) -> Dict[str, Any]:
@@ -217,7 +217,7 @@ class Steps:
                 "tokens_per_second": tokens / spread.median,
             }
         ratios = {
-            "{} / {}".format(name, " + ".join(to)): timings.ratio(name, *to)._asdict()
+            f"{name} / {' + '.join(to)}": timings.ratio(name, *to)._asdict()
             for work in costs
             for name, to in ((work, to) for start, to in _RATIOS if work.startswith(start))
             if set(to) <= set(costs)
@@ -375,7 +375,7 @@ def objective_table(objective: Dict[str, Any]) -> str:
                 _shown(cost["seconds"]),
                 _shown(cost["to_stock"]),
                 _shown(cost["to_dense"]),
-                "{:.1%}".format(cost["extra_memory"]),
+                f"{cost['extra_memory']:.1%}",
             )
             for name, cost in objective["costs"].items()
         ],
@@ -385,7 +385,7 @@ def objective_table(objective: Dict[str, Any]) -> str:
 def step_tables(steps: Dict[str, Any]) -> str:
     """What `Steps.costs` measured, likewise."""
     costs = [
-        (name, _shown(cost["seconds"]), "{:.0f}".format(cost["tokens_per_second"]))
+        (name, _shown(cost["seconds"]), f"{cost['tokens_per_second']:.0f}")
         for name, cost in steps["costs"].items()
     ]
     title = "steps, {batches} batches, {target_tokens} target tokens".format(**steps)
@@ -400,7 +400,7 @@ def step_tables(steps: Dict[str, Any]) -> str:
 
 def memory_table(peaks: Dict[str, int]) -> str:
     """What `Steps.peak_memory` measured, in bytes."""
-    rows = [(name, "{:.0f} MB".format(peak / 1e6)) for name, peak in peaks.items()]
+    rows = [(name, f"{peak / 1000000.0:.0f} MB") for name, peak in peaks.items()]
     return _table("peak memory, each in a process of its own", ("",), rows)
 
 

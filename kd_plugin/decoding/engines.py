@@ -1,19 +1,24 @@
 """What decodes: fairseq's generator, or CTranslate2 with the teacher converted for it."""
 
-import contextlib
 import math
 import os
-import shutil
 from collections import deque
 from pathlib import Path
-from typing import Any, Deque, Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Any, Deque, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
 from fairseq import utils
 from torch import Tensor
 
-from .. import export
-from ..files import FileError, temporary
-from .hypotheses import Hypothesis
+from ..files import FileError
+
+
+class Hypothesis(NamedTuple):
+    """One translation: symbols with spaces between, and whether it ended by itself."""
+
+    subwords: str
+    score: float
+    finished: bool
+
 
 # Of one batch: the n best of each sentence, by its id
 NBest = Dict[int, List[Hypothesis]]
@@ -54,7 +59,7 @@ class FairseqEngine:
             try:
                 found = self.task.inference_step(self.generator, self.models, sample)
             except AssertionError as error:  # of a sentence that no symbol has a probability for
-                raise _no_translation(ids, "fairseq's generator: {}".format(error)) from error
+                raise _no_translation(ids, f"fairseq's generator: {error}") from error
             yield {
                 i: [self._read(one, longest) for one in nbest[: self.generation.nbest]]
                 for i, nbest in zip(ids, found)
@@ -113,7 +118,7 @@ class CTranslate2Engine:
                 max_queued_batches=-1,
             )
         except (RuntimeError, MemoryError) as error:
-            raise FileError("{}: CTranslate2 cannot open it ({})".format(model, error)) from error
+            raise FileError(f"{model}: CTranslate2 cannot open it ({error})") from error
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
         """As ``FairseqEngine.decode``."""
@@ -179,38 +184,7 @@ class CTranslate2Engine:
 def _no_translation(ids: Sequence[int], why: str) -> RuntimeError:
     """The error of a model that finds nothing probable, though any sentence has a likeliest one."""
     return RuntimeError(
-        "no translation with any probability for one or more of the sentences with ids {} ({}): "
-        "the model gives NaN or inf there, or can never end a sentence. Try a wider precision "
-        "(without --fp16 or --compute-type).".format(sorted(ids), why)
+        "no translation with any probability for one or more of the sentences with ids "
+        f"{sorted(ids)} ({why}): the model gives NaN or inf there, or can never end a sentence. "
+        "Try a wider precision (without --fp16 or --compute-type)."
     )
-
-
-def converted(path: str, state: Dict[str, Any], task: Any, folder: Path) -> Path:
-    """A teacher as CTranslate2 reads it, kept in ``folder`` for the next time.
-
-    Args:
-        path: the checkpoint, for messages.
-        state: what ``read_checkpoint`` found there.
-        task: a translation task with its dictionaries.
-
-    Raises:
-        FileError: CTranslate2 is not installed, or takes no such model.
-    """
-    if (folder / "model.bin").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = temporary(folder)
-    langs = task.cfg.source_lang, task.cfg.target_lang
-    try:
-        export.check_ctranslate2(path, state)
-        dictionaries = task.source_dictionary, task.target_dictionary
-        export.convert(path, export.stock_state(path, state, *dictionaries, langs), new)
-        with contextlib.suppress(OSError):  # another process was first
-            os.replace(new, folder)
-    except export.ExportError as error:
-        raise FileError(
-            "--engine ctranslate2: {}. --engine fairseq takes any.".format(error)
-        ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder

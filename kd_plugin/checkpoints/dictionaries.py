@@ -7,12 +7,14 @@ from typing import List, Optional, Sequence
 import torch
 from fairseq.data import Dictionary
 
+from ..errors import UserError
+
 # fairseq pads a dictionary to a multiple of 8 with these; they never occur in data
 _PADDING_SYMBOL = re.compile(r"madeupword\d{4,}$")
 MISSING = -1
 
 
-class VocabularyError(ValueError):
+class VocabularyError(UserError):
     """A vocabulary that cannot be read, or two that cannot be mapped onto each other."""
 
 
@@ -26,9 +28,8 @@ def read(path: str) -> Dictionary:
         return Dictionary.load(path)
     except Exception as error:  # fairseq's is a bare one for what is not UTF-8
         raise VocabularyError(
-            "{}: cannot be read as a dictionary of fairseq-preprocess ({})".format(
-                path, " ".join(str(error).split())[:300]
-            )
+            f"{path}: cannot be read as a dictionary of fairseq-preprocess "
+            f"({' '.join(str(error).split())[:300]})"
         ) from error
 
 
@@ -57,10 +58,8 @@ def index_map(
         twice = [symbol for symbol, n in Counter(symbols).items() if n > 1]
         if twice:
             raise VocabularyError(
-                "the {}'s {} dictionary holds {} symbols more than once ({}), so it cannot be "
-                "mapped to the other one, which differs from it".format(
-                    owner, side, len(twice), _some(twice)
-                )
+                f"the {owner}'s {side} dictionary holds {len(twice)} symbols more than once "
+                f"({_some(twice)}), so it cannot be mapped to the other one, which differs from it"
             )
     position = {symbol: i for i, symbol in enumerate(teacher)}
     lacking = [s for s in student if s not in position and not _PADDING_SYMBOL.match(s)]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from ..errors import UserError
 from . import torchfile, untrusted
 from .torchfile import FAIRSEQ_GLOBALS, ForbiddenGlobal, local_module
 
@@ -33,7 +34,7 @@ _MOST_NAMES = 8  # of a weight that is tied
 _TORCH_CHECKS_GLOBALS = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) >= (2, 6)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A file that cannot be used as a fairseq checkpoint; the message says why and what to do."""
 
 
@@ -76,7 +77,7 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
             checkpoints hold. Nothing in the file has been executed then.
     """
     if not os.path.isfile(path):
-        raise CheckpointError("{}: no such checkpoint file".format(path))
+        raise CheckpointError(f"{path}: no such checkpoint file")
     try:
         state = _load(path, trust)
         _check(path, state)
@@ -88,13 +89,12 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
         raise
     except ForbiddenGlobal as error:
         raise CheckpointError(
-            "{}: refused, because its pickle asks for {}, which no fairseq checkpoint needs. "
-            "Nothing was executed. If you know where this file comes from and trust it, "
-            "--trust-checkpoint (in training --teacher-trust-checkpoint) opens it all the "
-            "same.".format(path, error)
+            f"{path}: refused, because its pickle asks for {error}, which no fairseq checkpoint "
+            "needs. Nothing was executed. If you know where this file comes from and trust it, "
+            "--trust-checkpoint (in training --teacher-trust-checkpoint) opens it all the same."
         ) from None
     except untrusted.Refused as error:
-        raise CheckpointError("{}: refused, because {}".format(path, error)) from None
+        raise CheckpointError(f"{path}: refused, because {error}") from None
     except Exception as error:  # nearly any, on a file that is something else
         raise CheckpointError(
             "{}: cannot be read as a fairseq checkpoint; it is {} ({}: {})".format(
@@ -113,7 +113,7 @@ def _kind(path: str) -> str:
         return "empty"
     first_line = start.decode("ascii", "replace").split("\n")[0].strip()
     if len(first_line) > 8 and first_line.isprintable() and first_line.isascii():
-        return "text that begins with {!r}".format(first_line)
+        return f"text that begins with {first_line!r}"
     return "damaged, incomplete or something else"
 
 
@@ -128,24 +128,20 @@ def _check(path: str, state: Any) -> None:
     """That everything in it which is used anywhere is of the kind that it should be."""
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise CheckpointError(
-            "{}: not a fairseq checkpoint: expected a dictionary with the model's weights under "
-            "'model', found {}".format(
-                path,
-                "the keys {}".format(sorted(map(str, state))[:8])
-                if isinstance(state, dict)
-                else type(state).__name__,
-            )
+            f"{path}: not a fairseq checkpoint: expected a dictionary with the model's weights "
+            "under 'model', found "
+            f"{_contents(state)}"
         )
     args: Any = state.get("args")
     cfg: Any = state.get("cfg")
     if args is None and cfg is None:
         raise CheckpointError(
-            "{}: holds weights but neither 'cfg' nor 'args', so the model cannot be rebuilt; "
-            "use a checkpoint that fairseq-train wrote".format(path)
+            f"{path}: holds weights but neither 'cfg' nor 'args', so the model cannot be rebuilt; "
+            "use a checkpoint that fairseq-train wrote"
         )
     if args is not None:
         if not isinstance(args, Namespace):
-            raise TypeError("its 'args' are a {}".format(type(args).__name__))
+            raise TypeError(f"its 'args' are a {type(args).__name__}")
         state["args"] = untrusted.Plain().of(args)
         _modernise(state["args"])
     else:
@@ -155,20 +151,18 @@ def _check(path: str, state: Any) -> None:
         parts = {name: untrusted.Plain().of(cfg[name]) for name in ("model", "task")}
         for name, part in parts.items():
             if not isinstance(part, (dict, Namespace)):
-                raise TypeError("its {} is a {}".format(name, type(part).__name__))
+                raise TypeError(f"its {name} is a {type(part).__name__}")
         state["cfg"] = {**cfg, **parts}
     task = section(state, "task")
     for name in ("source_lang", "target_lang"):
         lang = get(task, name)
         if lang is not None and not re.fullmatch(r"\w[\w@.+-]*", lang):
-            raise ValueError("{!r} is no name of a language".format(lang)[:200])
+            raise ValueError(f"{lang!r} is no name of a language"[:200])
     kinds = {"max_source_positions": int, "max_target_positions": int, "data": str, "_name": str}
     for part in (section(state, "model"), task):
         for name, kind in {**kinds, "arch": str}.items():
             if not isinstance(get(part, name), (kind, type(None))):
-                raise TypeError(
-                    "its option {} is a {}".format(name, type(get(part, name)).__name__)
-                )
+                raise TypeError(f"its option {name} is a {type(get(part, name)).__name__}")
     _check_weights(path, state)
     history = state.get("optimizer_history") or []
     if not all(isinstance(one.get("num_updates", 0), int) for one in history):
@@ -182,6 +176,12 @@ def _check(path: str, state: Any) -> None:
         "\n".join(side).encode("utf-8")
 
 
+def _contents(state: Any) -> str:
+    if isinstance(state, dict):
+        return f"the keys {sorted(map(str, state))[:8]}"
+    return type(state).__name__
+
+
 def _check_weights(path: str, state: Dict[str, Any]) -> None:
     weights = state["model"]
     if not all(type(k) is str and isinstance(w, torch.Tensor) for k, w in weights.items()):
@@ -191,15 +191,13 @@ def _check_weights(path: str, state: Dict[str, Any]) -> None:
     # tied ones are there under several names
     claimed = sum(weight.numel() * weight.element_size() for weight in weights.values())
     if claimed > _MOST_NAMES * os.path.getsize(path):
-        raise ValueError("its weights claim {:,} bytes".format(claimed))
+        raise ValueError(f"its weights claim {claimed:,} bytes")
     state["model"] = {k: w for k, w in weights.items() if not SECOND_COPIES.search(k)}
     broken = [name for name, weight in state["model"].items() if not _finite(name, weight)]
     if broken:
         raise CheckpointError(
-            "{}: {} of its weights hold NaN or inf ({}): the training that wrote it diverged, or "
-            "the file is damaged. Take an earlier checkpoint.".format(
-                path, len(broken), ", ".join(broken[:3])
-            )
+            f"{path}: {len(broken)} of its weights hold NaN or inf ({', '.join(broken[:3])}): the "
+            "training that wrote it diverged, or the file is damaged. Take an earlier checkpoint."
         )
 
 
@@ -247,11 +245,11 @@ def refuse_cut_short(path: str) -> None:
     advice = "No whole checkpoint lies beside it: delete it to train from the beginning."
     if whole:
         advice = (
-            "Start with --restore-file {}, once: of those beside it that are whole, it is the "
-            "newest, and training goes on from there.".format(max(whole, key=os.path.getmtime))
+            f"Start with --restore-file {max(whole, key=os.path.getmtime)}, once: of those beside "
+            "it that are whole, it is the newest, and training goes on from there."
         )
     raise CheckpointError(
-        "{} is cut short: a kill or a full disk interrupted its writing. {}".format(path, advice)
+        f"{path} is cut short: a kill or a full disk interrupted its writing. {advice}"
     )
 
 
@@ -293,9 +291,8 @@ def average(states: Sequence[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
                 n for n in set(other) | set(shapes[0]) if other.get(n) != shapes[0].get(n)
             )
             raise CheckpointError(
-                "checkpoints 1 and {} cannot be averaged, they differ in {} parameters: {}".format(
-                    i + 1, len(names), ", ".join(names[:5])
-                )
+                f"checkpoints 1 and {i + 1} cannot be averaged, they differ in {len(names)} "
+                f"parameters: {', '.join(names[:5])}"
             )
     mean = OrderedDict()
     for name, first in states[0]["model"].items():

@@ -47,7 +47,7 @@ def parse(text: str, flag: str, valid: Callable[[float], bool], expected: str) -
             raise ValueError
     except ValueError:
         raise ValueError(
-            "{} must be constant, linear:FROM:TO:STEPS or cosine:FROM:TO:STEPS with FROM and TO "
-            "{} and STEPS >= 1, got {!r}".format(flag, expected, text)
+            f"{flag} must be constant, linear:FROM:TO:STEPS or cosine:FROM:TO:STEPS with FROM and "
+            f"TO {expected} and STEPS >= 1, got {text!r}"
         ) from None
     return schedule

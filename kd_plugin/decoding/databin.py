@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from fairseq.data import Dictionary, data_utils, indexed_dataset
 
-from .. import vocabulary
+from ..checkpoints import dictionaries as vocabulary
 from ..files import FileError, reading_binarised, refuse_unknown_numbers
 
 _MUCH_UNKNOWN = 0.05
@@ -35,14 +35,13 @@ class DataBin:
         missing = [str(path) for path in self.dictionary_files() if not path.is_file()]
         if missing:
             raise FileError(
-                "{}: expected a folder of fairseq-preprocess, but {} is not there".format(
-                    folder, " and ".join(missing)
-                )
+                f"{folder}: expected a folder of fairseq-preprocess, but {' and '.join(missing)} "
+                "is not there"
             )
         self.source, self.target = [vocabulary.read(str(f)) for f in self.dictionary_files()]
 
     def dictionary_files(self) -> List[Path]:
-        return [self.folder / "dict.{}.txt".format(lang) for lang in self.langs]
+        return [self.folder / f"dict.{lang}.txt" for lang in self.langs]
 
     def side(self, split: str, lang: str) -> Optional[Any]:
         """A split's sentences on one side, or None.
@@ -64,8 +63,8 @@ class DataBin:
         """The files of each split: train, valid, valid1, ..."""
         found: Dict[str, List[Path]] = {}
         for a, b in (self.langs, self.langs[::-1]):
-            for path in sorted(glob.glob(str(self.folder / "*.{}-{}.*".format(a, b)))):
-                match = re.match(r"(.+)\.{}-{}\.".format(a, b), os.path.basename(path))
+            for path in sorted(glob.glob(str(self.folder / f"*.{a}-{b}.*"))):
+                match = re.match(rf"(.+)\.{a}-{b}\.", os.path.basename(path))
                 if match:
                     found.setdefault(match.group(1), []).append(Path(path))
         return found
@@ -117,11 +116,10 @@ def warn_of_unknown(unknown: int, tokens: int, where: str) -> None:
     """If so many symbols are in no dictionary, the text is hardly what it was meant to be."""
     if unknown > _MUCH_UNKNOWN * tokens:
         logger.warning(
-            "{:.0%} OF THE SYMBOLS OF {} ARE UNKNOWN to its dictionary: they look like subwords of "
-            "another model, or like words. Raw --source-text needs --bpe and the teacher's model; "
-            "--student-spm must be the one that --student-data was encoded with.".format(
-                unknown / tokens, where
-            )
+            f"{unknown / tokens:.0%} OF THE SYMBOLS OF {where} ARE UNKNOWN to its dictionary: "
+            "they look like subwords of another model, or like words. Raw --source-text needs "
+            "--bpe and the teacher's model; --student-spm must be the one that --student-data "
+            "was encoded with."
         )
 
 

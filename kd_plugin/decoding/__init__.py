@@ -1,0 +1,23 @@
+"""Models that translate: data-bins, what is decoded in which batches, and what decodes it."""
+
+from .corpus import Corpus, describe, describe_text, plan, text_functions
+from .databin import DataBin, carried_files
+from .engines import CTranslate2Engine, FairseqEngine, Hypothesis
+from .models import build_teachers, placement, read_teachers, set_up_task
+
+__all__ = [
+    "CTranslate2Engine",
+    "Corpus",
+    "DataBin",
+    "FairseqEngine",
+    "Hypothesis",
+    "build_teachers",
+    "carried_files",
+    "describe",
+    "describe_text",
+    "placement",
+    "plan",
+    "read_teachers",
+    "set_up_task",
+    "text_functions",
+]
