@@ -4,14 +4,14 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterionConfig,
 )
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from .objective import divergences, selection, topk
+from .objective import Parameter, divergences, selection, topk
 
 CRITERION = "kd_label_smoothed_cross_entropy"
 WEIGHT, TEMPERATURE = 0.5, 1.0  # defaults, which a schedule replaces
@@ -79,10 +79,9 @@ RUN_TEACHER = tuple(
 )
 
 
-def _parameter(parameter: divergences.Parameter) -> Optional[float]:
-    """The field of a divergence's parameter, as the divergence describes it."""
-    text = f"{parameter.help}, {parameter.expected} (default: {parameter.default:g})"
-    return field(default=None, metadata={"help": text})
+def _described(parameter: Parameter) -> Any:
+    """The field of a number that its divergence or selection describes."""
+    return field(default=None, metadata={"help": parameter.help})
 
 
 @dataclass
@@ -110,11 +109,10 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         },
     )
     kd_divergence: ChoiceEnum(divergences.NAMES) = field(  # type: ignore
-        default="forward-kl",
-        metadata={"help": f"divergence between teacher p and student q: {divergences.SUMMARIES}"},
+        default="forward-kl", metadata={"help": divergences.HELP}
     )
-    kd_js_beta: Optional[float] = _parameter(divergences.BETA)
-    kd_skew: Optional[float] = _parameter(divergences.SKEW)
+    kd_js_beta: Optional[float] = _described(divergences.BETA)
+    kd_skew: Optional[float] = _described(divergences.SKEW)
     kd_top_k: int = field(
         default=0,
         metadata={
@@ -130,22 +128,10 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         },
     )
     kd_selection: ChoiceEnum(selection.NAMES) = field(  # type: ignore
-        default="all", metadata={"help": f"which tokens are distilled: {selection.SUMMARIES}"}
+        default="all", metadata={"help": selection.HELP}
     )
-    kd_selection_rate: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": f"share of the tokens that {' and '.join(selection.WITH_RATE)} select, above "
-            f"0, at most 1 (default: {selection.DEFAULT_RATE})"
-        },
-    )
-    kd_queue_size: Optional[int] = field(
-        default=None,
-        metadata={
-            "help": f"how many of the last tokens {' and '.join(selection.WITH_QUEUE)} compare "
-            f"with, >= 1 (default: {selection.DEFAULT_QUEUE_SIZE})"
-        },
-    )
+    kd_selection_rate: Optional[float] = _described(selection.RATE)
+    kd_queue_size: Optional[int] = _described(selection.QUEUE_SIZE)
     kd_weight_schedule: str = field(
         default="constant",
         metadata={

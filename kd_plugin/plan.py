@@ -8,10 +8,16 @@ from fairseq import utils
 from .checkpoints import parse_overrides
 from .errors import Faults, UserError
 from .flags import RUN_TEACHER, TEMPERATURE, WEIGHT, TeacherConfig
-from .objective import Settings, divergences, schedules, selection
-from .objective.divergences import Divergence
-from .objective.schedules import Schedule
-from .objective.selection import Selection
+from .objective import (
+    Divergence,
+    Parameter,
+    Schedule,
+    Selection,
+    Settings,
+    divergences,
+    schedules,
+    selection,
+)
 from .teachers import Needs, TeacherSettings
 
 
@@ -68,7 +74,6 @@ class Plan(NamedTuple):
             with faults.collecting():
                 teacher = read_teacher(task)
 
-        name = choice_value(criterion.kd_divergence)
         adaptive = criterion.kd_weight_schedule == "adaptive"
         weight = _scheduled(
             "--kd-weight",
@@ -92,6 +97,8 @@ class Plan(NamedTuple):
         faults.check(
             ce is None or 0 <= ce < math.inf, f"--ce-weight must be a number >= 0, got {ce}"
         )
+        chosen = choice_value(criterion.kd_selection)
+        where = f"--kd-selection {chosen}"
         plan = cls(
             teacher=teacher,
             cache=cache,
@@ -100,15 +107,18 @@ class Plan(NamedTuple):
             weight=weight,
             adaptive=adaptive,
             temperature=temperature,
-            divergence=_divergence(name, criterion, faults),
+            divergence=_divergence(choice_value(criterion.kd_divergence), criterion, faults),
             top_k=criterion.kd_top_k,
             tail=choice_value(criterion.kd_tail or "bucket"),
-            selection=choice_value(criterion.kd_selection),
-            selection_rate=_or(criterion.kd_selection_rate, selection.DEFAULT_RATE),
-            queue_size=_or(criterion.kd_queue_size, selection.DEFAULT_QUEUE_SIZE),
+            selection=chosen,
+            selection_rate=_given(
+                selection.RATE, criterion, faults, chosen in selection.WITH_RATE, where
+            ),
+            queue_size=_given(
+                selection.QUEUE_SIZE, criterion, faults, chosen in selection.WITH_QUEUE, where
+            ),
         )
         plan._check_tail(criterion, vocabulary, faults)
-        plan._check_selection(criterion, faults)
         plan._check_use(faults)
         faults.raise_if_any()
         return plan
@@ -156,39 +166,17 @@ class Plan(NamedTuple):
             "--kd-top-k 1 with --kd-tail renormalise leaves nothing to learn, the one symbol has "
             "probability 1 on both sides: take --kd-tail bucket or more symbols",
         )
-        if self.divergence.name == "logit-mse":
+        if self.divergence.of_logits:
             faults.check(
                 self.temperature == schedules.constant(1.0),
-                "--kd-divergence logit-mse has no temperature: leave out --kd-temperature and "
-                "--kd-temperature-schedule",
+                f"--kd-divergence {self.divergence.name} has no temperature: leave out "
+                "--kd-temperature and --kd-temperature-schedule",
             )
             faults.check(
                 not cut or self.tail == "renormalise",
-                "--kd-divergence logit-mse with --kd-top-k or --teacher-cache needs --kd-tail "
-                "renormalise (a bucket of symbols has no logit)",
+                f"--kd-divergence {self.divergence.name} with --kd-top-k or --teacher-cache needs "
+                "--kd-tail renormalise (a bucket of symbols has no logit)",
             )
-
-    def _check_selection(self, criterion: Any, faults: Faults) -> None:
-        for flag, given, takers, valid, expected in (
-            (
-                "--kd-selection-rate",
-                criterion.kd_selection_rate,
-                selection.WITH_RATE,
-                lambda x: 0 < x <= 1,
-                "above 0, at most 1",
-            ),
-            (
-                "--kd-queue-size",
-                criterion.kd_queue_size,
-                selection.WITH_QUEUE,
-                lambda x: x >= 1,
-                "at least 1",
-            ),
-        ):
-            if given is not None and faults.check(
-                self.selection in takers, f"{flag} means nothing with --kd-selection {self.selection}"
-            ):
-                faults.check(valid(given), f"{flag} must be {expected}, got {given}")
 
     def _check_use(self, faults: Faults) -> None:
         if self.weight != schedules.constant(0.0):
@@ -240,10 +228,6 @@ def choice_value(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def _or(given: Any, default: Any) -> Any:
-    return default if given is None else given
-
-
 def _refuse_beside_cache(task: Any, faults: Faults) -> None:
     """Flags of a teacher that is run mean nothing beside a cache."""
     default = TeacherConfig()
@@ -261,18 +245,31 @@ def _refuse_beside_cache(task: Any, faults: Faults) -> None:
 
 def _divergence(name: str, criterion: Any, faults: Faults) -> Divergence:
     """The divergence of the flags, with its parameter if it takes one."""
-    value = None
+    found = divergences.divergence(name)
     for parameter in divergences.PARAMETERS:
-        given = getattr(criterion, parameter.flag[2:].replace("-", "_"))
-        if given is not None and faults.check(
-            parameter is divergences.divergence(name).parameter,
-            f"{parameter.flag} means nothing with --kd-divergence {name}",
-        ):
-            faults.check(
-                parameter.valid(given), f"{parameter.flag} must be {parameter.expected}, got {given}"
-            )
-            value = given
-    return divergences.divergence(name, value)
+        own = parameter is found.parameter
+        value = _given(parameter, criterion, faults, own, f"--kd-divergence {name}")
+        if own:
+            found = divergences.divergence(name, value)
+    return found
+
+
+def _given(
+    parameter: Parameter, criterion: Any, faults: Faults, applies: bool, where: str
+) -> Any:
+    """A parameter's value, its default where no flag gives it.
+
+    Args:
+        applies: whether it means anything with ``where``, the flag that it belongs to.
+    """
+    given = getattr(criterion, parameter.field)
+    if given is None:
+        return parameter.default
+    if faults.check(applies, f"{parameter.flag} means nothing with {where}"):
+        faults.check(
+            parameter.valid(given), f"{parameter.flag} must be {parameter.expected}, got {given}"
+        )
+    return given
 
 
 def _scheduled(
@@ -287,7 +284,7 @@ def _scheduled(
 ) -> Schedule:
     """The schedule of the weight or the temperature."""
     if text == "constant":
-        value = _or(value, default)
+        value = default if value is None else value
         faults.check(valid(value), f"{flag} must be a number {expected}, got {value}")
         return schedules.constant(value)
     faults.check(value is None, f"{flag} {value} and {flag}-schedule {text} exclude each other")

@@ -17,19 +17,29 @@ import torch.distributed as dist
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.tasks import FairseqTask
 
-from ..checkpoints import refuse_cut_short
+from ..checkpoints import Role, refuse_cut_short
 from ..errors import UserError
 from ..files import reading_binarised
 from ..flags import CRITERION
 from ..objective import ScoreQueue
 from ..plan import Plan, read_teacher
-from ..teachers import CachedTeacher, NoTeacher, RunningTeacher, Step, Student, Teacher, TeacherError
+from ..teachers import (
+    TRAINING,
+    CachedTeacher,
+    NoTeacher,
+    RunningTeacher,
+    Step,
+    Student,
+    Teacher,
+    TeacherError,
+)
 
 logger = logging.getLogger(__name__)
 
 
-class Distillation:
+class Distillation(FairseqTask):
     """Mixed into a fairseq task, before its class.
 
     What a task must say of itself is ``student``, ``lengths`` and ``describe_data``.
@@ -201,11 +211,14 @@ class Distillation:
 
     # Not fairseq's: for commands that run the teacher without a student
 
-    def open_teacher(self, device: torch.device, dtype: torch.dtype) -> Teacher:
+    def open_teacher(
+        self, device: torch.device, dtype: torch.dtype, role: Role = TRAINING
+    ) -> Teacher:
         """The teacher of the flags, placed where and in the precision that they say.
 
         Args:
             device, dtype: the run's, which are the teacher's too unless told otherwise.
+            role: the teacher's, with the flags of the command at hand.
 
         Raises:
             UserError: no flag names one, or it cannot teach.
@@ -213,7 +226,8 @@ class Distillation:
         settings = read_teacher(self.cfg)
         if settings is None:
             raise TeacherError("no teacher: give --teacher-checkpoint-path")
-        return Teacher.open(settings, self.student()).place(*settings.placement(device, dtype))
+        teacher = Teacher.open(settings._replace(role=role), self.student())
+        return teacher.place(*settings.placement(device, dtype))
 
 
 def _refuse_adaptive_softmax(student: Any) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from ..checkpoints import MISSING, index_map
+from ..checkpoints import MISSING, Checkpoint, Dictionaries, VocabularyError, index_map
 
 
 class Student(NamedTuple):
@@ -29,25 +29,31 @@ class TeacherView:
 
     Args:
         student: the student's dictionaries.
-        source, target: the teacher's.
+        own: the teacher's.
+        checkpoint: its, for messages.
 
     Raises:
         VocabularyError: the teacher lacks a symbol of the student.
     """
 
-    def __init__(self, student: Student, source: Dictionary, target: Dictionary) -> None:
-        source_map = index_map(student.source.symbols, source.symbols, "source")
-        self._target_map = index_map(student.target.symbols, target.symbols, "target")
+    def __init__(self, student: Student, own: Dictionaries, checkpoint: Checkpoint) -> None:
+        source, target, role = own.source, own.target, checkpoint.role
+        try:
+            source_map = index_map(student.source.symbols, source.symbols, "source", role)
+            target_map = index_map(student.target.symbols, target.symbols, "target", role)
+        except VocabularyError as error:
+            raise VocabularyError(f"{checkpoint}: {error}") from None
+        self._target_map = target_map
         # a padding symbol that the teacher lacks never occurs in data
         self._read_source = _readable(source_map, source)
-        self._read_target = _readable(self._target_map, target)
-        self._missing = None if self._target_map is None else self._target_map.eq(MISSING)
+        self._read_target = _readable(target_map, target)
+        self._missing = None if target_map is None else target_map.eq(MISSING)
         if self._missing is not None and not self._missing.any():
             self._missing = None
         self._projection: Optional[Tuple[Tensor, Optional[Tensor]]] = None
         self.description = (
             f"source vocabulary {_fit(source_map, student.source, source)}, "
-            f"target vocabulary {_fit(self._target_map, student.target, target)}"
+            f"target vocabulary {_fit(target_map, student.target, target)}"
         )
 
     def to(self, device: torch.device) -> "TeacherView":
