@@ -4,6 +4,9 @@ Commands print a ``UserError`` and an operating system's error without a traceba
 is raised is a mistake of ours and shows its traceback.
 """
 
+import contextlib
+from typing import Iterator, List, Type
+
 _LONGEST = 4000  # characters of a message
 
 
@@ -24,3 +27,56 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+class Faults:
+    """Everything that is wrong, collected and then told in one message.
+
+    A user who is told of one fault at a time runs the command as often as there are faults::
+
+        faults = Faults()
+        faults.check(options.beam >= 1, f"--beam: expected 1 or more, got {options.beam}")
+        with faults.collecting():
+            temperature = Schedule.parse(options.temperature)
+        faults.raise_if_any()  # from here on, all of it holds
+    """
+
+    def __init__(self) -> None:
+        self.messages: List[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.messages)
+
+    def add(self, message: object) -> None:
+        self.messages.append(str(message))
+
+    def check(self, condition: object, message: object) -> bool:
+        """Note ``message`` unless ``condition`` holds.
+
+        Returns:
+            whether it does, for checks that make sense only then.
+        """
+        if not condition:
+            self.add(message)
+        return bool(condition)
+
+    @contextlib.contextmanager
+    def collecting(self, *kinds: Type[Exception]) -> Iterator[None]:
+        """Note the error that ends the block, and go on behind it.
+
+        Args:
+            kinds: of exceptions; ``UserError`` by default. Others pass.
+        """
+        try:
+            yield
+        except kinds or (UserError,) as error:
+            self.add(error)
+
+    def raise_if_any(self, kind: Type[Exception] = UserError, prefix: str = "") -> None:
+        """Raise ``kind`` with ``prefix`` and all messages, joined by semicolons, if there are any.
+
+        Raises:
+            UserError: or ``kind``, with something noted.
+        """
+        if self.messages:
+            raise kind(prefix + "; ".join(self.messages))
