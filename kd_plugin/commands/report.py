@@ -101,6 +101,8 @@ def run(options: argparse.Namespace) -> None:
             models=models,
             teacher=report.pick(models, options.teacher, "--teacher", ("teacher",)),
             baseline=report.pick(models, options.baseline, "--baseline", ("baseline", "plain")),
+            options=options,
+            output=options.output,
             beam=options.beam,
             greedy=options.greedy,
             repeats=options.repeats,
@@ -111,10 +113,8 @@ def run(options: argparse.Namespace) -> None:
             logs=report.named(options.logs, "--logs", "FILE"),
             examples=options.examples,
             trust=options.trust_checkpoint,
-        ),
-        options,
-        options.output,
-        options.overwrite,
+            overwrite=options.overwrite,
+        )
     )
     print(report.summary(made), flush=True)
     print(f"The report is {os.path.join(options.output, 'report.html')}", flush=True)
