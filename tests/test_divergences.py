@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_plugin.objective.answer import Dense
-from kd_plugin.objective.divergences import NAMES, distribution, divergence, parameter_of
+from kd_plugin.objective.divergences import NAMES, distribution, divergence
 from kd_plugin.objective.topk import cut
 
 
@@ -61,7 +61,7 @@ def by_autograd(name, teacher, student, parameter=None):
 )
 def test_value_and_gradient(name, n, v, seed, scale, parameter):
     teacher, student = case(n, v, seed, scale)
-    given_parameter = parameter if parameter_of(name) else None
+    given_parameter = parameter if divergence(name).parameter else None
     value, gradient = evaluate(name, teacher, student, given_parameter)
     expected, expected_gradient = by_autograd(name, teacher, student, parameter)
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
@@ -177,7 +177,8 @@ def test_rows_that_are_no_distribution_are_nan():
 
 
 def test_only_two_families_take_a_parameter():
-    assert {name: parameter_of(name) for name in NAMES if parameter_of(name)} == {
+    parameters = {name: divergence(name).parameter for name in NAMES}
+    assert {name: taken.keyword for name, taken in parameters.items() if taken} == {
         "js": "beta",
         "skew-kl": "skew",
         "skew-reverse-kl": "skew",
@@ -190,10 +191,10 @@ def test_only_two_families_take_a_parameter():
 
 
 def cut_value_and_gradient(name, teacher, student, k, tail):
-    p, q, spread = cut(Dense(teacher).top(k, 1.0, tail == "bucket"), distribution(student))
+    p, q, back = cut(Dense(teacher).top(k, 1.0, tail == "bucket"), distribution(student))
     value, gradient = divergence(name).function(p, q)
     whole = torch.zeros_like(student)
-    spread.add_to(whole, gradient)
+    back.add_to(whole, gradient)
     return value, whole
 
 

@@ -8,7 +8,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_l
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_plugin.objective import answer as signal
+from kd_plugin.objective import answer as answers
 from kd_plugin.objective import chunks as objective
 from kd_plugin.objective import divergences
 from kd_plugin.objective.answer import CachedAnswer, Member, RunningAnswer
@@ -18,13 +18,13 @@ from kd_plugin.objective.selection import Selection
 
 
 def distillation_objective(
-    student, target, rows, signal, ce_weight=None, kd_weight=0.5, temperature=1.0, eps=0.0, **more
+    student, target, rows, answer, ce_weight=None, kd_weight=0.5, temperature=1.0, eps=0.0, **more
 ):
     settings = Settings(kd_weight, ce_weight, temperature, eps, **more)
-    return objective.distillation_objective(student, target, rows, signal, settings)
+    return objective.distillation_objective(student, target, rows, answer, settings)
 
 
-def signal_of(*logits, weights=None):
+def answer_of(*logits, weights=None):
     weights = weights or [1.0] * len(logits)
     total = sum(weights)
     return RunningAnswer(
@@ -62,7 +62,7 @@ def test_by_hand():
     student = torch.tensor([[0.0, 2 * math.log(3.0)]], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[2 * math.log(1.0), 0.0]], dtype=torch.float64)
     terms = distillation_objective(
-        student, torch.tensor([0]), torch.tensor([0]), signal_of(teacher), 0.25, 0.75, 2.0
+        student, torch.tensor([0]), torch.tensor([0]), answer_of(teacher), 0.25, 0.75, 2.0
     )
     # at T = 1: q = (1/10, 9/10); at T = 2: q = (1/4, 3/4), p = (1/2, 1/2)
     kl = 0.5 * math.log(2.0) + 0.5 * math.log(2.0 / 3.0)
@@ -83,7 +83,7 @@ def test_value_and_gradient_in_float64(temperature, eps):
     args = (0.3, 0.7, temperature, eps)
     expected = reference_loss(student, teacher, target, rows, *args)
     (expected_gradient,) = torch.autograd.grad(expected, student)
-    terms = distillation_objective(student, target, rows, signal_of(teacher), *args)
+    terms = distillation_objective(student, target, rows, answer_of(teacher), *args)
     (gradient,) = torch.autograd.grad(terms.loss, student)
     torch.testing.assert_close(terms.loss, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
@@ -99,7 +99,7 @@ def test_without_kd_it_is_fairseqs_label_smoothed_cross_entropy(eps):
     )
     (expected,) = torch.autograd.grad(stock, student)
     rows = target.ne(1).nonzero().squeeze(-1)
-    terms = distillation_objective(student, target, rows, signal_of(teacher), 1.0, 0.0, eps=eps)
+    terms = distillation_objective(student, target, rows, answer_of(teacher), 1.0, 0.0, eps=eps)
     (gradient,) = torch.autograd.grad(terms.loss, student)
     torch.testing.assert_close(terms.loss, stock)
     torch.testing.assert_close(terms.tokens.student_nll.sum(), stock_nll)
@@ -111,7 +111,7 @@ def test_student_equal_to_teacher_learns_nothing_from_it():
     rows = torch.arange(7)
     for temperature in (1.0, 3.0):
         terms = distillation_objective(
-            student, target, rows, signal_of(student.detach()), 0.0, 1.0, temperature
+            student, target, rows, answer_of(student.detach()), 0.0, 1.0, temperature
         )
         (gradient,) = torch.autograd.grad(terms.loss, student)
         assert (terms.kd == 0).all()
@@ -129,7 +129,7 @@ def test_tokens_that_are_not_selected_learn_from_the_text_alone(selected, temper
         student,
         target,
         rows,
-        signal_of(teacher),
+        answer_of(teacher),
         None,
         0.7,
         temperature,
@@ -157,7 +157,7 @@ def test_which_tokens_are_selected():
 
     def selected(name, rate=0.25):
         return distillation_objective(
-            student, target, rows, signal_of(teacher), selection=Selection(name, rate)
+            student, target, rows, answer_of(teacher), selection=Selection(name, rate)
         ).selected
 
     student_nll = torch.nn.functional.cross_entropy(student, target, reduction="none")
@@ -173,11 +173,11 @@ def test_selection_against_the_queue(name):
     student, teacher, target = random_case(n=40)
     rows = torch.arange(40)
     selection = Selection(name, 0.25, queue_size=100)
-    args = (student, target, rows, signal_of(teacher), 0.5, 0.5, 2.0)
+    args = (student, target, rows, answer_of(teacher), 0.5, 0.5, 2.0)
     first = distillation_objective(*args, selection=selection)
     assert first.selected is None  # nothing to compare with yet
-    selection.queue.wait(selection.score(first.tokens))
-    selection.queue.enter_waiting()
+    selection.queue.observe(selection.score(first.tokens))
+    selection.queue.commit()
     second = distillation_objective(*args, selection=selection)
     p = torch.softmax(teacher, -1)
     score = {
@@ -195,13 +195,13 @@ def test_padding_does_not_change_what_is_selected():
     rows = torch.arange(0, 60, 2)  # half of the rows are padding
     for name in ("batch", "teacher-correct", "teacher-better"):
         padded = distillation_objective(
-            student, target, rows, signal_of(teacher), selection=Selection(name, 0.5)
+            student, target, rows, answer_of(teacher), selection=Selection(name, 0.5)
         )
         alone = distillation_objective(
             student[rows],
             target[rows],
             torch.arange(30),
-            signal_of(teacher[rows]),
+            answer_of(teacher[rows]),
             selection=Selection(name, 0.5),
         )
         assert padded.selected.tolist() == alone.selected.tolist()
@@ -215,7 +215,7 @@ def test_the_adaptive_weight_is_a_constant_to_the_gradient(temperature, ce_weigh
     student, teacher, target = random_case(n=9)
     rows = torch.arange(9)
     terms = distillation_objective(
-        student, target, rows, signal_of(teacher), ce_weight, 0.8, temperature, adaptive=True
+        student, target, rows, answer_of(teacher), ce_weight, 0.8, temperature, adaptive=True
     )
     (gradient,) = torch.autograd.grad(terms.loss, student)
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_the_gradient_keeps_its_size_at_high_temperature():
     centred = lambda z: z - z.mean(-1, keepdim=True)  # noqa: E731
     limit = (centred(student) - centred(teacher)).pow(2).sum() / (2 * student.size(-1))
     (expected,) = torch.autograd.grad(limit, student)
-    terms = distillation_objective(student, target, rows, signal_of(teacher), 0.0, 1.0, 1e4)
+    terms = distillation_objective(student, target, rows, answer_of(teacher), 0.0, 1.0, 1e4)
     (gradient,) = torch.autograd.grad(terms.loss, student)
     torch.testing.assert_close(terms.loss, limit, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-4)
@@ -259,7 +259,7 @@ def test_a_cold_teacher_is_its_argmax():
     student, teacher, target = random_case()
     rows = torch.arange(7)
     cold = 1e-4
-    terms = distillation_objective(student, target, rows, signal_of(teacher), 0.0, 1.0, cold)
+    terms = distillation_objective(student, target, rows, answer_of(teacher), 0.0, 1.0, cold)
     log_q = torch.log_softmax(student / cold, -1)
     torch.testing.assert_close(
         terms.kd, -log_q.gather(-1, teacher.argmax(-1, keepdim=True)).squeeze(-1).detach()
@@ -273,9 +273,9 @@ def test_an_ensemble_is_the_log_of_its_average():
     average = (0.75 * torch.softmax(first, -1) + 0.25 * torch.softmax(second, -1)).log()
     for temperature in (1.0, 2.0):
         args = (0.5, 0.5, temperature)
-        both = signal_of(first, second, weights=[3, 1])
+        both = answer_of(first, second, weights=[3, 1])
         terms = distillation_objective(student, target, rows, both, *args)
-        expected = distillation_objective(student, target, rows, signal_of(average), *args)
+        expected = distillation_objective(student, target, rows, answer_of(average), *args)
         torch.testing.assert_close(terms.loss, expected.loss, rtol=1e-12, atol=1e-12)
 
 
@@ -283,7 +283,7 @@ def test_symbols_without_teacher_mass_add_nothing():
     student, teacher, target = random_case()
     teacher[:, 4] = -math.inf
     rows = torch.arange(7)
-    terms = distillation_objective(student, target, rows, signal_of(teacher), 0.5, 0.5, 2.0)
+    terms = distillation_objective(student, target, rows, answer_of(teacher), 0.5, 0.5, 2.0)
     expected = reference_loss(student, teacher, target, rows, 0.5, 0.5, 2.0, 0.0)
     torch.testing.assert_close(terms.loss, expected, rtol=1e-12, atol=1e-12)
     terms.loss.backward()
@@ -306,18 +306,18 @@ def test_chunked_equals_unchunked(n, v, chunk, seed, temperature, name, tail, se
     student, teacher, target = random_case(n, v, seed)
     keep = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
     rows = torch.tensor(keep).nonzero().squeeze(-1)
-    args = (target, rows, signal_of(teacher), 0.4, 0.6, temperature, 0.1)
+    args = (target, rows, answer_of(teacher), 0.4, 0.6, temperature, 0.1)
     more = dict(divergence=divergence(name), selection=Selection(selected, 0.4), with_metrics=True)
     if tail is not None:
         more.update(top_k=max(1, v // 3), tail=tail)
-    saved = signal._CHUNK_ELEMENTS
+    saved = answers._CHUNK_ELEMENTS
     results = []
     for size in (10**9, chunk):
-        signal._CHUNK_ELEMENTS = {"cpu": size}
+        answers._CHUNK_ELEMENTS = {"cpu": size}
         try:
             terms = distillation_objective(student, *args, **more)
         finally:
-            signal._CHUNK_ELEMENTS = saved
+            answers._CHUNK_ELEMENTS = saved
         (gradient,) = torch.autograd.grad(terms.loss, student)
         results.append([terms.loss, terms.kd, terms.agree, terms.correct, gradient])
     for whole, parts in zip(*results):
@@ -329,7 +329,7 @@ def test_a_batch_is_the_sum_of_its_rows_in_any_order():
 
     def loss_and_gradient(rows):
         terms = distillation_objective(
-            student, target, rows, signal_of(teacher), 0.5, 0.5, 2.0, 0.1
+            student, target, rows, answer_of(teacher), 0.5, 0.5, 2.0, 0.1
         )
         return terms.loss, torch.autograd.grad(terms.loss, student)[0]
 
@@ -346,7 +346,7 @@ def test_low_precision_logits_are_computed_on_in_float32(dtype):
     rows = torch.arange(16)
     wide = low.detach().float().requires_grad_()
     for z in (low, wide):
-        distillation_objective(z, target, rows, signal_of(teacher), 0.5, 0.5, 2.0).loss.backward()
+        distillation_objective(z, target, rows, answer_of(teacher), 0.5, 0.5, 2.0).loss.backward()
     assert low.grad.dtype == dtype
     torch.testing.assert_close(low.grad, wide.grad.to(dtype), rtol=0, atol=0)
 
@@ -359,7 +359,7 @@ def test_a_half_precision_gradient_survives_until_the_loss_scale_is_applied():
     teacher[:, 0] = 30.0
     rows = torch.arange(2)
     # weight 1e-4 stands for the tiny gradients of a nearly converged student
-    args = (torch.tensor([5, 5]), rows, signal_of(teacher), 0.0, 1e-4)
+    args = (torch.tensor([5, 5]), rows, answer_of(teacher), 0.0, 1e-4)
     (distillation_objective(student, *args).loss * scale).backward()
     wide = torch.zeros(2, v, dtype=torch.float64, requires_grad=True)
     (distillation_objective(wide, *args).loss * scale).backward()
@@ -376,7 +376,7 @@ def test_the_incoming_gradient_multiplies(dtype):
     gradients = []
     for factor in (1.0, 4.0, 0.0):
         z = student.detach().to(dtype).requires_grad_()
-        terms = distillation_objective(z, target, rows, signal_of(teacher), 0.5, 0.5)
+        terms = distillation_objective(z, target, rows, answer_of(teacher), 0.5, 0.5)
         (terms.loss * factor).backward()
         gradients.append(z.grad)
     torch.testing.assert_close(gradients[1], gradients[0] * 4)
@@ -387,7 +387,7 @@ def test_metrics_against_a_direct_computation():
     student, teacher, target = random_case(n=20)
     rows = torch.arange(3, 20)
     terms = distillation_objective(
-        student, target, rows, signal_of(teacher), 0.5, 0.5, 2.0, with_metrics=True
+        student, target, rows, answer_of(teacher), 0.5, 0.5, 2.0, with_metrics=True
     )
     log_p = torch.log_softmax(teacher, -1)
     nll = -log_p.gather(-1, target[:, None]).squeeze(-1)
@@ -410,7 +410,7 @@ def test_without_a_teacher_there_is_only_cross_entropy():
 def test_no_rows_at_all():
     student, teacher, target = random_case()
     rows = torch.empty(0, dtype=torch.long)
-    terms = distillation_objective(student, target, rows, signal_of(teacher), 0.5, 0.5)
+    terms = distillation_objective(student, target, rows, answer_of(teacher), 0.5, 0.5)
     terms.loss.backward()
     assert terms.loss == 0 and (student.grad == 0).all()
 
@@ -422,7 +422,7 @@ def test_a_teacher_that_is_not_finite_is_named_with_its_rows(value):
     broken[5, 3] = value
     with pytest.raises(NotFiniteTeacherError) as error:
         distillation_objective(
-            student, target, torch.arange(7), signal_of(teacher, broken), 0.5, 0.5
+            student, target, torch.arange(7), answer_of(teacher, broken), 0.5, 0.5
         )
     assert error.value.teachers == "t1"
     assert error.value.rows.tolist() == [5]
@@ -432,14 +432,14 @@ def test_a_student_that_is_not_finite_is_left_to_the_loss_scaler():
     student, teacher, target = random_case(dtype=torch.float32)
     with torch.no_grad():
         student[2, 2] = math.inf
-    terms = distillation_objective(student, target, torch.arange(7), signal_of(teacher), 0.5, 0.5)
+    terms = distillation_objective(student, target, torch.arange(7), answer_of(teacher), 0.5, 0.5)
     assert not torch.isfinite(terms.loss)
 
 
 def test_it_is_not_differentiated_twice():
     student, teacher, target = random_case()
     loss = distillation_objective(
-        student, target, torch.arange(7), signal_of(teacher), 0.5, 0.5
+        student, target, torch.arange(7), answer_of(teacher), 0.5, 0.5
     ).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="only once"):
@@ -448,11 +448,11 @@ def test_it_is_not_differentiated_twice():
 
 @pytest.mark.parametrize("name", divergences.NAMES)
 @pytest.mark.parametrize("temperature, temperatures", [(1.0, []), (2.0, [2.0])])
-def test_a_blank_signal_is_harmless(name, temperature, temperatures):
+def test_a_blank_answer_is_harmless(name, temperature, temperatures):
     """Of a dummy batch: fairseq multiplies its loss by 0, which needs a finite one."""
     student, _, target = random_case(4, 9, 0)
     real = torch.tensor([[True, True], [True, False]])
-    blank = CachedAnswer.blank(real, 3, temperatures, False, is_dummy=True)
+    blank = CachedAnswer.blank(real, 3, temperatures, False)
     mse = name == "logit-mse"
     settings = Settings(
         temperature=1.0 if mse else temperature,

@@ -5,8 +5,9 @@ from kd_plugin.objective.selection import NAMES, ScoreQueue, Selection, TokenSta
 
 
 def entered(queue, *scores):
-    queue.wait(torch.tensor(scores))
-    queue.enter_waiting()
+    queue.begin()
+    queue.observe(torch.tensor(scores))
+    queue.commit()
 
 
 def test_the_queue_keeps_exactly_its_capacity_of_the_last_tokens():
@@ -23,18 +24,18 @@ def test_the_threshold_stands_still_until_the_step_is_taken():
     queue = ScoreQueue(10)
     entered(queue, 0.0, 1.0)
     before = queue.above_quantile(torch.tensor([0.6]), 0.5).tolist()
-    queue.wait(torch.tensor([100.0, 100.0]))
+    queue.observe(torch.tensor([100.0, 100.0]))
     assert queue.above_quantile(torch.tensor([0.6]), 0.5).tolist() == before == [True]
-    queue.enter_waiting()
+    queue.commit()
     assert queue.above_quantile(torch.tensor([0.6]), 0.5).tolist() == [False]
 
 
 def test_an_overflowed_step_leaves_no_trace():
     queue = ScoreQueue(10)
-    queue.wait(torch.tensor([1.0]))
-    queue.discard_waiting()
-    queue.wait(torch.tensor([2.0]))
-    queue.enter_waiting()
+    queue.observe(torch.tensor([1.0]))
+    queue.begin()
+    queue.observe(torch.tensor([2.0]))
+    queue.commit()
     assert queue.scores.tolist() == [2.0]
 
 
@@ -104,14 +105,14 @@ def run_rank(rank, address, results):
     queue = ScoreQueue(5)
     group = torch.distributed.group.WORLD
     # the ranks have different numbers of tokens; rank 1 had only a dummy batch in the second update
-    queue.wait(torch.tensor([[1.0, 2.0], [10.0]][rank]))
+    queue.observe(torch.tensor([[1.0, 2.0], [10.0]][rank]))
     if rank == 0:
-        queue.wait(torch.tensor([3.0]))
-    queue.enter_waiting(group, torch.device("cpu"))
+        queue.observe(torch.tensor([3.0]))
+    queue.commit(group, torch.device("cpu"))
     first = queue.scores.tolist()
     if rank == 0:
-        queue.wait(torch.tensor([4.0, 5.0]))
-    queue.enter_waiting(group, torch.device("cpu"))
+        queue.observe(torch.tensor([4.0, 5.0]))
+    queue.commit(group, torch.device("cpu"))
     results.put((rank, first, queue.scores.tolist()))
     # gloo's threads abort the process if they outlive the interpreter
     torch.distributed.barrier()

@@ -1,0 +1,51 @@
+"""What a student learns from a teacher, in torch alone: nothing here imports fairseq.
+
+``distillation_objective`` is the way in: student logits, references, a teacher's ``Answer`` and
+``Settings`` give ``Terms``, the differentiable loss among them.
+"""
+
+from .answer import (
+    Answer,
+    CachedAnswer,
+    Dense,
+    Member,
+    NotFiniteTeacherError,
+    RunningAnswer,
+    Sparse,
+    TeacherRows,
+    not_finite_teacher,
+    rows_ahead,
+    rows_at_once,
+)
+from .chunks import Settings, Terms, distillation_objective
+from .divergences import Distribution, Divergence, distribution, divergence, forward_kl
+from .parameters import Parameter
+from .schedules import Schedule
+from .selection import ScoreQueue, Selection, TokenStatistics
+
+__all__ = [
+    "Answer",
+    "CachedAnswer",
+    "Dense",
+    "Distribution",
+    "Divergence",
+    "Member",
+    "NotFiniteTeacherError",
+    "Parameter",
+    "RunningAnswer",
+    "Schedule",
+    "ScoreQueue",
+    "Selection",
+    "Settings",
+    "Sparse",
+    "TeacherRows",
+    "Terms",
+    "TokenStatistics",
+    "distillation_objective",
+    "distribution",
+    "divergence",
+    "forward_kl",
+    "not_finite_teacher",
+    "rows_ahead",
+    "rows_at_once",
+]

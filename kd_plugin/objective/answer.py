@@ -1,20 +1,21 @@
-"""What a teacher says about a batch, in the student's vocabulary.
+"""A teacher's answer about a batch, in the student's vocabulary.
 
-A signal travels from the task to the criterion as ``sample["teacher"]``. Its rows are the target
+It travels from the task to the criterion as ``sample["teacher"]``. Its rows are the target
 positions of the batch, flattened: row ``b * T + t`` is position ``t`` of sentence ``b``. Asked for
-some rows, it answers with a ``Dense`` (logits of the whole vocabulary) or a ``Sparse`` (the
-teacher's likeliest symbols) word, and both answer the same questions.
+some rows, it gives their distributions: ``Dense`` (logits of the whole vocabulary) or ``Sparse``
+(the likeliest symbols).
 """
 
 import math
 from functools import cached_property
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .divergences import Distribution, distribution
-from .topk import Top
+from .topk import CutBackward, Top, cut
 
 # Rows times V. On a CPU a chunk's few buffers should stay in its caches; a GPU needs enough work
 # per kernel.
@@ -27,8 +28,53 @@ def rows_at_once(device: torch.device, vocabulary: int) -> int:
 
 
 def rows_ahead(device: torch.device) -> int:
-    """For how many times as many rows to ask a teacher in one go."""
+    """For how many times as many rows to ask a teacher in one go.
+
+    Its projection of few rows is a small matrix product, slow on a CPU.
+    """
     return 8 if device.type == "cpu" else 1
+
+
+# student and teacher over the same outcomes, and the way back to all symbols (None: they are all)
+Compared = Tuple[Distribution, Distribution, Optional[CutBackward]]
+
+
+class TeacherRows(Protocol):
+    """A teacher's distributions at some rows, n of them."""
+
+    def bad(self) -> Tensor:
+        """Which rows hold NaN, +inf or no mass at all, bool (n,)."""
+
+    def nll(self, target: Tensor) -> Tensor:
+        """Of the references ``target`` (n,) at temperature 1, (n,), nats."""
+
+    def best(self) -> Tensor:
+        """The likeliest symbol of each row, (n,)."""
+
+    def entropy(self) -> Tensor:
+        """Of each row's whole distribution at temperature 1, (n,), nats."""
+
+    def rows(self, index: Union[Tensor, slice]) -> "TeacherRows":
+        """Some of these rows."""
+
+    def beside(self, student: Distribution, temperature: float, k: int, tail: str) -> Compared:
+        """Both distributions over the same outcomes, ready for a divergence.
+
+        Args:
+            student: over the whole vocabulary, (n, V), already at the temperature.
+            k: how many of the teacher's likeliest symbols to compare; 0: all that are known.
+            tail: what becomes of the others, one of ``topk.TAILS``.
+        """
+
+
+class Answer(Protocol):
+    """A teacher's distributions at every row of one batch."""
+
+    def rows(self, index: Tensor, like: Tensor) -> TeacherRows:
+        """Those at the flat rows ``index`` (n,), in the dtype and on the device of ``like``."""
+
+    def not_finite(self, index: Tensor) -> List[str]:
+        """Names of the models whose rows ``index`` hold NaN, +inf or no probability at all."""
 
 
 class Dense:
@@ -51,20 +97,16 @@ class Dense:
         return torch.logsumexp(self.logits, dim=-1, keepdim=True)
 
     def bad(self) -> Tensor:
-        """Which rows hold NaN, +inf or no mass at all, bool (n,)."""
         return ~self.log_normaliser.isfinite().squeeze(-1)
 
     def nll(self, target: Tensor) -> Tensor:
-        """Of the references, (n,), nats."""
         at_target = self.logits.gather(-1, target.unsqueeze(-1))
         return (self.log_normaliser - at_target).squeeze(-1)
 
     def best(self) -> Tensor:
-        """The likeliest symbol of each row, (n,)."""
         return self.logits.argmax(dim=-1)
 
     def entropy(self) -> Tensor:
-        """Of each row's distribution, (n,), nats."""
         log_p = self.plain.log_probabilities().clamp_(min=torch.finfo(self.logits.dtype).min)
         return -log_p.mul_(self.plain.probabilities).sum(-1)
 
@@ -72,8 +114,11 @@ class Dense:
         plain = self.__dict__.get("plain")
         return Dense(self.logits[index], None if plain is None else plain.rows(index))
 
-    def at(self, temperature: float) -> Distribution:
-        return self.plain if temperature == 1 else distribution(self.logits / temperature)
+    def beside(self, student: Distribution, temperature: float, k: int, tail: str) -> Compared:
+        if k:
+            return cut(self.top(k, temperature, tail == "bucket"), student)
+        plain = temperature == 1
+        return self.plain if plain else distribution(self.logits / temperature), student, None
 
     def top(self, k: int, temperature: float, with_rest: bool) -> Top:
         """The k likeliest symbols at a temperature, and the rest's mass if asked for."""
@@ -86,7 +131,7 @@ class Dense:
 
 
 class Sparse:
-    """The K likeliest symbols of some rows, likeliest first, with what was noted of the others.
+    """The K likeliest symbols of some rows, likeliest first, and the mass of the others.
 
     Args:
         symbols: (n, K), in the student's vocabulary.
@@ -133,7 +178,11 @@ class Sparse:
             self.whole,
         )
 
+    def beside(self, student: Distribution, temperature: float, k: int, tail: str) -> Compared:
+        return cut(self.top(k, temperature, tail == "bucket"), student)
+
     def top(self, k: int, temperature: float, with_rest: bool) -> Top:
+        """The k likeliest symbols (0: all K), and the others' mass if asked for."""
         k = k or self.symbols.size(-1)
         tempered = self.log_probs if temperature == 1 else self.log_probs / temperature
         top = Top(self.symbols[:, :k], tempered[:, :k], None)
@@ -157,39 +206,28 @@ class Sparse:
 
 
 class Member(NamedTuple):
-    """One model's say: ``logits(rows)`` gives (len(rows), V) in the student's vocabulary."""
+    """One model of a teacher: ``logits(rows)`` gives (len(rows), V) in the student's vocabulary."""
 
     name: str
     logits: Callable[[Tensor], Tensor]
 
 
 class RunningAnswer:
-    """A teacher's distributions for one batch, computed row by row when they are asked for.
+    """Of a teacher that runs beside the student: rows are computed when they are asked for.
 
     Nothing of size tokens x vocabulary is held when the members are lazy.
 
     Args:
         members: one model, or those of an ensemble.
         log_weights: natural log of the ensemble's normalised weights.
-        num_updates: updates that training has done; None outside training.
-        is_dummy: whether the batch only keeps a rank busy and must leave no trace.
     """
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        log_weights: Sequence[float] = (0.0,),
-        num_updates: Optional[int] = None,
-        is_dummy: bool = False,
-    ) -> None:
+    def __init__(self, members: Sequence[Member], log_weights: Sequence[float] = (0.0,)) -> None:
         self.members = list(members)
         self.log_weights = list(log_weights)
-        self.num_updates = num_updates
-        self.is_dummy = is_dummy
 
-    def rows(self, rows: Tensor, like: Tensor) -> Dense:
-        """The teacher's word on some rows, in the dtype and on the device of a tensor."""
-        return Dense(self.logits(rows).to(like))
+    def rows(self, index: Tensor, like: Tensor) -> Dense:
+        return Dense(self.logits(index).to(like))
 
     def logits(self, rows: Tensor) -> Tensor:
         """Teacher logits of the given rows, (len(rows), V), float32 or wider.
@@ -205,17 +243,16 @@ class RunningAnswer:
         ]
         return torch.logsumexp(torch.stack(parts), dim=0)
 
-    def not_finite(self, rows: Tensor) -> List[str]:
-        """Names of the members whose logits hold NaN, +inf or only -inf in one of these rows."""
+    def not_finite(self, index: Tensor) -> List[str]:
         return [
             member.name
             for member in self.members
-            if not torch.isfinite(torch.logsumexp(member.logits(rows).float(), dim=-1)).all()
+            if not torch.isfinite(torch.logsumexp(member.logits(index).float(), dim=-1)).all()
         ]
 
 
 class CachedAnswer:
-    """A teacher's likeliest symbols for one batch, as a cache delivers them.
+    """Of a teacher whose likeliest symbols were cached.
 
     Args:
         arrays: ``symbols`` (n, K), ``log_probs`` (n, K), ``reference`` (n,), ``entropy`` (n,),
@@ -232,19 +269,15 @@ class CachedAnswer:
         real: Tensor,
         temperatures: Sequence[float],
         whole: bool,
-        num_updates: Optional[int] = None,
-        is_dummy: bool = False,
     ) -> None:
         self.arrays, self.temperatures, self.whole = arrays, temperatures, whole
         self._position = real.flatten().cumsum(0) - 1
-        self.num_updates = num_updates
-        self.is_dummy = is_dummy
 
     @classmethod
     def blank(
-        cls, real: Tensor, k: int, temperatures: Sequence[float], whole: bool, **about: Any
+        cls, real: Tensor, k: int, temperatures: Sequence[float], whole: bool
     ) -> "CachedAnswer":
-        """Of a batch that only keeps a rank busy and that no cache knows: it says nothing."""
+        """Finite numbers for a batch that is in no cache and only keeps a rank busy."""
         n = int(real.sum())
         half: Dict[str, Any] = {"dtype": torch.float16, "device": real.device}
         arrays = {
@@ -254,11 +287,10 @@ class CachedAnswer:
             "entropy": torch.zeros(n, **half),
             "rests": torch.zeros(n, len(temperatures), **half),
         }
-        return cls(arrays, real, temperatures, whole, **about)
+        return cls(arrays, real, temperatures, whole)
 
-    def rows(self, rows: Tensor, like: Tensor) -> Sparse:
-        """The teacher's word on some rows, in the dtype and on the device of a tensor."""
-        position = self._position[rows]
+    def rows(self, index: Tensor, like: Tensor) -> Sparse:
+        position = self._position[index]
 
         def part(name: str) -> Tensor:
             return self.arrays[name][position].to(like)
@@ -275,17 +307,30 @@ class CachedAnswer:
             self.whole,
         )
 
-    def not_finite(self, rows: Tensor) -> List[str]:
+    def not_finite(self, index: Tensor) -> List[str]:
         return ["in the cache"]
 
 
-def not_finite_teacher(names: str, sample_ids: Sequence[int]) -> RuntimeError:
+class NotFiniteTeacherError(UserError, RuntimeError):
+    """A teacher gave NaN, +inf or no probability at all.
+
+    Args:
+        teachers: names of the models that did.
+        where: the samples or rows, as they follow "for".
+        rows: their flat target rows, where known.
+    """
+
+    def __init__(self, teachers: Sequence[str], where: str, rows: Optional[Tensor] = None) -> None:
+        self.teachers, self.rows = " and ".join(teachers), rows
+        super().__init__(
+            f"teacher {self.teachers} gave NaN, +inf or no probability at all for {where}. Check "
+            "its weights, or run it in a wider precision (--teacher-dtype fp32)"
+        )
+
+
+def not_finite_teacher(names: str, sample_ids: Sequence[int]) -> NotFiniteTeacherError:
     """The error that stops a run whose teacher gave no distribution."""
-    return RuntimeError(
-        f"teacher {names} gave NaN, +inf or no probability at all for the samples with ids "
-        f"{list(sample_ids)}. Check its weights, or run it in a wider precision (--teacher-dtype "
-        "fp32)"
-    )
+    return NotFiniteTeacherError([names], f"the samples with ids {list(sample_ids)}")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -1,31 +1,23 @@
-"""The only place that touches tokens x vocabulary: value and gradient in bounded memory.
+"""The distillation objective: value and gradient in bounded memory.
 
-The objective works through the real target rows in chunks and writes the gradient with respect to
-the student's logits as it goes, so that beside those logits and their gradient its memory does not
-grow with tokens x vocabulary.
+The only place that touches tokens x vocabulary. ``_chunk`` computes the terms of a few rows and
+their gradient with respect to the student's logits; it is a pure function. ``_evaluate`` applies it
+chunk by chunk and writes each gradient where it belongs, so that beside the logits and their
+gradient memory does not grow with tokens x vocabulary. ``distillation_objective`` makes the result
+known to autograd.
 """
 
-from typing import Any, NamedTuple, Optional, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
-from .answer import CachedAnswer, RunningAnswer, Sparse, rows_ahead, rows_at_once
+from .answer import Answer, NotFiniteTeacherError, TeacherRows, rows_ahead, rows_at_once
 from .divergences import Distribution, Divergence, distribution, divergence
 from .selection import Selection, TokenStatistics
-from .topk import Spread, cut
+from .topk import CutBackward
 
-
-class NotFiniteTeacherError(RuntimeError):
-    """A teacher gave NaN, +inf or no probability at all. ``rows`` are the flat target rows."""
-
-    def __init__(self, teachers: str, rows: Tensor) -> None:
-        super().__init__(teachers)
-        self.teachers = teachers
-        self.rows = rows
-
-
-Signal = Union[RunningAnswer, CachedAnswer]
 _FORWARD_KL = divergence("forward-kl")
 
 
@@ -37,7 +29,7 @@ class Settings(NamedTuple):
     temperature: float = 1.0
     label_smoothing: float = 0.0
     divergence: Divergence = _FORWARD_KL
-    top_k: int = 0  # 0: all that the signal knows
+    top_k: int = 0  # 0: all that the teacher's answer knows
     tail: str = "bucket"
     selection: Selection = Selection("all")
     adaptive: bool = False  # kd_weight * sigmoid(student's nll - teacher's nll), token by token
@@ -64,7 +56,7 @@ def distillation_objective(
     logits: Tensor,
     target: Tensor,
     rows: Tensor,
-    signal: Optional[Signal],
+    answer: Optional[Answer],
     settings: Settings,
 ) -> Terms:
     """Sum over rows of ``ce_weight * ce + kd_weight * selected * c(T) * D(p, q)``.
@@ -78,278 +70,351 @@ def distillation_objective(
         logits: student logits, (N, V), any floating dtype; computed on in float32 (or float64).
         target: reference symbols, (N,).
         rows: int64 indices of the real target rows among the N; others get gradient 0.
-        signal: the teacher's say, or None for cross-entropy alone (with weight 1).
+        answer: the teacher's, or None for cross-entropy alone (with weight 1).
 
     Raises:
         NotFiniteTeacherError: a teacher row is NaN, +inf or has no mass.
     """
-    work = _Work(target, rows, signal, settings)
-    loss = _Objective.apply(logits, work)
-    return work.terms(loss)
+    evaluate = partial(_evaluate, target=target[rows], rows=rows, answer=answer)
+    learns = torch.is_grad_enabled() and logits.requires_grad
+    # A half-precision gradient computed now would underflow: the loss scale arrives with the
+    # incoming gradient. Any other dtype has float32's range and needs one pass only.
+    late = logits.dtype == torch.float16
+    gradient = torch.empty_like(logits) if learns and not late else None
+    with torch.no_grad():
+        loss, found = evaluate(logits, settings=settings, gradient=gradient)
+    if learns and late:
+        again = partial(evaluate, settings=settings._replace(with_metrics=False))
+        loss = _GradientInBackward.apply(logits, loss, again)
+    elif learns:
+        loss = _GradientReady.apply(logits, loss, gradient)
+    tokens = TokenStatistics(
+        found.student_nll, found.teacher_nll, found.teacher_entropy, found.teacher_correct
+    )
+    return Terms(
+        loss, tokens, found.selected, found.kd, found.kd_weight, found.correct, found.agree
+    )
 
 
-class _Objective(torch.autograd.Function):
+class _GradientReady(torch.autograd.Function):
+    """A loss whose gradient with respect to the logits is known already."""
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, work: "_Work") -> Tensor:
-        # A half-precision gradient computed now would underflow: the loss scale arrives with the
-        # incoming gradient. Any other dtype has float32's range and needs one pass only.
-        ctx.work, ctx.late = work, logits.dtype == torch.float16
-        ctx.gradient = None
-        if ctx.needs_input_grad[0]:
-            if ctx.late:
-                ctx.save_for_backward(logits)
-            else:
-                ctx.gradient = torch.empty_like(logits)
-        return work.run(logits, ctx.gradient)
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> Tuple[Tensor, None]:  # type: ignore[override]
-        if ctx.late:
-            (logits,) = ctx.saved_tensors
-            gradient = torch.empty_like(logits)
-            ctx.work.settings = ctx.work.settings._replace(with_metrics=False)
-            ctx.work.run(logits, gradient, scale)
-            return gradient, None
-        gradient, ctx.gradient = ctx.gradient, None
+    def backward(ctx: Any, scale: Tensor) -> Tuple[Tensor, None, None]:  # type: ignore[override]
+        gradient, ctx.gradient = ctx.gradient, None  # given away, not copied
         if gradient is None:
             raise RuntimeError("the distillation objective can be differentiated only once")
         if gradient.is_cuda or scale != 1:
             gradient.mul_(scale)
-        return gradient, None
+        return gradient, None, None
 
 
-class _Work:
-    """One evaluation of the objective: its inputs, its chunk loop, and its per-row results."""
+class _GradientInBackward(torch.autograd.Function):
+    """A loss whose gradient is computed by a second pass, which knows the incoming gradient."""
 
-    # One value per row each; what nobody asks for is None, see _allocate
-    nll: Tensor
-    ce: Tensor
-    ce_weight: Any
-    kd: Any
-    kd_weight: Any
-    bad_teacher: Any
-    selected: Any
-    correct: Any
-    agree: Optional[Tensor]
-    teacher_nll: Any
-    teacher_entropy: Optional[Tensor]
-    teacher_correct: Optional[Tensor]
-    _ahead: Any  # rows about which the teacher was asked already, and its word on them
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, evaluate: Callable[..., Any]) -> Tensor:
+        ctx.evaluate = evaluate
+        ctx.save_for_backward(logits)
+        return loss.clone()
 
-    def __init__(
-        self, target: Tensor, rows: Tensor, signal: Optional[Signal], settings: Settings
-    ) -> None:
-        self.rows, self.target = rows, target[rows]
-        self.signal, self.settings = signal, settings
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> Tuple[Tensor, None, None]:  # type: ignore[override]
+        (logits,) = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        ctx.evaluate(logits, gradient=gradient, scale=scale)
+        return gradient, None, None
 
-    def run(
-        self, logits: Tensor, gradient: Optional[Tensor], scale: Optional[Tensor] = None
-    ) -> Tensor:
-        """Fill the per-row results and ``gradient`` (times ``scale``) if given; return the loss."""
-        settings = self.settings
-        self._allocate(logits)
-        if gradient is not None and self.rows.numel() < logits.size(0):
-            rest = torch.ones(logits.size(0), dtype=torch.bool, device=logits.device)
-            rest[self.rows] = False
-            gradient[rest] = 0
-        if self.signal is not None and settings.selection.looks_at_batch:
-            for here, z in self._chunks(logits):
-                self._student_nll(here, z, torch.logsumexp(z, dim=-1, keepdim=True))
-            self.selected = settings.selection(TokenStatistics(self.nll))
 
-        for here, z in self._chunks(logits):
-            chunk_gradient = self._chunk(here, z, gradient is not None)
-            if gradient is not None and chunk_gradient is not None:
+class _RowTerms(NamedTuple):
+    """What is found at each of some rows, (n,) each; None where it does not apply."""
+
+    student_nll: Tensor
+    ce: Tensor  # label-smoothed cross-entropy
+    ce_weight: Optional[Tensor] = None
+    correct: Optional[Tensor] = None
+    # of the teacher; 0 where it was not asked
+    teacher_bad: Optional[Tensor] = None
+    teacher_nll: Optional[Tensor] = None
+    teacher_entropy: Optional[Tensor] = None
+    teacher_correct: Optional[Tensor] = None
+    agree: Optional[Tensor] = None
+    # of distillation; 0 where not selected
+    selected: Optional[Tensor] = None  # None is all
+    kd: Optional[Tensor] = None
+    kd_weight: Optional[Tensor] = None
+
+
+# Gives the teacher's distributions at those rows of a chunk that an index names; None is all
+_Ask = Callable[[Optional[Tensor]], TeacherRows]
+
+
+def _evaluate(
+    logits: Tensor,
+    *,
+    target: Tensor,
+    rows: Tensor,
+    answer: Optional[Answer],
+    settings: Settings,
+    gradient: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+) -> Tuple[Tensor, _RowTerms]:
+    """Loss and terms of all rows, chunk by chunk.
+
+    Args:
+        target: the references of the rows, (n,).
+        gradient: (N, V), filled with that of ``scale`` (1 if None) times the loss.
+    """
+    n, device = rows.numel(), logits.device
+    like = logits.new_empty(0, dtype=torch.promote_types(logits.dtype, torch.float32))
+    size, ahead = rows_at_once(device, logits.size(-1)), rows_ahead(device)
+
+    def place(here: slice) -> Union[slice, Tensor]:
+        return here if n == logits.size(0) else rows[here]  # a slice gives a view
+
+    if gradient is not None and n < logits.size(0):
+        others = torch.ones(logits.size(0), dtype=torch.bool, device=device)
+        others[rows] = False
+        gradient[others] = 0
+    selected = None
+    if answer is not None and settings.selection.looks_at_batch:
+        chunks = ((logits[place(here)].to(like), target[here]) for here in _slices(0, n, size))
+        nll = torch.cat([_nll(z, t, torch.logsumexp(z, -1, keepdim=True)) for z, t in chunks])
+        selected = settings.selection(TokenStatistics(nll))
+
+    parts: List[_RowTerms] = []
+    for block in _slices(0, n, size * ahead):
+        ask: Optional[_Ask] = None  # also frees the last block's answer before the next one's
+        several = None
+        if answer is not None and _asks_about_every_row(settings):
+            # a lazy teacher's projection is a small product: several chunks' at a time is faster
+            several = answer.rows(rows[block], like)
+        for here in _slices(block.start, block.stop, size):
+            if several is not None:
+                part = slice(here.start - block.start, here.stop - block.start)
+                ask = partial(_some_of, several.rows(part))
+            elif answer is not None:
+                ask = partial(_some_rows, answer, rows[here], like)
+            terms, slope = _chunk(
+                logits[place(here)].to(like),
+                target[here],
+                ask,
+                settings,
+                selected=None if selected is None else selected[here],
+                with_gradient=gradient is not None,
+            )
+            parts.append(terms)
+            if gradient is not None and slope is not None:
                 if scale is not None:
-                    chunk_gradient.mul_(scale)
-                gradient[self._place(here, logits)] = chunk_gradient.to(gradient.dtype)
+                    slope.mul_(scale)
+                gradient[place(here)] = slope.to(gradient.dtype)
 
-        self._ahead = None  # the graph holds this work until its backward pass
-        if self.signal is None:
-            return self.ce.sum()
-        if self.bad_teacher.any():
-            bad = self.rows[self.bad_teacher]
-            raise NotFiniteTeacherError(" and ".join(self.signal.not_finite(bad)), bad)
-        c = settings.temperature**settings.divergence.temperature_power
-        return (self.ce_weight * self.ce).sum() + c * (self.kd_weight * self.kd).sum()
+    found = _joined(parts)
+    return _loss(found, rows, answer, settings), found
 
-    def terms(self, loss: Tensor) -> Terms:
-        tokens = TokenStatistics(
-            self.nll, self.teacher_nll, self.teacher_entropy, self.teacher_correct
-        )
-        return Terms(loss, tokens, self.selected, self.kd, self.kd_weight, self.correct, self.agree)
 
-    def _allocate(self, logits: Tensor) -> None:
-        """A value per row for all that is asked for; None for the rest."""
-        wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
-        n, device, selection = self.rows.numel(), logits.device, self.settings.selection
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size``; of nothing, an empty one."""
+    for first in range(start, max(stop, start + 1), size):
+        yield slice(first, min(first + size, stop))
 
-        def new(wanted: bool, kind: torch.dtype = wide, fill: float = 0) -> Any:
-            return torch.full((n,), fill, dtype=kind, device=device) if wanted else None
 
-        self._ahead = None
-        taught, metrics = self.signal is not None, self.settings.with_metrics
-        self.dtype = wide
-        self.nll, self.ce = new(True), new(True)
-        self.correct = new(metrics, torch.bool)
-        self.selected = None
-        self.kd, self.kd_weight = new(taught), new(taught)
-        self.bad_teacher = new(taught, torch.bool)
-        self.agree = new(taught and metrics, torch.bool)
-        self.teacher_nll = new(
-            taught and (metrics or self.settings.adaptive or selection.name == "teacher-better")
-        )
-        self.teacher_entropy = new(taught and selection.name == "teacher-entropy")
-        self.teacher_correct = new(taught and selection.name == "teacher-correct", torch.bool)
-        constant = self.settings.ce_weight
-        self.ce_weight = new(taught, fill=1.0 if constant is None else constant)
+def _joined(parts: List[_RowTerms]) -> _RowTerms:
+    columns: List[Any] = [None if x[0] is None else torch.cat(x) for x in zip(*parts)]
+    return _RowTerms(*columns)
 
-    def _chunks(self, logits: Tensor) -> Any:
-        n = self.rows.numel()
-        size = rows_at_once(logits.device, logits.size(-1))
-        for start in range(0, n, size):
-            here = slice(start, min(start + size, n))
-            yield here, logits[self._place(here, logits)].to(self.dtype)
 
-    def _place(self, here: slice, logits: Tensor) -> Any:
-        """Where a chunk stands in the logits: a view where no row is left out."""
-        return here if self.rows.numel() == logits.size(0) else self.rows[here]
+def _some_of(teacher: TeacherRows, index: Optional[Tensor]) -> TeacherRows:
+    return teacher if index is None else teacher.rows(index)
 
-    def _student_nll(self, here: slice, z: Tensor, log_normaliser: Tensor) -> Tensor:
-        at_target = z.gather(-1, self.target[here].unsqueeze(-1))
-        self.nll[here] = (log_normaliser - at_target).squeeze(-1)
-        return self.nll[here]
 
-    def _chunk(self, here: slice, z: Tensor, with_gradient: bool) -> Optional[Tensor]:
-        """Results of one chunk of rows; returns its gradient with respect to the logits ``z``."""
-        student = distribution(z)
-        nll = self._student_nll(here, z, student.log_normaliser)
-        v, eps = z.size(-1), self.settings.label_smoothing
-        other_eps = eps / (v - 1)
-        on_target = 1.0 - eps - other_eps
-        self.ce[here] = on_target * nll
-        if eps > 0:
-            self.ce[here] += other_eps * (v * student.log_normaliser.squeeze(-1) - z.sum(dim=-1))
+def _some_rows(answer: Answer, rows: Tensor, like: Tensor, index: Optional[Tensor]) -> TeacherRows:
+    return answer.rows(rows if index is None else rows[index], like)
 
-        if self.settings.with_metrics:
-            best = z.argmax(dim=-1)
-            self.correct[here] = best == self.target[here]
+
+def _asks_about_every_row(settings: Settings) -> bool:
+    """Otherwise the student's statistics decide at which rows the teacher is asked."""
+    selection = settings.selection
+    return settings.with_metrics or bool(selection.needs) or selection.takes_all()
+
+
+def _loss(found: _RowTerms, rows: Tensor, answer: Optional[Answer], settings: Settings) -> Tensor:
+    """The sum over all rows."""
+    if answer is None:
+        return found.ce.sum()
+    assert found.teacher_bad is not None and found.ce_weight is not None
+    assert found.kd is not None and found.kd_weight is not None
+    if found.teacher_bad.any():
+        bad = rows[found.teacher_bad]
+        raise NotFiniteTeacherError(answer.not_finite(bad), f"the rows {bad.tolist()}", bad)
+    c = settings.temperature**settings.divergence.temperature_power
+    return (found.ce_weight * found.ce).sum() + c * (found.kd_weight * found.kd).sum()
+
+
+def _chunk(
+    z: Tensor,
+    target: Tensor,
+    ask: Optional[_Ask],
+    settings: Settings,
+    *,
+    selected: Optional[Tensor] = None,
+    with_gradient: bool = False,
+) -> Tuple[_RowTerms, Optional[Tensor]]:
+    """The terms of some rows and, if wanted, the gradient of their loss.
+
+    Args:
+        z: the student's logits, (n, V), float32 or float64.
+        target: the references, (n,).
+        ask: the teacher; None for cross-entropy alone.
+        selected: which rows are distilled, bool (n,), where that is decided for the whole batch.
+
+    Returns:
+        the terms, and the gradient with respect to z, (n, V).
+    """
+    student, eps = distribution(z), settings.label_smoothing
+    nll = _nll(z, target, student.log_normaliser)
+    v = z.size(-1)
+    other_eps = eps / (v - 1)
+    on_target = 1.0 - eps - other_eps
+    ce = on_target * nll
+    if eps > 0:
+        ce += other_eps * (v * student.log_normaliser.squeeze(-1) - z.sum(dim=-1))
+    best = z.argmax(dim=-1) if settings.with_metrics else None
+    terms = _RowTerms(nll, ce, correct=None if best is None else best == target)
+    kd_gradient = None
+    if ask is not None:
+        terms, kd_gradient = _distil(terms, student, best, target, ask, settings, selected)
+    if not with_gradient:
+        return terms, None
+
+    # d ce / d z = q - other_eps - on_target * [the reference]
+    gradient = student.probabilities - other_eps
+    reference = target.unsqueeze(-1)
+    gradient.scatter_add_(-1, reference, torch.full_like(reference, -on_target, dtype=z.dtype))
+    if terms.ce_weight is not None:
+        gradient.mul_(terms.ce_weight.unsqueeze(-1))
+    if kd_gradient is not None:
+        kd_gradient.add_to(gradient)
+    return terms, gradient
+
+
+def _nll(z: Tensor, target: Tensor, log_normaliser: Tensor) -> Tensor:
+    return (log_normaliser - z.gather(-1, target.unsqueeze(-1))).squeeze(-1)
+
+
+class _KDGradient(NamedTuple):
+    """The weighted gradient of the divergence, (m, outcomes), and where it belongs."""
+
+    gradient: Tensor
+    where: Optional[Tensor]  # the m rows of the chunk that are distilled; None is all
+    back: Optional[CutBackward]  # to the whole vocabulary; None if these are all outcomes
+
+    def add_to(self, whole: Tensor) -> None:
+        """Add it to that of the chunk, (n, V), in place."""
+        here = _pick(whole, self.where)
+        if self.back is None:
+            here.add_(self.gradient)
         else:
-            best = None
-        distilled = None
-        if self.signal is not None:
-            distilled = self._distil(here, student, best, with_gradient)
-        if not with_gradient:
-            return None
+            self.back.add_to(here, self.gradient)
+        if self.where is not None:
+            whole[self.where] = here
 
-        # d ce / d z = q - other_eps - on_target * [the reference]
-        gradient = student.probabilities - other_eps
-        target = self.target[here].unsqueeze(-1)
-        gradient.scatter_add_(-1, target, torch.full_like(target, -on_target, dtype=z.dtype))
-        if self.ce_weight is not None:
-            gradient.mul_(self.ce_weight[here].unsqueeze(-1))
-        if distilled is not None:
-            index, kd_gradient, spread = distilled
-            here_too = gradient if index is None else gradient[index]
-            if spread is None:
-                here_too.add_(kd_gradient)
-            else:
-                spread.add_to(here_too, kd_gradient)
-            if index is not None:
-                gradient[index] = here_too
-        return gradient
 
-    def _distil(
-        self, here: slice, student: Distribution, best: Optional[Tensor], with_gradient: bool
-    ) -> Optional[Tuple[Optional[Tensor], Tensor, Optional[Spread]]]:
-        """The distillation term of a chunk.
+def _distil(
+    terms: _RowTerms,
+    student: Distribution,
+    best: Optional[Tensor],
+    target: Tensor,
+    ask: _Ask,
+    settings: Settings,
+    selected: Optional[Tensor],
+) -> Tuple[_RowTerms, Optional[_KDGradient]]:
+    """The terms of some rows completed by the teacher's, and the divergence's gradient.
 
-        Returns:
-            which of its rows are distilled (None is all), their weighted gradient, and how a cut
-            one spreads over the vocabulary; None when no row is, or without a gradient.
-        """
-        assert self.signal is not None
-        settings = self.settings
-        t, selection = settings.temperature, settings.selection
-        target = self.target[here]
-        # The teacher is asked about every row only where something depends on it
-        ask_all = settings.with_metrics or selection.asks_teacher
-        index = None if ask_all else self._decide(here)
-        if index is not None:
-            if not index.numel():
-                return None
-            target = target[index]
-        word = self._word(here, index, student.logits)
-        everywhere = here if index is None else index + here.start
-        self.bad_teacher[everywhere] = word.bad()
-        if self.teacher_nll is not None:
-            self.teacher_nll[everywhere] = word.nll(target)
-        if self.agree is not None or self.teacher_correct is not None:
-            teacher_best = word.best()
-            if self.agree is not None:
-                self.agree[everywhere] = teacher_best == best
-            if self.teacher_correct is not None:
-                self.teacher_correct[everywhere] = teacher_best == target
-        if self.teacher_entropy is not None:
-            self.teacher_entropy[everywhere] = word.entropy()
+    Args:
+        terms: what the student alone gives.
+        student: at temperature 1.
+        best: the student's argmax, if metrics are wanted.
+    """
+    n, t = target.numel(), settings.temperature
+    facts: Dict[str, Tensor] = {}
+    asked_already = _asks_about_every_row(settings)
+    if asked_already:
+        teacher = ask(None)
+        facts = _teacher_facts(teacher, target, best, settings)
+    if selected is None:
+        known = [facts.get(name) for name in TokenStatistics._fields[1:]]
+        selected = settings.selection(TokenStatistics(terms.student_nll, *known))
+    where = None if selected is None else selected.nonzero().squeeze(-1)
+    if not asked_already:
+        teacher = ask(where)
+        some = _teacher_facts(teacher, _pick(target, where), None, settings)
+        facts = {name: _put(value, where, n) for name, value in some.items()}
+    elif where is not None:
+        teacher = teacher.rows(where)
 
-        if ask_all:
-            index = self._decide(here)
-            if index is not None:
-                if not index.numel():
-                    return None
-                word = word.rows(index)
-        if index is not None:
-            student = student.rows(index)
-            everywhere = index + here.start
+    if where is not None:
+        student = student.rows(where)
+    value, gradient, back = terms.student_nll.new_empty(0), None, None
+    if student.logits.numel():
         if t != 1:
             student = distribution(student.logits / t)
-        spread = None
-        if settings.top_k or isinstance(word, Sparse):
-            top = word.top(settings.top_k, t, settings.tail == "bucket")
-            teacher, student, spread = cut(top, student)
-        else:
-            teacher = word.at(t)
-        value, gradient = settings.divergence.function(teacher, student)
+        p, q, back = teacher.beside(student, t, settings.top_k, settings.tail)
+        value, gradient = settings.divergence.function(p, q)
+    weight = torch.full_like(value, settings.kd_weight)
+    if settings.adaptive:
+        gap = terms.student_nll - facts["teacher_nll"]
+        weight *= torch.sigmoid(_pick(gap, where))
+    kd_weight = _put(weight, where, n)
+    constant = settings.ce_weight
+    terms = terms._replace(
+        ce_weight=1 - kd_weight if constant is None else torch.full_like(kd_weight, constant),
+        selected=selected,
+        kd=_put(value, where, n),
+        kd_weight=kd_weight,
+        **facts,
+    )
+    if gradient is None:
+        return terms, None
+    # c(T), and 1 / T because the divergence's gradient is for the tempered logits
+    gradient.mul_((weight * t ** (settings.divergence.temperature_power - 1)).unsqueeze(-1))
+    return terms, _KDGradient(gradient, where, back)
 
-        weight = torch.full_like(value, settings.kd_weight)
-        if settings.adaptive:
-            weight *= torch.sigmoid(self.nll[everywhere] - self.teacher_nll[everywhere])
-        self.kd[everywhere], self.kd_weight[everywhere] = value, weight
-        if settings.ce_weight is None:
-            self.ce_weight[everywhere] = 1 - weight
-        if not with_gradient:
-            return None
-        # c(T), and 1 / T because the divergence's gradient is for the tempered logits
-        factor = weight * t ** (settings.divergence.temperature_power - 1)
-        return index, gradient.mul_(factor.unsqueeze(-1)), spread
 
-    def _word(self, here: slice, index: Optional[Tensor], like: Tensor) -> Any:
-        """The teacher's word on a chunk's rows, or on those of them that ``index`` says."""
-        assert self.signal is not None
-        if index is not None:
-            return self.signal.rows(self.rows[here][index], like)
-        if self._ahead is None or here.start >= self._ahead[0].stop:
-            # a lazy teacher's projection is a small product: several chunks' at a time is faster
-            n = here.start + rows_ahead(like.device) * (here.stop - here.start)
-            block = slice(here.start, min(n, self.rows.numel()))
-            self._ahead = block, self.signal.rows(self.rows[block], like)
-        block, word = self._ahead
-        return word.rows(slice(here.start - block.start, here.stop - block.start))
+def _teacher_facts(
+    teacher: TeacherRows, target: Tensor, best: Optional[Tensor], settings: Settings
+) -> Dict[str, Tensor]:
+    """Those fields of ``_RowTerms`` that the settings need of the teacher alone."""
+    needs, metrics = settings.selection.needs, settings.with_metrics
+    facts = {"teacher_bad": teacher.bad()}
+    if metrics or settings.adaptive or "teacher_nll" in needs:
+        facts["teacher_nll"] = teacher.nll(target)
+    if metrics or "teacher_correct" in needs:
+        teacher_best = teacher.best()
+        if best is not None:
+            facts["agree"] = teacher_best == best
+        if "teacher_correct" in needs:
+            facts["teacher_correct"] = teacher_best == target
+    if "teacher_entropy" in needs:
+        facts["teacher_entropy"] = teacher.entropy()
+    return facts
 
-    def _decide(self, here: slice) -> Optional[Tensor]:
-        """Indices of the chunk's rows that are distilled; None is all of them."""
-        selection = self.settings.selection
-        if selection.looks_at_batch and self.selected is not None:
-            return self.selected[here].nonzero().squeeze(-1)
-        others = (self.teacher_nll, self.teacher_entropy, self.teacher_correct)
-        chosen = selection(
-            TokenStatistics(self.nll[here], *(None if x is None else x[here] for x in others))
-        )
-        if chosen is None:
-            return None
-        if self.selected is None:
-            self.selected = torch.zeros_like(self.rows, dtype=torch.bool)
-        self.selected[here] = chosen
-        return chosen.nonzero().squeeze(-1)
+
+def _pick(values: Tensor, where: Optional[Tensor]) -> Tensor:
+    return values if where is None else values[where]
+
+
+def _put(values: Tensor, where: Optional[Tensor], n: int) -> Tensor:
+    """The values at their places among n rows, 0 elsewhere."""
+    if where is None:
+        return values
+    whole = values.new_zeros(n)
+    whole[where] = values
+    return whole

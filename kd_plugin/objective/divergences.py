@@ -9,20 +9,43 @@ distillation temperature, and returns
 Value and gradient are 0 when the two are equal. p is the teacher, q the student. A symbol to which
 the teacher gives probability 0 (logit -inf) adds 0 to the sums over p; divergences that would be
 infinite there (``reverse_kl``, ``logit_mse``) run over the teacher's support, q renormalised on it.
+
+A new divergence is a function here and a line in ``DIVERGENCES``, with a ``Parameter`` if it takes
+one; the flags and their help follow from these.
 """
 
 import functools
 import math
-from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Callable, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
+from .parameters import Parameter
+
 ValueAndGradient = Tuple[Tensor, Tensor]
+
+BETA = Parameter(
+    flag="--kd-js-beta",
+    keyword="beta",
+    default=0.5,
+    valid=lambda x: 0 < x < 1,
+    expected="between 0 and 1",
+    meaning="teacher's share of the mixture in js",
+)
+SKEW = Parameter(
+    flag="--kd-skew",
+    keyword="skew",
+    default=0.1,
+    valid=lambda x: 0 <= x < 1,
+    expected="at least 0, below 1",
+    meaning="first distribution's share of the mixture in skew-kl and skew-reverse-kl",
+)
+PARAMETERS = (BETA, SKEW)
 
 
 class Distribution(NamedTuple):
-    """Rows of logits with what a softmax finds out about them, computed once and shared."""
+    """Rows of logits with their softmax, computed once and shared."""
 
     logits: Tensor  # (rows, V)
     probabilities: Tensor  # (rows, V)
@@ -66,7 +89,9 @@ def reverse_kl(teacher: Distribution, student: Distribution) -> ValueAndGradient
     return value.squeeze(-1), ratio.sub_(mean).mul_(student.probabilities)
 
 
-def js(teacher: Distribution, student: Distribution, beta: float = 0.5) -> ValueAndGradient:
+def js(
+    teacher: Distribution, student: Distribution, beta: float = BETA.default
+) -> ValueAndGradient:
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, 0 < beta < 1.
 
     The generalised Jensen-Shannon divergence of Agarwal et al. 2024 (GKD), eq. 1. Gradient through
@@ -91,7 +116,9 @@ def tvd(teacher: Distribution, student: Distribution) -> ValueAndGradient:
     return value, _through_softmax(difference.sign_().mul_(0.5), student.probabilities)
 
 
-def skew_kl(teacher: Distribution, student: Distribution, skew: float = 0.1) -> ValueAndGradient:
+def skew_kl(
+    teacher: Distribution, student: Distribution, skew: float = SKEW.default
+) -> ValueAndGradient:
     """KL(p || m) with m = skew p + (1 - skew) q, 0 <= skew < 1 (Ko et al. 2024, DistiLLM, eq. 4).
 
     Gradient through d/dq = -(1 - skew) p/m. skew = 0 is KL(p || q).
@@ -107,7 +134,7 @@ def skew_kl(teacher: Distribution, student: Distribution, skew: float = 0.1) -> 
 
 
 def skew_reverse_kl(
-    teacher: Distribution, student: Distribution, skew: float = 0.1
+    teacher: Distribution, student: Distribution, skew: float = SKEW.default
 ) -> ValueAndGradient:
     """KL(q || m) with m = skew q + (1 - skew) p, 0 <= skew < 1 (Ko et al. 2024, DistiLLM, eq. 5).
 
@@ -140,36 +167,53 @@ def logit_mse(teacher: Distribution, student: Distribution) -> ValueAndGradient:
 class Divergence(NamedTuple):
     """A divergence as training uses it."""
 
-    function: Callable[[Distribution, Distribution], ValueAndGradient]
-    temperature_power: int  # c(T) = T ** power keeps the gradient's size independent of T
-    in_nats: bool
+    name: str
+    function: Callable[..., ValueAndGradient]
+    summary: str  # what it is and who proposed it, for the help
+    temperature_power: int = 2  # c(T) = T ** power keeps the gradient's size independent of T
+    in_nats: bool = True
+    parameter: Optional[Parameter] = None
+    # compares logits and not probabilities: no temperature applies, and a bucket of symbols has no
+    # logit to compare
+    of_logits: bool = False
 
 
-_DIVERGENCES: Dict[str, Tuple[Callable[..., ValueAndGradient], int, bool, Optional[str]]] = {
-    "forward-kl": (forward_kl, 2, True, None),
-    "reverse-kl": (reverse_kl, 2, True, None),
-    "js": (js, 2, True, "beta"),
-    "tvd": (tvd, 1, False, None),
-    "skew-kl": (skew_kl, 2, True, "skew"),
-    "skew-reverse-kl": (skew_reverse_kl, 2, True, "skew"),
-    "logit-mse": (logit_mse, 0, False, None),
-}
-NAMES = tuple(_DIVERGENCES)
+DIVERGENCES = (
+    Divergence("forward-kl", forward_kl, "KL(p||q) (Kim & Rush 2016)"),
+    Divergence("reverse-kl", reverse_kl, "KL(q||p) (Gu et al. 2024)"),
+    Divergence("js", js, "beta KL(p||m) + (1-beta) KL(q||m) (Agarwal et al. 2024)", parameter=BETA),
+    Divergence("tvd", tvd, "sum |p-q| / 2 (Wen et al. 2023)", temperature_power=1, in_nats=False),
+    Divergence("skew-kl", skew_kl, "KL(p||m) (Ko et al. 2024)", parameter=SKEW),
+    Divergence("skew-reverse-kl", skew_reverse_kl, "KL(q||m) (Ko et al. 2024)", parameter=SKEW),
+    Divergence(
+        "logit-mse",
+        logit_mse,
+        "squared difference of centred logits (Ba & Caruana 2014)",
+        temperature_power=0,
+        in_nats=False,
+        of_logits=True,
+    ),
+)
+NAMES = tuple(one.name for one in DIVERGENCES)
+# the help of --kd-divergence
+HELP = "divergence between teacher p and student q, m a mixture of both: " + "; ".join(
+    f"{one.name}, {one.summary}" for one in DIVERGENCES
+)
 
 
-def parameter_of(name: str) -> Optional[str]:
-    """The one parameter that the named divergence takes ("beta" or "skew"), if any."""
-    return _DIVERGENCES[name][3]
+def divergence(name: str, value: Optional[float] = None) -> Divergence:
+    """The named divergence, one of ``NAMES``; ``value`` replaces its parameter's default.
 
-
-def divergence(name: str, parameter: Optional[float] = None) -> Divergence:
-    """The named divergence; ``parameter`` replaces the default of its one parameter."""
-    function, power, in_nats, keyword = _DIVERGENCES[name]
-    if parameter is not None:
-        if keyword is None:
-            raise ValueError(f"{name} takes no parameter")
-        function = functools.partial(function, **{keyword: parameter})
-    return Divergence(function, power, in_nats)
+    Raises:
+        ValueError: a value for a divergence without a parameter.
+    """
+    (found,) = [one for one in DIVERGENCES if one.name == name]
+    if value is None:
+        return found
+    if found.parameter is None:
+        raise ValueError(f"{name} takes no parameter")
+    bound = functools.partial(found.function, **{found.parameter.keyword: value})
+    return found._replace(function=bound)
 
 
 def _through_softmax(slope: Tensor, q: Tensor) -> Tensor:

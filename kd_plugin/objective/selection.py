@@ -2,24 +2,22 @@
 
 A selection decides about each real target token from a few numbers per token; it never sees the
 vocabulary. All but ``batch`` decide about a token without looking at its micro-batch.
+
+A new selection is a line in ``SELECTIONS``; the flags, their help and what the teacher is asked
+follow from it.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NAMES = ("all", "batch", "global", "teacher-entropy", "teacher-correct", "teacher-better")
-# Those that take a share of the tokens, and those that compare with the tokens seen last
-WITH_RATE = ("batch", "global", "teacher-entropy")
-WITH_QUEUE = ("global", "teacher-entropy")
-DEFAULT_RATE = 0.5
-DEFAULT_QUEUE_SIZE = 30000  # Wang et al. 2021
+from .parameters import Parameter
 
 
 class TokenStatistics(NamedTuple):
-    """What a selection may ask about tokens, each (n,), None where it was not asked for."""
+    """What a selection may depend on, each (n,); None where nobody needs it."""
 
     student_nll: Tensor  # nats at T = 1
     teacher_nll: Optional[Tensor] = None  # nats at T = 1
@@ -27,61 +25,130 @@ class TokenStatistics(NamedTuple):
     teacher_correct: Optional[Tensor] = None  # the teacher's argmax is the reference
 
 
+class _Described(NamedTuple):
+    """How a selection decides: by ``decide``, or by comparing ``score`` with a queue of scores."""
+
+    name: str
+    description: str  # of the tokens that are distilled, for the help
+    # which of the tokens, bool (n,), of their statistics and the rate; None is all of them
+    decide: Callable[[TokenStatistics, float], Optional[Tensor]] = lambda tokens, rate: None
+    # what the queue compares, (n,): the share ``rate`` with the highest is distilled
+    score: Optional[Callable[[TokenStatistics], Tensor]] = None
+    needs: Tuple[str, ...] = ()  # fields of TokenStatistics that the teacher must fill
+    takes_rate: bool = False
+    looks_at_batch: bool = False  # decides about all tokens of a micro-batch together
+
+
+def _hardest(tokens: TokenStatistics, rate: float) -> Tensor:
+    nll = tokens.student_nll
+    chosen = torch.zeros_like(nll, dtype=torch.bool)
+    order = torch.sort(nll, descending=True, stable=True).indices
+    chosen[order[: round(rate * nll.numel())]] = True
+    return chosen
+
+
+SELECTIONS = (
+    _Described("all", "every token"),
+    _Described(
+        "batch",
+        "the share with the highest student cross-entropy of the micro-batch (Wang et al. 2021, "
+        "section 4.1)",
+        decide=_hardest,  # of equal ones the earlier
+        takes_rate=True,
+        looks_at_batch=True,
+    ),
+    _Described(
+        "global",
+        "the same share, compared with the last tokens of all ranks (section 4.2)",
+        score=lambda tokens: tokens.student_nll,
+        takes_rate=True,
+    ),
+    _Described(
+        "teacher-entropy",
+        "the share with the lowest teacher entropy, compared likewise (of this project)",
+        score=lambda tokens: -tokens.teacher_entropy,  # type: ignore[operator]
+        needs=("teacher_entropy",),
+        takes_rate=True,
+    ),
+    _Described(
+        "teacher-correct",
+        "those where the teacher's likeliest symbol is the reference (of this project)",
+        decide=lambda tokens, rate: tokens.teacher_correct,
+        needs=("teacher_correct",),
+    ),
+    _Described(
+        "teacher-better",
+        "those whose reference the teacher gives more probability than the student does (of this "
+        "project)",
+        decide=lambda tokens, rate: tokens.student_nll > tokens.teacher_nll,  # type: ignore
+        needs=("teacher_nll",),
+    ),
+)
+NAMES = tuple(one.name for one in SELECTIONS)
+WITH_RATE = tuple(one.name for one in SELECTIONS if one.takes_rate)
+WITH_QUEUE = tuple(one.name for one in SELECTIONS if one.score is not None)
+# the help of --kd-selection
+HELP = "which tokens are distilled: " + "; ".join(
+    f"{one.name}, {one.description}" for one in SELECTIONS
+)
+RATE = Parameter(
+    flag="--kd-selection-rate",
+    keyword="rate",
+    default=0.5,
+    valid=lambda x: 0 < x <= 1,
+    expected="above 0, at most 1",
+    meaning=f"share of the tokens that {', '.join(WITH_RATE)} select",
+)
+QUEUE_SIZE = Parameter(
+    flag="--kd-queue-size",
+    keyword="queue_size",
+    default=30000,  # Wang et al. 2021
+    valid=lambda x: x >= 1,
+    expected="at least 1",
+    meaning=f"how many of the last tokens {', '.join(WITH_QUEUE)} compare with",
+)
+DEFAULT_RATE, DEFAULT_QUEUE_SIZE = RATE.default, QUEUE_SIZE.default  # to go with its last use
+
+
 class Selection:
     """One of ``NAMES``, with its share ``rate`` and, where it compares, its queue."""
 
-    def __init__(self, name: str, rate: float = DEFAULT_RATE, queue_size: int = DEFAULT_QUEUE_SIZE):
+    def __init__(self, name: str, rate: float = RATE.default, queue_size: int = QUEUE_SIZE.default):
+        (self._kind,) = [one for one in SELECTIONS if one.name == name]
         self.name, self.rate = name, rate
-        self.queue = ScoreQueue(queue_size) if name in WITH_QUEUE else None
-        self.asks_teacher = name.startswith("teacher-")
-        self.looks_at_batch = name == "batch"
+        self.queue = None if self._kind.score is None else ScoreQueue(queue_size)
+        self.needs, self.looks_at_batch = self._kind.needs, self._kind.looks_at_batch
 
     def __call__(self, tokens: TokenStatistics) -> Optional[Tensor]:
-        """Which of the tokens are distilled, bool (n,); None is all of them.
-
-        batch: the share with the highest student cross-entropy among the given tokens, ties to the
-        earlier one (Wang et al., ACL 2021, section 4.1).
-        global: a student cross-entropy above the (1 - rate)-quantile of the queue's (section 4.2).
-        teacher-entropy: a teacher entropy below the rate-quantile of the queue's.
-        teacher-correct: the teacher's argmax is the reference.
-        teacher-better: the teacher gives the reference more probability than the student does.
-        """
-        if self.name == "all":
-            return None
-        if self.name == "batch":
-            n = tokens.student_nll.numel()
-            chosen = torch.zeros(n, dtype=torch.bool, device=tokens.student_nll.device)
-            order = torch.sort(tokens.student_nll, descending=True, stable=True).indices
-            chosen[order[: round(self.rate * n)]] = True
-            return chosen
+        """Which of the tokens are distilled, bool (n,); None is all of them."""
         if self.queue is not None:
             return self.queue.above_quantile(self.score(tokens), 1 - self.rate)
-        if self.name == "teacher-correct":
-            return tokens.teacher_correct
-        assert tokens.teacher_nll is not None
-        return tokens.teacher_nll < tokens.student_nll
+        return self._kind.decide(tokens, self.rate)
+
+    def takes_all(self) -> bool:
+        """Whether every token is distilled whatever its statistics, also of an empty queue."""
+        return self.name == "all" or (self.queue is not None and not self.queue.scores.numel())
 
     def score(self, tokens: TokenStatistics) -> Tensor:
-        """What the queue compares, higher is rather distilled, (n,)."""
-        if self.name == "global":
-            return tokens.student_nll
-        assert tokens.teacher_entropy is not None
-        return -tokens.teacher_entropy
+        """What the queue compares; the higher, the rather distilled, (n,)."""
+        assert self._kind.score is not None, "this selection has no queue"
+        return self._kind.score(tokens)
 
 
 class ScoreQueue:
     """The scores of the last ``capacity`` tokens trained on, over all ranks, the same on each.
 
-    Scores wait until their update's optimizer step is taken and then enter once, rank by rank; the
-    threshold therefore stands still during an update. Nothing enters from validation, dummy
-    batches or steps that overflowed.
+    An update calls ``begin``, then ``observe`` for each micro-batch, and ``commit`` once its
+    optimizer step is taken: only then do its scores enter, rank by rank, so that the threshold
+    stands still during an update. Scores of an update that is given up (an overflow) are dropped
+    by the next ``begin``. Validation and dummy batches are not to be observed.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.scores = torch.empty(0)
-        self._quantiles: Dict[float, float] = {}  # of these scores, as far as somebody asked
-        self._waiting: List[Tensor] = []
+        self._quantiles: Dict[float, float] = {}  # of these scores, where already computed
+        self._observed: List[Tensor] = []
 
     def above_quantile(self, scores: Tensor, q: float) -> Optional[Tensor]:
         """Which scores exceed the queue's q-quantile (linear interpolation); None when empty."""
@@ -95,24 +162,24 @@ class ScoreQueue:
             self._quantiles[q] = torch.lerp(ordered[low], ordered[high], position - low).item()
         return scores > self._quantiles[q]
 
-    def wait(self, scores: Tensor) -> None:
-        """Scores of a micro-batch whose update is under way."""
-        self._waiting.append(scores.detach().float())
+    def begin(self) -> None:
+        """An update begins: drop what one that was given up has left."""
+        self._observed = []
 
-    def discard_waiting(self) -> None:
-        """The update under way was given up, or a new one begins."""
-        self._waiting = []
+    def observe(self, scores: Tensor) -> None:
+        """Scores of a micro-batch of the update under way, (n,)."""
+        self._observed.append(scores.detach().float())
 
-    def enter_waiting(self, group: Any = None, device: Optional[torch.device] = None) -> None:
-        """The optimizer step was taken: what waits on every rank enters, in order of ranks.
+    def commit(self, group: Any = None, device: Optional[torch.device] = None) -> None:
+        """The optimizer step was taken: the scores of every rank enter, in order of ranks.
 
         Args:
             group: the data-parallel process group; None is a single process.
             device: where ``group`` communicates.
         """
-        waiting = torch.cat(self._waiting) if self._waiting else torch.empty(0)
-        self._waiting = []
-        for scores in _gather(waiting, group, device):
+        observed = torch.cat(self._observed) if self._observed else torch.empty(0)
+        self._observed = []
+        for scores in _gather(observed, group, device):
             self.scores = torch.cat([self.scores, scores.cpu()])[-self.capacity :]
         self._quantiles = {}
 

@@ -1,4 +1,4 @@
-"""Cut two distributions to the teacher's K likeliest symbols.
+"""Cut two distributions to the teacher's K likeliest symbols (Tan et al. 2019).
 
 First temper, then cut: both distributions are at the distillation temperature. The cut pair is over
 K outcomes (tail ``renormalise``: given that the symbol is one of the K) or K + 1 (tail ``bucket``:
@@ -26,14 +26,17 @@ class Top(NamedTuple):
     rest: Optional[Tensor]  # (n, 1): log of the sum of exp(logits) of all others; None: left out
 
 
-class Spread:
-    """The way back: from the gradient for the cut student's logits to that for all of them."""
+class CutBackward:
+    """The backward pass of ``cut``: from the gradient for the cut logits to that for all."""
 
     def __init__(self, top: Top, student: Distribution, mass: Optional[Tensor]) -> None:
         self.symbols, self.student, self.mass = top.symbols, student, mass
 
     def add_to(self, gradient: Tensor, cut: Tensor) -> None:
-        """Add the gradient for the cut logits, (n, K or K + 1), to that for all, (n, V)."""
+        """Add what ``cut``, the gradient for the cut logits (n, K or K + 1), gives all (n, V).
+
+        In place.
+        """
         # set at the end, not corrected: a share of a tiny rest's bucket would drown their gradient
         inside = gradient.gather(-1, self.symbols) + cut[:, : self.symbols.size(-1)]
         if self.mass is not None:
@@ -48,16 +51,24 @@ class Spread:
         gradient.scatter_(-1, self.symbols, inside)
 
 
-def cut(top: Top, student: Distribution) -> Tuple[Distribution, Distribution, Spread]:
-    """Both distributions cut, to K outcomes or, with a rest, to K + 1; and the way back."""
+def cut(top: Top, student: Distribution) -> Tuple[Distribution, Distribution, CutBackward]:
+    """Both distributions over the same K outcomes or, with a rest, K + 1.
+
+    Args:
+        top: the teacher's likeliest symbols, logits at the distillation temperature.
+        student: over all symbols, (n, V), at the same temperature.
+
+    Returns:
+        teacher, student, and what carries a gradient for the cut student back to all symbols.
+    """
     kept = student.logits.gather(-1, top.symbols)
     if top.rest is None:
-        return distribution(top.logits), distribution(kept), Spread(top, student, None)
+        return distribution(top.logits), distribution(kept), CutBackward(top, student, None)
     rest, mass = _rest_of_student(student, top.symbols)
     return (
         distribution(torch.cat([top.logits, top.rest], dim=-1)),
         distribution(torch.cat([kept, rest], dim=-1)),
-        Spread(top, student, mass),
+        CutBackward(top, student, mass),
     )
 
 

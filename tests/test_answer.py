@@ -12,9 +12,9 @@ def test_rows_are_computed_only_when_asked_for():
         asked.append(rows.tolist())
         return torch.zeros(len(rows), 3)
 
-    signal = RunningAnswer([Member("t", logits)])
+    answer = RunningAnswer([Member("t", logits)])
     assert asked == []
-    assert signal.logits(torch.tensor([4, 2])).shape == (2, 3)
+    assert answer.logits(torch.tensor([4, 2])).shape == (2, 3)
     assert asked == [[4, 2]]
 
 
@@ -28,18 +28,18 @@ def test_logits_are_at_least_float32():
 
 def test_an_ensemble_averages_probabilities():
     first, second = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[0.0, -math.inf, 1.0]])
-    signal = RunningAnswer(
+    answer = RunningAnswer(
         [Member("a", lambda rows: first[rows]), Member("b", lambda rows: second[rows])],
         [math.log(0.2), math.log(0.8)],
     )
-    p = torch.softmax(signal.logits(torch.tensor([0])), -1)
+    p = torch.softmax(answer.logits(torch.tensor([0])), -1)
     expected = 0.2 * torch.softmax(first, -1) + 0.8 * torch.softmax(second, -1)
     torch.testing.assert_close(p, expected)
 
 
 def test_names_the_members_that_are_not_finite():
     fine = torch.tensor([[1.0, -math.inf]])
-    signal = RunningAnswer(
+    answer = RunningAnswer(
         [
             Member("fine", lambda rows: fine[rows]),
             Member("nan", lambda rows: fine[rows] * math.nan),
@@ -47,4 +47,4 @@ def test_names_the_members_that_are_not_finite():
         ],
         [math.log(1 / 3)] * 3,
     )
-    assert signal.not_finite(torch.tensor([0])) == ["nan", "empty"]
+    assert answer.not_finite(torch.tensor([0])) == ["nan", "empty"]
