@@ -5,9 +5,11 @@ is raised is a mistake of ours and shows its traceback.
 """
 
 import contextlib
-from typing import Iterator, List, Type
+from typing import Iterator, List, Optional, Tuple, Type
 
 _LONGEST = 4000  # characters of a message
+# torch's and CTranslate2's errors are RuntimeErrors; torch.cuda.OutOfMemoryError is newer than 1.12
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class UserError(ValueError):
@@ -27,6 +29,22 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def out_of_memory(error: BaseException) -> Optional[str]:
+    """What to tell a user for whom memory, of the machine or of a GPU, did not suffice.
+
+    Returns:
+        one sentence; None if ``error`` is something else.
+    """
+    text = str(error).strip()
+    if isinstance(error, RuntimeError) and any(mark in text.lower() for mark in _OUT_OF_MEMORY):
+        reason = f" ({text.splitlines()[0]})"
+    elif isinstance(error, MemoryError):
+        reason = ""
+    else:
+        return None
+    return f"there is not enough memory{reason}; smaller batches need less"
 
 
 class Faults:
@@ -67,9 +85,10 @@ class Faults:
         Args:
             kinds: of exceptions; ``UserError`` by default. Others pass.
         """
+        expected: Tuple[Type[Exception], ...] = kinds or (UserError,)
         try:
             yield
-        except kinds or (UserError,) as error:
+        except expected as error:
             self.add(error)
 
     def raise_if_any(self, kind: Type[Exception] = UserError, prefix: str = "") -> None:

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kd_plugin import files
+from kd_plugin import shards as store
 from kd_plugin.cache import (
     CachedSubset,
     CacheError,
@@ -68,7 +69,8 @@ class Case(NamedTuple):
     def writer(self, cache, num_shards=1, shard_id=0, **header):
         return CacheWriter(
             *(str(cache), {**self.header, **header}, self.lengths, self.batches),
-            *(num_shards, shard_id),
+            num_shards=num_shards,
+            shard_id=shard_id,
         )
 
     def write(self, cache, num_shards=1, shard_id=0, **header):
@@ -498,7 +500,7 @@ def in_a_child(work) -> int:
 
 def at_each_line(do):
     """Call ``do`` before each line that runs in the cache's modules."""
-    ours = {files.__file__, layout.__file__, writer.__file__}
+    ours = {files.__file__, store.__file__, layout.__file__, writer.__file__}
 
     def trace(frame, event, argument):
         if frame.f_code.co_filename not in ours:
@@ -600,7 +602,7 @@ def test_a_full_disk_leaves_what_can_be_gone_on_from(case, finished, tmp_path, m
     """At every write, each cut short by the kernel as a full disk does."""
     failed = 0
     for allowed in range(0, 40, 3):
-        real, left = writer.write_all, [allowed]
+        real, left = store.write_all, [allowed]
 
         def full(file, block, real=real, left=left):
             left[0] -= 1
@@ -611,7 +613,7 @@ def test_a_full_disk_leaves_what_can_be_gone_on_from(case, finished, tmp_path, m
 
         cache = tmp_path / str(allowed)
         with monkeypatch.context() as patch:
-            patch.setattr(writer, "write_all", full)
+            patch.setattr(store, "write_all", full)
             try:
                 case.write(cache)
             except OSError:
@@ -665,7 +667,7 @@ def test_workers_hold_no_lock(case, tmp_path, monkeypatch):
     shard.begin()
 
     def killed(*_):
-        shard.shards.let_go()
+        shard.shards.release()
         case.writer(tmp_path).begin()
         raise KeyboardInterrupt
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd_plugin.errors import Faults, UserError
+from kd_plugin.errors import Faults, UserError, out_of_memory
 from kd_plugin.files import FileError
 
 
@@ -42,3 +42,12 @@ def test_faults_are_raised_as_the_kind_that_is_asked_for():
 def test_a_mistake_of_ours_is_not_collected():
     with pytest.raises(KeyError), Faults().collecting():
         raise KeyError("ours")
+
+
+def test_what_is_out_of_memory():
+    expected = "there is not enough memory; smaller batches need less"
+    assert out_of_memory(MemoryError()) == expected
+    told = out_of_memory(RuntimeError("CUDA failed with error out of memory\nat line 5"))
+    assert told is not None and "(CUDA failed with error out of memory); smaller" in told
+    assert out_of_memory(RuntimeError("shapes differ")) is None
+    assert out_of_memory(ValueError("out of memory")) is None

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from sacrebleu import sentence_bleu, sentence_chrf
 
 from kd_plugin import files
+from kd_plugin import shards as store_module
 from kd_plugin.commands import arguments, sequences
 from kd_plugin.decoding import Corpus, Hypothesis, databin, describe_text, plan
 from kd_plugin.decoding import models as teachers
@@ -117,7 +118,7 @@ def in_a_child(work) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def at_each_line(do, ours=frozenset({files.__file__, hypotheses.__file__})):
+def at_each_line(do, ours=frozenset({files.__file__, store_module.__file__, hypotheses.__file__})):
     def trace(frame, event, argument):
         if frame.f_code.co_filename not in ours:
             return None
@@ -254,7 +255,7 @@ def test_a_plan_without_its_header_is_never_left(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(hypotheses, "write_json", full)
+    monkeypatch.setattr(store_module, "write_json", full)
     with pytest.raises(OSError):
         HypothesisStore(tmp_path, HEADER).begin(PLAN)
     assert not (tmp_path / "plan.npz").exists()
@@ -298,8 +299,8 @@ def test_workers_hold_no_lock(tmp_path):
             assert isinstance(batches.batch_sampler[0], np.ndarray)  # no lists of a large plan
             workers = iter(batches)
             yield lists(next(workers))
-            pickle.loads(pickle.dumps(store.shards)).let_go()  # in one that is not forked
-            store.shards.let_go()
+            pickle.loads(pickle.dumps(store.shards)).release()  # in one that is not forked
+            store.shards.release()
             HypothesisStore(tmp_path, HEADER).begin(PLAN)
             raise KeyboardInterrupt
 

@@ -62,7 +62,9 @@ def fill(
         **layout.describe_data(task, subset, combine),
     }
     batches = _plan(dataset, lengths, max_tokens, max_sentences)
-    writer = CacheWriter(cache, header, lengths, batches, num_shards, shard_id)
+    writer = CacheWriter(
+        cache, header, lengths, batches, num_shards=num_shards, shard_id=shard_id
+    )
     writer.begin()
     if writer.done < len(writer.batches):
         _run(task, teacher, dataset, writer, num_workers)
@@ -105,7 +107,7 @@ def _run(task: Any, teacher: Any, dataset: Any, writer: CacheWriter, num_workers
         batch_sampler=batches,
         collate_fn=dataset.collater,
         num_workers=num_workers,
-        worker_init_fn=writer.shards.let_go,
+        worker_init_fn=writer.shards.release,
     )
     progress = tqdm(
         total=sum(tokens),

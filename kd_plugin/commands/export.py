@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     options = make_parser().parse_args(arguments)
-    return exit_code(PROG, lambda: run(options), goes_on=False)
+    return exit_code(PROG, lambda: run(options), resumable=False)
 
 
 def run(options: argparse.Namespace) -> None:

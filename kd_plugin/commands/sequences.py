@@ -20,14 +20,15 @@ from omegaconf import OmegaConf, open_dict
 
 from .. import decoding, sequences
 from ..checkpoints.checkpoint import digest
+from ..errors import Faults
 from ..export.models import max_positions
 from ..files import FileError
 from .arguments import (
     Help,
     add_trust,
+    refuse_unsupported,
     run_like_fairseq,
     shard_of_process,
-    useless_for_decoding,
 )
 
 PROG = "fairseq-kd-sequences"
@@ -297,7 +298,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _refuse(options: argparse.Namespace) -> None:
     """Flags that mean nothing here, or need others."""
-    faults = useless_for_decoding(options)
+    noted = Faults()
+    refuse_unsupported(options, noted)
+    faults = noted.messages
     if not options.path:
         faults.append("--path: expected the teacher's checkpoint, or several with ':' between")
     if options.nbest > options.beam:

@@ -61,7 +61,7 @@ def decode(
         batch_sampler=batches,
         collate_fn=corpus.dataset.collater,
         num_workers=num_workers,
-        worker_init_fn=store.shards.let_go,
+        worker_init_fn=store.shards.release,
     )
     subwords = 0
     with _progress(total, "decoding", before) as progress:

@@ -205,7 +205,7 @@ def test_killed_and_run_again(data, teacher, distilled, tmp_path):
     run = fairseq("fairseq-kd-report", *arguments(passes + 2)).ok()
     report = report_of(tmp_path / "r")
     assert [len(system["seconds"]) for system in report["systems"]] == [passes + 2] * 2
-    assert "same run" in report["notes"][0] and "opening student" in run.text
+    assert "several runs of the command" in report["notes"][0] and "opening student" in run.text
 
 
 def test_killed_while_the_report_was_written(data, teacher, tmp_path):
@@ -284,7 +284,7 @@ def test_wrong_input(data, corpus, teacher, tmp_path):
         (("--reference", tmp_path / "none"), "no such file"),
         (("--logs", "x"), "NAME=FILE"),
         (("--bleu-tokenize", "no"), "--bleu-tokenize no: expected one of"),
-        (("--teacher", "boss"), "--teacher boss: no model is named so"),
+        (("--teacher", "boss"), "--teacher boss: the models are named teacher"),
         (("--nbest", 2, "--repeats", 0), "--repeats must be 1 or more"),
         (("--lm-path", "x", "--amp"), "--lm-path cannot be used here"),
     ):

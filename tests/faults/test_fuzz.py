@@ -241,7 +241,7 @@ def look_at_plan(folder: Path) -> None:
     ids = np.concatenate([np.zeros(0, np.int64), *store.batches])
     assert (ids >= 0).all() and len(set(ids.tolist())) == len(ids)
     assert 0 <= store.done <= len(store.batches)
-    store._file.close()
+    store.close()
 
 
 RECORD = {
