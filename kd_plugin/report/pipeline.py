@@ -406,10 +406,9 @@ def _differences(
         data.task,
         data.corpus,
         [model.max_positions() for model in (teacher, *opened.values())],
-        data.cfg.dataset.max_tokens,
-        data.cfg.dataset.batch_size,
-        1,
-        data.cfg.common.seed,
+        max_tokens=data.cfg.dataset.max_tokens,
+        max_sentences=data.cfg.dataset.batch_size,
+        seed=data.cfg.common.seed,
     )
     dataset, dictionary = data.corpus.dataset, data.task.target_dictionary
     batches = (dataset.collater([dataset[int(i)] for i in batch]) for batch in plan)

@@ -390,7 +390,7 @@ class KDTranslationTask(TranslationTask):
             )
             return
         cache = CachedSubset(folder, split, describe_data(self, split, combine))
-        if self.cache is not None and self.cache.likeness() != cache.likeness():
+        if self.cache is not None and not self.cache.compatible_with(cache):
             raise CacheError(
                 f"the caches {cache.folder} and {self.cache.folder} are not of the same teachers, "
                 "top k and temperatures: make one of them again"
