@@ -313,10 +313,10 @@ class _Decoder:
             self.task,
             corpus,
             self.positions,
-            cfg.dataset.max_tokens,
-            cfg.dataset.batch_size,
-            cfg.dataset.required_batch_size_multiple,
-            cfg.common.seed,
+            max_tokens=cfg.dataset.max_tokens,
+            max_sentences=cfg.dataset.batch_size,
+            required_multiple=cfg.dataset.required_batch_size_multiple,
+            seed=cfg.common.seed,
         )
         dataset = corpus.dataset
         self.batches = [dataset.collater([dataset[int(i)] for i in batch]) for batch in plan]
@@ -346,10 +346,10 @@ class _Decoder:
                 self.task,
                 self.model,
                 generation,
-                self.device.type,
-                self.device_index,
-                "default",
-                self.positions[0][1],
+                device=self.device.type,
+                device_index=self.device_index,
+                compute_type="default",
+                max_positions=self.positions[0][1],
             )
         return decoding.FairseqEngine(self.task, self.model, generation, self.seed)
 

@@ -495,10 +495,9 @@ def _plan(data: _TestSet, limits: Sequence[Tuple[int, int]]) -> List[np.ndarray]
         data.task,
         data.corpus,
         limits,
-        data.cfg.dataset.max_tokens,
-        data.cfg.dataset.batch_size,
-        1,
-        data.cfg.common.seed,
+        max_tokens=data.cfg.dataset.max_tokens,
+        max_sentences=data.cfg.dataset.batch_size,
+        seed=data.cfg.common.seed,
     )
 
 
