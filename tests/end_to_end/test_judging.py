@@ -58,6 +58,7 @@ def judged(corpus, teacher, distilled, int8, tmp_path_factory) -> Judged:
         *(f"{corpus.data}/", folder),
         {"teacher": teacher, "student": distilled.checkpoint, "int8": int8},
         *("--greedy", "--reference", corpus.text / "test.bb", "--logs", f"student={log}"),
+        spawns=True,
     ).ok()
     return Judged(folder, run, report_of(folder))
 
@@ -194,7 +195,8 @@ def test_killed_and_run_again(data, teacher, distilled, tmp_path):
     def arguments(repeats):
         return (data, "--output", tmp_path / "r", *HOW, "--repeats", repeats, "--models", *named)
 
-    first = start("fairseq-kd-report", *arguments(10**6))  # it does not end by itself
+    # it does not end by itself; its processes do when it is gone
+    first = start("fairseq-kd-report", *arguments(10**6), spawns=True)
     while not list((tmp_path / "r").glob("measured/*/student.json")):
         assert first.process.is_alive(), first.text
         time.sleep(0.05)
