@@ -1,4 +1,4 @@
-"""Imports point down, from the code itself: what stands on which floor is written here, and only here."""
+"""Imports point down, from the code itself. This is where each package's floor is written."""
 
 import ast
 from pathlib import Path
