@@ -107,7 +107,6 @@ QUEUE_SIZE = Parameter(
     expected="at least 1",
     meaning=f"how many of the last tokens {', '.join(WITH_QUEUE)} compare with",
 )
-DEFAULT_RATE, DEFAULT_QUEUE_SIZE = RATE.default, QUEUE_SIZE.default  # to go with its last use
 
 
 class Selection:
@@ -149,6 +148,11 @@ class ScoreQueue:
         self.scores = torch.empty(0)
         self._quantiles: Dict[float, float] = {}  # of these scores, where already computed
         self._observed: List[Tensor] = []
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has seen no token yet: nothing was observed, nothing was loaded."""
+        return not self.scores.numel() and not self._observed
 
     def above_quantile(self, scores: Tensor, q: float) -> Optional[Tensor]:
         """Which scores exceed the queue's q-quantile (linear interpolation); None when empty."""

@@ -232,7 +232,7 @@ def test_training_leaves_the_teacher_as_it_was(data, teacher, tmp_path, monkeypa
     train.main(convert_namespace_to_omegaconf(args))
     assert tasks.TASK_REGISTRY["kd_translation"] is type(seen["task"])
 
-    model = seen["task"].teacher.members[0].model
+    model = seen["task"].source.teacher.members[0].model
     before = support.used_weights(teacher)
     after = model.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
