@@ -67,6 +67,12 @@ class Corpus(NamedTuple):
                 f"{', '.join(more)} with it: binarise them into one, or run again with "
                 f"--gen-subset {more[0]} and another --output"
             )
+        if references is not None and len(references) != len(source):
+            raise FileError(
+                f"{data.folder}: {subset} has {len(source)} sentences in {data.langs[0]} and "
+                f"{len(references)} in {data.langs[1]}: binarise both sides again, from files with "
+                "as many lines"
+            )
         if isinstance(task, TranslationTask) and references is not None:
             task.load_dataset(subset)
             dataset = task.dataset(subset)

@@ -50,7 +50,10 @@ class FairseqEngine:
         self.task, self.models, self.generation, self.seed = task, models, generation, seed
         self.cuda = next(models[0].parameters()).is_cuda
         more = {"lm_model": None, "lm_weight": generation.lm_weight}
-        self.generator = task.build_generator(models, generation, extra_gen_cls_kwargs=more)
+        try:
+            self.generator = task.build_generator(models, generation, extra_gen_cls_kwargs=more)
+        except (ValueError, AssertionError) as error:
+            raise _refused("fairseq's generator", error) from error
         strip = getattr(self.generator, "symbols_to_strip_from_output", {self.generator.eos})
         self.strip = {*strip, self.generator.eos, task.target_dictionary.bos()}
 
@@ -71,6 +74,8 @@ class FairseqEngine:
                 found = self.task.inference_step(self.generator, self.models, sample)
             except AssertionError as error:  # of a sentence that no symbol has a probability for
                 raise _no_translation(ids, f"fairseq's generator: {error}") from error
+            except ValueError as error:  # of flags that it looks at only now
+                raise _refused("fairseq's generator", error) from error
             yield {
                 i: [self._read(one, longest) for one in nbest[: self.generation.nbest]]
                 for i, nbest in zip(ids, found)
@@ -161,19 +166,22 @@ class CTranslate2Engine:
                 "sampling_topp": g.sampling_topp if g.sampling_topp > 0 else 1.0,
                 "sampling_temperature": g.temperature,
             }
-        return self.translator.translate_batch(
-            sources,
-            asynchronous=True,
-            return_scores=True,
-            return_end_token=True,
-            length_penalty=0 if g.unnormalized else g.lenpen,
-            no_repeat_ngram_size=g.no_repeat_ngram_size,
-            max_decoding_length=longest + 1,
-            min_decoding_length=max(g.min_len, 1),
-            max_input_length=0,
-            **self.split,
-            **how,
-        )
+        try:
+            return self.translator.translate_batch(
+                sources,
+                asynchronous=True,
+                return_scores=True,
+                return_end_token=True,
+                length_penalty=0 if g.unnormalized else g.lenpen,
+                no_repeat_ngram_size=g.no_repeat_ngram_size,
+                max_decoding_length=longest + 1,
+                min_decoding_length=max(g.min_len, 1),
+                max_input_length=0,
+                **self.split,
+                **how,
+            )
+        except ValueError as error:
+            raise _refused("CTranslate2", error) from error
 
     def _end(self, ids: List[int], results: Sequence[Any]) -> NBest:
         dictionary = self.task.target_dictionary
@@ -195,6 +203,14 @@ class CTranslate2Engine:
         return found
 
 
+<<<<<<< HEAD
+=======
+def _refused(engine: str, error: Exception) -> FileError:
+    """The error of flags that contradict each other, in the words of what decodes."""
+    return FileError(f"{engine} refuses the flags of the search: {error}")
+
+
+>>>>>>> hD
 def _no_translation(ids: Sequence[int], why: str) -> UserError:
     """The error of a model that finds nothing probable, though any sentence has a likeliest one."""
     return UserError(

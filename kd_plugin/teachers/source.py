@@ -8,10 +8,9 @@ validation, which can.
 
 import logging
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
-import torch
 
 from ..cache import CachedSubset, CacheError, TaughtDataset
 from ..objective import Answer, CachedAnswer, Schedule
