@@ -1,4 +1,4 @@
-"""The flags of task and criterion, read once into one ``Plan``, or refused with every fault at once."""
+"""The flags of task and criterion, read once into one ``Plan``, or refused, every fault at once."""
 
 import math
 from typing import Any, Callable, List, NamedTuple, Optional

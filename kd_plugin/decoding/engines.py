@@ -203,14 +203,11 @@ class CTranslate2Engine:
         return found
 
 
-<<<<<<< HEAD
-=======
 def _refused(engine: str, error: Exception) -> FileError:
     """The error of flags that contradict each other, in the words of what decodes."""
     return FileError(f"{engine} refuses the flags of the search: {error}")
 
 
->>>>>>> hD
 def _no_translation(ids: Sequence[int], why: str) -> UserError:
     """The error of a model that finds nothing probable, though any sentence has a likeliest one."""
     return UserError(
