@@ -26,7 +26,7 @@ from ..files import (
     write_json,
 )
 from ..teachers.run import Student, Teacher
-from ..timing import Spread
+from ..timing import Quartiles
 from . import compare, page
 from .curves import read_curves
 from .decode import NUMBERS, Measured, configuration, measure
@@ -370,8 +370,8 @@ def _row(system: System, measured: Measured, scores: Dict[str, Any]) -> Dict[str
         "left_out": len(said) - translated,
         "seconds": seconds,
         "tokens": tokens,
-        "sentences_per_second": Spread.of([translated / s for s in seconds])._asdict(),
-        "tokens_per_second": Spread.of([tokens / s for s in seconds])._asdict(),
+        "sentences_per_second": Quartiles.of([translated / s for s in seconds])._asdict(),
+        "tokens_per_second": Quartiles.of([tokens / s for s in seconds])._asdict(),
     }
 
 
