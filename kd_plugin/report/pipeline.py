@@ -28,7 +28,7 @@ from ..files import (
     write_json,
 )
 from ..teachers.run import Student, Teacher
-from ..timing import Spread
+from ..timing import Quartiles
 from . import compare, page
 from .curves import read_curves
 from .decode import NUMBERS, Measured, configuration, measure
@@ -389,8 +389,8 @@ def _row(system: System, results: _Results, scores: Dict[str, Any]) -> Dict[str,
         "left_out": len(translations) - translated,
         "seconds": seconds,
         "tokens": tokens,
-        "sentences_per_second": Spread.of([translated / s for s in seconds])._asdict(),
-        "tokens_per_second": Spread.of([tokens / s for s in seconds])._asdict(),
+        "sentences_per_second": Quartiles.of([translated / s for s in seconds])._asdict(),
+        "tokens_per_second": Quartiles.of([tokens / s for s in seconds])._asdict(),
     }
 
 
