@@ -4,18 +4,20 @@ import argparse
 import sys
 from typing import Any, Callable, List, Optional
 
-import torch
 from fairseq import options as fairseq_options
 from fairseq import tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import open_dict
 
 from ..cache import CacheError, fill, summary_lines
+from ..checkpoints import Role, parse_overrides
+from ..decoding import placement
+from ..errors import UserError
 from ..files import FileError
-from ..teachers.run import TeacherError
 from .arguments import Help, add_trust, run_like_fairseq
 
 PROG = "fairseq-kd-cache"
+ROLE = Role("teacher", "--trust-checkpoint", "--teacher-data", "--model-overrides")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,15 +55,8 @@ def run(options: argparse.Namespace) -> None:
     utils.import_user_module(cfg.common)
     task = _read(cfg.task.data, tasks.setup_task, cfg.task)
 
-    cuda = torch.cuda.is_available() and not cfg.common.cpu
-    if cuda:
-        torch.cuda.set_device(cfg.distributed_training.device_id)
-    dtype = torch.float32
-    if cfg.common.fp16 or cfg.common.bf16:
-        dtype = torch.float16 if cfg.common.fp16 else torch.bfloat16
-    if dtype == torch.float16 and not cuda:
-        raise TeacherError("--fp16 needs a GPU; on a CPU take --bf16 or neither")
-    teacher = task.open_teacher(torch.device("cuda" if cuda else "cpu"), dtype)
+    device, dtype = placement(cfg, cfg.distributed_training.device_id)
+    teacher = task.open_teacher(device, dtype, ROLE)
 
     max_tokens, max_sentences = cfg.dataset.max_tokens, cfg.dataset.batch_size
     if max_tokens is None and max_sentences is None:
@@ -118,6 +113,10 @@ def _refuse(options: argparse.Namespace) -> None:
         faults.append("--task must be kd_translation, whatever the teacher was trained with")
     if getattr(options, "amp", False):
         faults.append("--amp is for training: take --fp16, --bf16 or neither")
+    try:
+        parse_overrides(options.model_overrides, "--model-overrides")
+    except UserError as error:
+        faults.append(str(error))
     if faults:
         raise CacheError("; ".join(faults))
 

@@ -5,7 +5,6 @@ writes a complete data-bin (Kim & Rush 2016).
 """
 
 import argparse
-import ast
 import os
 import sys
 import time
@@ -19,8 +18,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf, open_dict
 
 from .. import decoding, sequences
-from ..checkpoints.checkpoint import digest
-from ..export.models import max_positions
+from ..checkpoints import Role, digest, lacking, parse_overrides
+from ..export import QUANTIZATIONS
 from ..files import FileError
 from .arguments import (
     Help,
@@ -31,15 +30,7 @@ from .arguments import (
 )
 
 PROG = "fairseq-kd-sequences"
-_COMPUTE_TYPES = (
-    "int8",
-    "int8_float16",
-    "int8_bfloat16",
-    "int16",
-    "float16",
-    "bfloat16",
-    "float32",
-)
+ROLE = Role("teacher", "--trust-checkpoint", overrides="--model-overrides")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -96,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--engine", default="fairseq", choices=("fairseq", "ctranslate2"), help="what decodes")
     add(
         "--compute-type",
-        choices=_COMPUTE_TYPES,
+        choices=QUANTIZATIONS,
         help="CTranslate2's precision (default: int8 on a CPU, float16 on a GPU)",
     )
     add("--overwrite", action="store_true", help="replace what another command made in --output")
@@ -173,7 +164,7 @@ def run(options: argparse.Namespace) -> None:
     detokenise, to_subwords = decoding.text_functions(task, cfg)
     student = _student(options, data, detokenise, _wants_text(options))
 
-    overrides = ast.literal_eval(cfg.common_eval.model_overrides)
+    overrides = parse_overrides(cfg.common_eval.model_overrides, "--model-overrides")
     paths = utils.split_paths(cfg.common_eval.path)
     compute_type = options.compute_type or ("float16" if device.type == "cuda" else "int8")
     fairseq_engine = options.engine == "fairseq"
@@ -231,16 +222,18 @@ def run(options: argparse.Namespace) -> None:
     if store.complete:
         store.clean_up()
     else:
-        states = decoding.read_teachers(paths, task, overrides, options.trust_checkpoint)
+        teachers = decoding.open_checkpoints(
+            paths, task, ROLE, overrides=overrides, trust=options.trust_checkpoint
+        )
         engine: Any
         if fairseq_engine:
-            models = decoding.build_teachers(states, task, overrides, cfg, device, dtype)
+            models = decoding.build_models(teachers, task, overrides, cfg, device, dtype)
             positions = [model.max_positions() for model in models]
             engine = decoding.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
         else:
             kept = store.beside("ctranslate2", "teachers", "files")
-            converted = sequences.converted(*states[0], task, kept)
-            positions = [max_positions(*states[0])]
+            converted = sequences.converted(teachers[0], task, kept)
+            positions = [teachers[0].max_positions]
             engine = decoding.CTranslate2Engine(
                 task,
                 converted,
@@ -381,11 +374,11 @@ def _student(
         (data.source, theirs.source, "source"),
         (data.target, theirs.target, "target"),
     ):
-        lacking = [s for s in mine.symbols if s not in other.indices and "madeupword" not in s]
-        if lacking:
+        unknown = lacking(mine.symbols, other.indices)
+        if unknown:
             raise FileError(
-                f"the {side} dictionary of --student-data lacks {len(lacking)} of the teacher's "
-                f"symbols ({', '.join(map(repr, lacking[:5]))}, ...): give the student's "
+                f"the {side} dictionary of --student-data lacks {len(unknown)} of the teacher's "
+                f"symbols ({', '.join(map(repr, unknown[:5]))}, ...): give the student's "
                 "SentencePiece model with --student-spm, so that the text is encoded anew"
             )
     return sequences.Student(theirs, detokenise, None)

@@ -3,7 +3,7 @@
 from .corpus import Corpus, describe, describe_text, plan, text_functions
 from .databin import DataBin, carried_files
 from .engines import CTranslate2Engine, FairseqEngine, Hypothesis
-from .models import build_teachers, placement, read_teachers, set_up_task
+from .models import build_models, open_checkpoints, placement, set_up_task
 
 __all__ = [
     "CTranslate2Engine",
@@ -11,13 +11,13 @@ __all__ = [
     "DataBin",
     "FairseqEngine",
     "Hypothesis",
-    "build_teachers",
+    "build_models",
     "carried_files",
     "describe",
     "describe_text",
+    "open_checkpoints",
     "placement",
     "plan",
-    "read_teachers",
     "set_up_task",
     "text_functions",
 ]

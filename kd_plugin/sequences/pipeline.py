@@ -13,10 +13,12 @@ import torch
 from fairseq.data import Dictionary
 from tqdm import tqdm
 
+from ..checkpoints import Checkpoint
 from ..decoding import databin
 from ..decoding.corpus import Corpus
 from ..decoding.databin import DataBin
-from ..export import models as export
+from ..export.ctranslate2 import export_ctranslate2
+from ..export.fairseq import ExportError
 from ..files import (
     UNFINISHED,
     FileError,
@@ -454,12 +456,10 @@ def _progress(total: int, what: str, done: int = 0) -> Any:
     )
 
 
-def converted(path: str, state: Dict[str, Any], task: Any, folder: Path) -> Path:
+def converted(checkpoint: Checkpoint, task: Any, folder: Path) -> Path:
     """A teacher as CTranslate2 reads it, kept in ``folder`` for the next time.
 
     Args:
-        path: the checkpoint, for messages.
-        state: what ``read_checkpoint`` found there.
         task: a translation task with its dictionaries.
 
     Raises:
@@ -471,12 +471,11 @@ def converted(path: str, state: Dict[str, Any], task: Any, folder: Path) -> Path
     new = temporary(folder)
     langs = task.cfg.source_lang, task.cfg.target_lang
     try:
-        export.check_ctranslate2(path, state)
         dictionaries = task.source_dictionary, task.target_dictionary
-        export.convert(path, export.stock_state(path, state, *dictionaries, langs), new)
+        export_ctranslate2(checkpoint, *dictionaries, langs, new)
         with contextlib.suppress(OSError):  # another process was first
             os.replace(new, folder)
-    except export.ExportError as error:
+    except ExportError as error:
         raise FileError(f"--engine ctranslate2: {error}. --engine fairseq takes any.") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
