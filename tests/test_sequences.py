@@ -23,6 +23,7 @@ from sacrebleu import sentence_bleu, sentence_chrf
 
 from kd_plugin import files
 from kd_plugin import shards as store_module
+from kd_plugin.checkpoints import Role
 from kd_plugin.commands import arguments
 from kd_plugin.decoding import Corpus, Hypothesis, databin, describe_text, plan
 from kd_plugin.decoding import models as teachers
@@ -630,7 +631,7 @@ def test_a_teacher_of_the_other_direction_is_said(databin_of_letters, tmp_path, 
         task = {"source_lang": langs[0], "target_lang": langs[1]}
         cfg = {"task": task, "model": {"arch": "transformer"}}
         torch.save({"cfg": cfg, "model": weights, "task_state": symbols}, str(path))
-        teachers.read_teachers([str(path)], task_of(data), {}, False)
+        teachers.open_checkpoints([str(path)], task_of(data), Role("teacher"))
         assert ("FROM bb TO aa, not from aa to bb" in caplog.text) == said
 
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from ..checkpoints.checkpoint import digest
+from ..checkpoints import digest
 from . import layout
 from .layout import CacheError
 

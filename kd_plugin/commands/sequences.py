@@ -16,6 +16,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from .. import sequences
 from ..errors import Faults
+from ..export import QUANTIZATIONS
 from ..files import FileError
 from .arguments import (
     Help,
@@ -26,15 +27,6 @@ from .arguments import (
 )
 
 PROG = "fairseq-kd-sequences"
-_COMPUTE_TYPES = (
-    "int8",
-    "int8_float16",
-    "int8_bfloat16",
-    "int16",
-    "float16",
-    "bfloat16",
-    "float32",
-)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--engine", default="fairseq", choices=sequences.ENGINES, help="what decodes")
     add(
         "--compute-type",
-        choices=_COMPUTE_TYPES,
+        choices=QUANTIZATIONS,
         help="CTranslate2's precision (default: int8 on a CPU, float16 on a GPU)",
     )
     add("--overwrite", action="store_true", help="replace what another command made in --output")

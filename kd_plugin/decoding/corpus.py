@@ -13,7 +13,7 @@ from fairseq.data import data_utils
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import DictConfig
 
-from ..checkpoints.checkpoint import digest
+from ..checkpoints import digest
 from ..files import FileError, temporary
 from . import databin
 from .databin import DataBin

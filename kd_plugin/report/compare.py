@@ -14,7 +14,7 @@ from fairseq.data import Dictionary
 
 from ..objective.answer import rows_ahead, rows_at_once
 from ..objective.divergences import forward_kl
-from ..teachers.run import Teacher
+from ..teachers import Teacher
 
 
 class Tokens(NamedTuple):

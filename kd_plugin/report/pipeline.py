@@ -15,10 +15,9 @@ from fairseq import utils
 from omegaconf import OmegaConf
 
 from .. import decoding
-from ..checkpoints.checkpoint import read_checkpoint
+from ..checkpoints import Checkpoint, Role
 from ..decoding import databin
 from ..errors import UserError
-from ..export.models import max_positions
 from ..files import (
     UNFINISHED,
     all_or_nothing,
@@ -27,11 +26,11 @@ from ..files import (
     read_json,
     write_json,
 )
-from ..teachers.run import Student, Teacher
+from ..teachers import Student, Teacher, TeacherSettings
 from ..timing import Quartiles
 from . import compare, page
 from .curves import read_curves
-from .decode import NUMBERS, Measured, configuration, measure
+from .decode import NUMBERS, Measured, configuration, measure, role
 from .score import METRICS, TESTS, score
 from .systems import CTRANSLATE2, Model, System
 
@@ -468,9 +467,8 @@ def _max_positions(model: Model, results: _Results) -> Tuple[int, int]:
         raise UserError("it has a vocabulary of its own")
     if not results.data.binarised:
         raise UserError("the data-bin has no references")
-    limits = [
-        max_positions(path, read_checkpoint(path, results.asked.trust)) for path in model.paths
-    ]
+    role, trust = _role(model, results.asked), results.asked.trust
+    limits = [Checkpoint.open(path, role, trust).max_positions for path in model.paths]
     source, target = zip(*limits)
     return min(source), min(target)
 
@@ -482,7 +480,14 @@ def _open(model: Model, results: _Results) -> Teacher:
     fit = Student(
         task.source_dictionary, task.target_dictionary, task.cfg.source_lang, task.cfg.target_lang
     )
-    return Teacher.open(model.paths, fit, trust=results.asked.trust).place(device, dtype)
+    settings = TeacherSettings(
+        model.paths, trust=results.asked.trust, role=_role(model, results.asked)
+    )
+    return Teacher.open(settings, fit).place(device, dtype)
+
+
+def _role(model: Model, asked: Asked) -> Role:
+    return role("teacher" if model == asked.teacher else "student")
 
 
 def _plan(data: _TestSet, limits: Sequence[Tuple[int, int]]) -> List[np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from fairseq import utils
 
-from ..checkpoints.checkpoint import digest
+from ..checkpoints import digest
 from ..errors import Faults, UserError
 
 FAIRSEQ, CTRANSLATE2 = "fairseq", "ctranslate2"

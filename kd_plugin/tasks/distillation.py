@@ -135,11 +135,11 @@ class Distillation(FairseqTask):
         lengths = self.lengths(dataset)
         if lengths is None:
             return
-        kept = np.ones(len(lengths), dtype=bool)
+        kept: np.ndarray = np.ones(len(lengths), dtype=bool)
         if max_positions is not None:
             pair = isinstance(max_positions, (tuple, list))
             limits = max_positions if pair else [max_positions] * 2
-            kept = (lengths <= [limit or math.inf for limit in limits]).all(axis=1)
+            kept = np.all(lengths <= [limit or math.inf for limit in limits], axis=1)
         self.source.look_over(dataset, lengths, kept)
 
     # Training

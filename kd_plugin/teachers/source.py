@@ -146,8 +146,7 @@ class RunningTeacher(NoTeacher):
 
     def begin_training(self, model: Any, dataset: Any, subset: str) -> None:
         if self.teacher is None:
-            self._open(model)
-            probe(self.teacher, dataset, self.student, subset)
+            probe(self._open(model), dataset, self.student, subset)
         self._check_lengths()
 
     def begin_validation(self, model: Any) -> None:
@@ -168,11 +167,11 @@ class RunningTeacher(NoTeacher):
             return None
         return self.teacher(batch["net_input"], amp=step.amp and self.settings.dtype == "same")
 
-    def _open(self, model: Any) -> None:
+    def _open(self, model: Any) -> Teacher:
         parameter = next(model.parameters())
-        self.teacher = Teacher.open(self.settings, self.student).place(
-            *self.settings.placement(parameter.device, parameter.dtype)
-        )
+        placement = self.settings.placement(parameter.device, parameter.dtype)
+        self.teacher = Teacher.open(self.settings, self.student).place(*placement)
+        return self.teacher
 
     def _check_lengths(self) -> None:
         assert self.teacher is not None
