@@ -30,7 +30,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def teacher(tmp_path):
-    return write_teacher(tmp_path)
+    return write_teacher(tmp_path, knowing=True)
 
 
 def training(data, teacher, **criterion):

@@ -94,7 +94,7 @@ def test_the_probe_looks_at_a_few_rows_of_the_vocabulary_at_a_time(tmp_path, mon
     from kd_plugin.teachers import probe as public
     from kd_plugin.teachers import run
 
-    teacher = write_teacher(tmp_path)
+    teacher = write_teacher(tmp_path, knowing=True)
     task = new_task(data=str(write_data(tmp_path / "data")))
     task.load_dataset("train")
     opened = Teacher.open(TeacherSettings([teacher]), task.student())

@@ -37,16 +37,39 @@ def save_dictionaries(folder: Path, source: Dictionary, target: Dictionary) -> N
 
 
 def write_teacher(
-    folder: Path, source: str = SOURCE, target: str = TARGET, arch: str = "transformer"
+    folder: Path,
+    source: str = SOURCE,
+    target: str = TARGET,
+    arch: str = "transformer",
+    knowing: bool = False,
 ) -> str:
-    """A model as it was initialised, with its dictionaries beside it."""
+    """A model as it was initialised, with its dictionaries beside it.
+
+    Args:
+        knowing: teach it ``SENTENCES``, so that it beats a uniform guess on them.
+    """
     args = arguments(arch)
     sides = dictionary(source), dictionary(target)
     torch.manual_seed(1)
     model = models.build_model(args, TranslationTask(TranslationConfig(), *sides))
+    if knowing:
+        _teach(model, *sides)
     save_dictionaries(folder, *sides)
     torch.save({"args": args, "model": model.state_dict()}, str(folder / "teacher.pt"))
     return str(folder / "teacher.pt")
+
+
+def _teach(model: Any, source: Dictionary, target: Dictionary) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(5):
+        for a, b in SENTENCES["train"]:
+            read = databin.encode(source, " ".join(a)).long()[None]
+            expected = databin.encode(target, " ".join(b)).long()[None]
+            shifted = torch.cat([expected[:, -1:], expected[:, :-1]], dim=1)
+            logits = model(read, torch.tensor([read.size(1)]), shifted)[0]
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits[0], expected[0]).backward()
+            optimizer.step()
 
 
 def arguments(arch: str = "transformer", width: int = 8) -> Namespace:
@@ -135,6 +158,7 @@ class Training:
         """Everything before the first update."""
         self.load("valid")
         self.iterator = self.load("train")
+        self.iterator.next_epoch_itr(shuffle=False)
         self.task.begin_epoch(1, self.model)
         return self
 
