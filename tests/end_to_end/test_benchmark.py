@@ -20,6 +20,7 @@ from kd_plugin import benchmark
 from kd_plugin.benchmark.machine import peak_allocated
 from kd_plugin.commands import benchmark as command
 from kd_plugin.criterion import KDLabelSmoothedCrossEntropyCriterionConfig
+from kd_plugin.errors import UserError
 from kd_plugin.objective import divergences
 from kd_plugin.tasks.translation import KDTranslationConfig
 
@@ -201,6 +202,37 @@ def test_what_is_missing_or_wrong_is_named(arguments, words, capsys):
     assert shown.out == ""
     for word in words:
         assert word in shown.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "fault, code, shown",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (UserError("teacher t.pt: arch 'evil\x1b]0;owned\x07'"), 1, "evil\\x1b]0;owned\\x07"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+    ],
+    ids=["Ctrl-C", "hostile checkpoint", "disk"],
+)
+def test_what_ends_it_is_one_sentence(fault, code, shown, capsys, monkeypatch):
+    """No traceback, and nothing that a stranger's file could do to a terminal."""
+
+    def fail(**asked):
+        raise fault
+
+    monkeypatch.setattr(benchmark, "objective_costs", fail)
+    assert command.main(["--rows", "8", "--vocabularies", "12"]) == code
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "\x1b" not in error and "\x07" not in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("fairseq-kd-benchmark: ") and shown in last
+
+
+def test_what_a_failing_process_says_is_escaped():
+    """The peak memory is measured in processes of their own, whose words end up in a message."""
+    script = "import sys; sys.exit('arch evil\x1b[2J')"
+    with pytest.raises(UserError) as failed:
+        benchmark.peak_of_another_process(["-c", script])
+    assert "peak memory" in str(failed.value) and "\x1b" not in str(failed.value)
 
 
 @pytest.mark.parametrize(
