@@ -5,7 +5,7 @@ import fcntl
 import os
 import pickle
 import shutil
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any, Callable
 
@@ -37,6 +37,30 @@ def count() -> Callable[..., None]:
         _counts[what] += number
 
     return add
+
+
+class _ByName(OrderedDict):
+    """Takes out the first by name."""
+
+    def popitem(self, last=True):
+        name = min(self)
+        return name, self.pop(name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """``--dist loadfile`` with end_to_end and faults first, where files take a minute or more.
+
+    xdist begins with the files of many tests, and these have few: the last of them would leave all
+    processes but one idle.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    scheduling = LoadFileScheduling(config, log)
+    scheduling.workqueue = _ByName()
+    return scheduling
 
 
 def pytest_sessionfinish(session):

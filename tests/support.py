@@ -9,7 +9,10 @@ in a tenth of a second. The plugin's own commands run from there as ``python -m`
 import atexit
 import contextlib
 import gc
+import importlib
+import io
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -199,6 +202,43 @@ def script(
     return Run(done.returncode, done.stdout)
 
 
+def in_process(tool: str, *arguments: Any) -> Run:
+    """Run a command in this process, which has imported all that it needs: for refusals.
+
+    Of a training that gets beyond them, this process would keep what it leaves in fairseq.
+    """
+    import kd_plugin  # noqa: F401  so --user-dir has nothing more to do
+
+    given = [str(a) for a in arguments]
+    if "--user-dir" in given:
+        where = given.index("--user-dir")
+        del given[where : where + 2]
+    text = io.StringIO()
+    log = logging.StreamHandler(text)
+    log.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s"))
+    logging.getLogger().addHandler(log)
+    before, sys.argv = sys.argv, [tool, *given]
+    code: Any
+    try:
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            code = _call(tool)
+    except SystemExit as ended:
+        code = ended.code
+    except Exception:
+        traceback.print_exc(file=text)
+        code = 1
+    finally:
+        sys.argv = before
+        logging.getLogger().removeHandler(log)
+    return Run(code or 0, text.getvalue())
+
+
+def _call(tool: str) -> Any:
+    if tool in _COMMANDS:
+        return importlib.import_module(_COMMANDS[tool]).main()
+    return importlib.import_module(_MODULES[tool]).cli_main()
+
+
 def _main(
     tool: str,
     arguments: List[str],
@@ -236,8 +276,7 @@ def _main(
     try:
         if tool in _COMMANDS:
             sys.path.insert(0, str(CHECKOUT))
-            sys.exit(__import__(_COMMANDS[tool], fromlist=["main"]).main())
-        __import__(_MODULES[tool], fromlist=["cli_main"]).cli_main()
+        sys.exit(_call(tool))
     except Exception:
         sys.stdout.flush()
         traceback.print_exc()
@@ -334,10 +373,16 @@ def kd_arguments(data: Any, teacher: Any, save_dir: Any, *more: Any, arch: Any =
 
 
 def distil(
-    data: Any, teacher: Any, save_dir: Any, *more: Any, arch: Any = STUDENT, **how: Any
+    data: Any,
+    teacher: Any,
+    save_dir: Any,
+    *more: Any,
+    arch: Any = STUDENT,
+    tool: Callable[..., Run] = fairseq,
+    **how: Any,
 ) -> Run:
     arguments = kd_arguments(data, teacher, save_dir, *more, arch=arch)
-    return fairseq("fairseq-train", *arguments, **how)
+    return tool("fairseq-train", *arguments, **how)
 
 
 def validate(data: Any, checkpoint: Any, *more: Any, tool: Callable[..., Run] = fairseq) -> Run:
@@ -356,8 +401,15 @@ def cache_arguments(data: Any, teacher: Any, cache: Any, *more: Any) -> List[Any
     return [data, *given, "--cpu", *LANGUAGES, "--num-workers", 0, *more]
 
 
-def write_cache(data: Any, teacher: Any, cache: Any, *more: Any, **how: Any) -> Run:
-    return fairseq("fairseq-kd-cache", *cache_arguments(data, teacher, cache, *more), **how)
+def write_cache(
+    data: Any,
+    teacher: Any,
+    cache: Any,
+    *more: Any,
+    tool: Callable[..., Run] = fairseq,
+    **how: Any,
+) -> Run:
+    return tool("fairseq-kd-cache", *cache_arguments(data, teacher, cache, *more), **how)
 
 
 def sequence_arguments(data: Any, teacher: Any, output: Any, *more: Any) -> List[Any]:
@@ -366,9 +418,16 @@ def sequence_arguments(data: Any, teacher: Any, output: Any, *more: Any) -> List
     return [data, *given, "--cpu", *LANGUAGES, "--num-workers", 0, *more]
 
 
-def write_sequences(data: Any, teacher: Any, output: Any, *more: Any, **how: Any) -> Run:
+def write_sequences(
+    data: Any,
+    teacher: Any,
+    output: Any,
+    *more: Any,
+    tool: Callable[..., Run] = fairseq,
+    **how: Any,
+) -> Run:
     arguments = sequence_arguments(data, teacher, output, *more)
-    return fairseq("fairseq-kd-sequences", *arguments, **how)
+    return tool("fairseq-kd-sequences", *arguments, **how)
 
 
 def start_two_ranks(*arguments: Any, **how: Any) -> List[Started]:

@@ -47,12 +47,15 @@ def refused(run, folder, *words):
     ids=lambda value: " ".join(map(str, value)) if "--" in str(value[0]) else "",
 )
 def test_flags(flags, words, data, teacher, tmp_path):
-    if "--task" in flags:  # which knows no teacher
-        arguments = support.kd_arguments(data, None, tmp_path, *flags)
-        run = fairseq("fairseq-train", *arguments)
-    else:
-        run = distil(data, teacher, tmp_path, *flags)
+    given = None if "--task" in flags else teacher  # of which fairseq's own task knows nothing
+    run = distil(data, given, tmp_path, *flags, tool=support.in_process)
     refused(run, tmp_path, *words)
+
+
+def test_flags_as_a_user_sees_them_refused(data, teacher, tmp_path):
+    flags = ("--kd-weight", 2, "--kd-temperature", 0)
+    run = distil(data, teacher, tmp_path, *flags)
+    refused(run, tmp_path, "--kd-weight", "--kd-temperature")
 
 
 def test_no_teacher(data, tmp_path):

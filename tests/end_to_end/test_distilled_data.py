@@ -403,11 +403,14 @@ def test_dictionaries_that_are_not_the_teachers(corpus, data, weak, tmp_path):
 
 
 def test_bad_flags_are_named_together(data, weak, tmp_path):
-    message = write_sequences(
+    def refused(*arguments):
+        return write_sequences(*arguments, tool=support.in_process).refusal
+
+    message = refused(
         *(data, weak, tmp_path, "--nbest", 7, "--repeat-original", 3, "--student-spm", "x"),
         *("--min-closeness", 120, "--min-score-quantile", 1, "--prefix-size", 2),
         *("--compute-type", "int8"),
-    ).refusal
+    )
     for part in (
         "--nbest 7 needs --beam 7",
         "--repeat-original needs --mix",
@@ -418,13 +421,13 @@ def test_bad_flags_are_named_together(data, weak, tmp_path):
         "--compute-type needs --engine ctranslate2",
     ):
         assert part in message
-    message = write_sequences(data, weak, tmp_path, "--select", "closest").refusal
+    message = refused(data, weak, tmp_path, "--select", "closest")
     assert "--select closest needs --nbest 2 or more" in message
-    message = write_sequences(data, weak, tmp_path, "--gen-subset", "nothing").refusal
+    message = refused(data, weak, tmp_path, "--gen-subset", "nothing")
     assert "no subset 'nothing'" in message and "train" in message
-    message = write_sequences(tmp_path / "none", weak, tmp_path / "no").refusal
+    message = refused(tmp_path / "none", weak, tmp_path / "no")
     assert "data cannot be read" in message or "expected a folder of fairseq" in message
-    message = write_sequences(data, tmp_path / "none.pt", tmp_path / "no").refusal
+    message = refused(data, tmp_path / "none.pt", tmp_path / "no")
     assert "none.pt" in message
 
 

@@ -15,9 +15,9 @@ from toy import binarise, permuted_dictionaries, train_teacher
 HOW = ("--cpu", "--beam", 3, "--repeats", 2, "--num-workers", 0, *LANGUAGES)
 
 
-def judge(data, output, models, *more, **how):
+def judge(data, output, models, *more, tool=fairseq, **how):
     named = [f"{name}={path}" for name, path in models.items()]
-    return fairseq(
+    return tool(
         "fairseq-kd-report", data, *("--output", output, *HOW, *more), "--models", *named, **how
     )
 
@@ -273,7 +273,7 @@ def test_wrong_input(data, corpus, teacher, tmp_path):
         (("--nbest", 2, "--repeats", 0), "--repeats must be 1 or more"),
         (("--lm-path", "x", "--amp"), "--lm-path cannot be used here"),
     ):
-        message = judge(data, tmp_path / "r", models, *more).refusal
+        message = judge(data, tmp_path / "r", models, *more, tool=support.in_process).refusal
         assert words in message, message
         assert not (tmp_path / "r" / "report.json").exists()
     message = judge(data, tmp_path / "r", {"teacher": tmp_path / "gone.pt"}).refusal

@@ -220,7 +220,8 @@ def test_a_teacher_that_overflows(corpus, data, teacher, tmp_path):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_what_the_command_refuses(options, words, data, teacher, tmp_path):
-    run = write_cache(data, teacher, tmp_path / "cache", *options)
+    tool = support.in_process
+    run = write_cache(data, teacher, tmp_path / "cache", *options, tool=tool)
     assert run.code == 1 and "Traceback" not in run.text
     (line,) = [s for s in run.text.splitlines() if s.startswith("fairseq-kd-cache: ")]
     assert words in line and "What is written is kept" not in line
@@ -447,7 +448,7 @@ def refused(run, *words):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_flags_that_the_cache_cannot_serve(flags, words, data, eight, tmp_path):
-    refused(taught(data, eight.folder, tmp_path, *flags), *words)
+    refused(taught(data, eight.folder, tmp_path, *flags, tool=support.in_process), *words)
     assert not list(tmp_path.glob("**/checkpoint*.pt"))
 
 
