@@ -12,8 +12,8 @@ import torch
 from fairseq.data import Dictionary, LanguagePairDataset
 from letters import task_of, write_letters
 
-from kd_plugin.decoding import Corpus, batch_limits, databin, describe_text, engines, plan
-from kd_plugin.decoding import models as teachers
+from kd_plugin.checkpoints import Role
+from kd_plugin.decoding import Corpus, batch_limits, databin, describe_text, engines, models, plan
 from kd_plugin.errors import UserError
 from kd_plugin.files import FileError
 
@@ -110,7 +110,7 @@ def test_a_teacher_of_the_other_direction_is_said(data, tmp_path, caplog):
         task = {"source_lang": langs[0], "target_lang": langs[1]}
         cfg = {"task": task, "model": {"arch": "transformer"}}
         torch.save({"cfg": cfg, "model": weights, "task_state": symbols}, str(path))
-        teachers.read_teachers([str(path)], task_of(data), {}, False)
+        models.open_checkpoints([str(path)], task_of(data), Role("teacher"))
         assert ("FROM bb TO aa, not from aa to bb" in caplog.text) == said
 
 

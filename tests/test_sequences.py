@@ -200,8 +200,12 @@ def asked(data, output, *flags):
 
 @pytest.mark.parametrize("text", ["dropout=0", "[]", "7", "{"])
 def test_overrides_that_are_no_dictionary(data, tmp_path, text):
-    with pytest.raises(UserError, match="needs a dictionary"):
-        distil.make(asked(data, tmp_path / "out", "--model-overrides", text))
+    with pytest.raises(UserError, match="--model-overrides"):
+        asked(data, tmp_path / "out", "--model-overrides", text)
+    given = asked(data, tmp_path / "out")
+    given.cfg.common_eval.model_overrides = text
+    with pytest.raises(UserError, match="--model-overrides"):
+        distil.make(given)
 
 
 def test_what_is_asked_stays_as_it_was(data, tmp_path):

@@ -33,7 +33,9 @@ class Squares(ShardedStore):
 
     def append(self):
         squares = self.batches[self.done].astype("<i4") ** 2
-        self.write({"lines": "".join(f"{s}\n" for s in squares).encode(), "numbers": squares.tobytes()})
+        self.write(
+            {"lines": "".join(f"{s}\n" for s in squares).encode(), "numbers": squares.tobytes()}
+        )
 
     def merge(self):
         found = {}

@@ -7,10 +7,13 @@ import torch
 from fairseq import tasks, utils
 from omegaconf import open_dict
 
+from ..checkpoints import Role
 from ..errors import UserError
 from . import layout
 from .fill import fill, open_writer, summary_lines
 from .layout import CacheError
+
+ROLE = Role("teacher", "--trust-checkpoint", "--teacher-data", "--model-overrides")
 
 
 class Asked(NamedTuple):
@@ -55,7 +58,7 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
         cfg.task.teacher_overrides = cfg.common_eval.model_overrides
     utils.import_user_module(cfg.common)
     task = _read(cfg.task.data, tasks.setup_task, cfg.task)
-    teacher = task.open_teacher(asked.device, asked.dtype)
+    teacher = task.open_teacher(asked.device, asked.dtype, ROLE)
     limits = [min(pair) for pair in zip(teacher.max_positions(), task.max_positions())]
     described = teacher.describe()
     made = []

@@ -9,6 +9,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from .. import cache, decoding
 from ..cache import CacheError
+from ..checkpoints import parse_overrides
 from ..errors import Faults
 from .arguments import Help, add_trust, run_like_fairseq, shard_of_process
 
@@ -85,6 +86,8 @@ def _refuse(options: argparse.Namespace) -> None:
     faults.check(
         not getattr(options, "amp", False), "--amp is for training: give --fp16, --bf16 or neither"
     )
+    with faults.collecting():
+        parse_overrides(options.model_overrides, "--model-overrides")
     with faults.collecting():
         _temperatures(options.temperatures)
     faults.raise_if_any(CacheError)

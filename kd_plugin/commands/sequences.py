@@ -15,7 +15,9 @@ from fairseq import utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from .. import sequences
+from ..checkpoints import parse_overrides
 from ..errors import Faults
+from ..export import QUANTIZATIONS
 from ..files import FileError
 from .arguments import (
     Help,
@@ -26,15 +28,6 @@ from .arguments import (
 )
 
 PROG = "fairseq-kd-sequences"
-_COMPUTE_TYPES = (
-    "int8",
-    "int8_float16",
-    "int8_bfloat16",
-    "int16",
-    "float16",
-    "bfloat16",
-    "float32",
-)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--engine", default="fairseq", choices=sequences.ENGINES, help="what decodes")
     add(
         "--compute-type",
-        choices=_COMPUTE_TYPES,
+        choices=QUANTIZATIONS,
         help="CTranslate2's precision (default: int8 on a CPU, float16 on a GPU)",
     )
     add("--overwrite", action="store_true", help="replace what another command made in --output")
@@ -211,6 +204,8 @@ def _refuse(options: argparse.Namespace) -> None:
         options.min_closeness is None or 0 <= options.min_closeness <= 100,
         "--min-closeness must be from 0 to 100",
     )
+    with faults.collecting():
+        parse_overrides(options.model_overrides, "--model-overrides")
     if options.engine == "ctranslate2":
         _refuse_for_ctranslate2(options, faults)
     else:

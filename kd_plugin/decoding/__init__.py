@@ -11,7 +11,7 @@ from .corpus import (
 )
 from .databin import DataBin, carried_files
 from .engines import CTranslate2Engine, FairseqEngine, Hypothesis
-from .models import build_teachers, placement, read_teachers, set_up_task
+from .models import build_models, open_checkpoints, placement, set_up_task
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
@@ -21,13 +21,13 @@ __all__ = [
     "FairseqEngine",
     "Hypothesis",
     "batch_limits",
-    "build_teachers",
+    "build_models",
     "carried_files",
     "describe",
     "describe_text",
+    "open_checkpoints",
     "placement",
     "plan",
-    "read_teachers",
     "set_up_task",
     "text_functions",
 ]

@@ -26,8 +26,9 @@ from omegaconf import open_dict
 from tqdm import tqdm
 
 from .. import decoding
+from ..checkpoints import Role, lacking
 from ..decoding.databin import words
-from ..export.models import parameters, read_record, symbols_of
+from ..export.ctranslate2 import read_record, symbols_of
 from ..files import FileError, read_json, write_json
 from .systems import CTRANSLATE2, Model, System
 
@@ -275,21 +276,23 @@ class _Decoder:
                 "precision": record.get("quantization"),
             }
         else:
-            states = decoding.read_teachers(
-                model.paths, self.task, {}, options.trust_checkpoint, _OTHER_DICTIONARIES
+            checkpoints = decoding.open_checkpoints(
+                *(model.paths, self.task, role("model")),
+                trust=options.trust_checkpoint,
+                otherwise=_OTHER_DICTIONARIES,
             )
-            totals, inner = zip(*(parameters(state) for _, state in states))
+            totals, inner = zip(*(checkpoint.parameters() for checkpoint in checkpoints))
             self.about = {
                 "parameters": sum(totals),
                 "parameters_without_embeddings": sum(inner),
                 # without the optimizer state that training's checkpoints hold
-                "bytes": sum(n * _bytes_each(state) for n, (_, state) in zip(totals, states)),
+                "bytes": sum(n * _bytes_each(c.dtype) for n, c in zip(totals, checkpoints)),
                 "file_bytes": sum(Path(path).stat().st_size for path in model.paths),
                 "precision": str(dtype).replace("torch.", ""),
             }
-            self.model = decoding.build_teachers(states, self.task, {}, cfg, self.device, dtype)
+            self.model = decoding.build_models(checkpoints, self.task, {}, cfg, self.device, dtype)
             self.positions = [one.max_positions() for one in self.model]
-            del states
+            del checkpoints
         self.device_index = cfg.distributed_training.device_id
         plan = decoding.plan(
             self.task,
@@ -342,9 +345,13 @@ class _Decoder:
         return max(_peak() - self._memory_before, 0)
 
 
-def _bytes_each(state: Dict[str, Any]) -> int:
-    weights = (tensor for tensor in state["model"].values() if tensor.is_floating_point())
-    return next(weights).element_size()
+def role(name: str) -> Role:
+    """Of a model that is judged: "teacher", "student", or "model" where that does not matter."""
+    return Role(name, "--trust-checkpoint", "--model-data")
+
+
+def _bytes_each(dtype: torch.dtype) -> int:
+    return torch.empty(0, dtype=dtype).element_size()
 
 
 def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
@@ -368,15 +375,12 @@ def check_vocabulary(model: Model, task: Any) -> None:
         (task.source_dictionary, task.target_dictionary),
         symbols_of(Path(model.path)),
     ):
-        lacking = [
-            symbol
-            for i, symbol in enumerate(dictionary.symbols)
-            if symbol not in theirs and i != dictionary.pad() and "madeupword" not in symbol
-        ]
-        if lacking:
+        pad = dictionary.pad_word
+        unknown = lacking((symbol for symbol in dictionary.symbols if symbol != pad), theirs)
+        if unknown:
             raise FileError(
-                f"{model.path}: its {side} vocabulary lacks {len(lacking)} symbols of the data "
-                f"({', '.join(map(repr, lacking[:5]))}, ...). {_OTHER_DICTIONARIES}"
+                f"{model.path}: its {side} vocabulary lacks {len(unknown)} symbols of the data "
+                f"({', '.join(map(repr, unknown[:5]))}, ...). {_OTHER_DICTIONARIES}"
             )
 
 

@@ -29,7 +29,7 @@ from ..teachers.run import Student, Teacher
 from ..timing import Spread
 from . import compare, page
 from .curves import read_curves
-from .decode import NUMBERS, Measured, configuration, measure
+from .decode import NUMBERS, Measured, configuration, measure, role
 from .score import METRICS, TESTS, score
 from .systems import CTRANSLATE2, Model, System
 
@@ -437,7 +437,8 @@ def _open(model: Model, data: _Data, asked: Asked) -> Teacher:
     fit = Student(
         task.source_dictionary, task.target_dictionary, task.cfg.source_lang, task.cfg.target_lang
     )
-    return Teacher.open(model.paths, fit, trust=asked.trust).place(device, dtype)
+    its = role("teacher" if model == asked.teacher else "student")
+    return Teacher.open(model.paths, fit, trust=asked.trust, role=its).place(device, dtype)
 
 
 def _counts(data: _Data) -> np.ndarray:

@@ -14,11 +14,11 @@ from fairseq import utils
 from omegaconf import OmegaConf, open_dict
 
 from .. import decoding
-from ..checkpoints.checkpoint import digest
+from ..checkpoints import Checkpoint, Role, digest, parse_overrides
 from ..decoding import Corpus, DataBin, databin
-from ..export import models as export
+from ..export.ctranslate2 import export_ctranslate2
+from ..export.fairseq import ExportError
 from ..files import Busy, FileError, temporary
-from ..teachers.run import parse_overrides
 from .choice import Choice, choose
 from .hypotheses import HypothesisStore
 from .output import HYPOTHESES, Originals, Output
@@ -26,6 +26,7 @@ from .progress import progress_bar
 from .student import Student, open_student
 
 ENGINES = ("fairseq", "ctranslate2")
+ROLE = Role("teacher", "--trust-checkpoint", overrides="--model-overrides")
 
 
 class Asked(NamedTuple):
@@ -89,7 +90,7 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
     student = open_student(data, to_text, asked.student_data, asked.student_spm)
     teacher = _Teacher(
         utils.split_paths(cfg.common_eval.path),
-        parse_overrides(cfg.common_eval.model_overrides),
+        parse_overrides(cfg.common_eval.model_overrides, "--model-overrides"),
         device,
         dtype,
         asked.compute_type or ("float16" if device.type == "cuda" else "int8"),
@@ -308,17 +309,18 @@ def _engine(
     asked: Asked, cfg: Any, task: Any, teacher: _Teacher, store: HypothesisStore
 ) -> Tuple[Any, List[Any]]:
     """What decodes, and the longest source and target of each model."""
-    states = decoding.read_teachers(teacher.paths, task, teacher.overrides, asked.trust)
+    checkpoints = decoding.open_checkpoints(
+        teacher.paths, task, ROLE, overrides=teacher.overrides, trust=asked.trust
+    )
     if asked.engine == "fairseq":
-        models = decoding.build_teachers(
-            states, task, teacher.overrides, cfg, teacher.device, teacher.dtype
+        models = decoding.build_models(
+            checkpoints, task, teacher.overrides, cfg, teacher.device, teacher.dtype
         )
         engine: Any = decoding.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
         return engine, [model.max_positions() for model in models]
-    converted = convert_for_ctranslate2(
-        *states[0], task, store.beside("ctranslate2", "teachers", "files")
-    )
-    positions = export.max_positions(*states[0])
+    folder = store.beside("ctranslate2", "teachers", "files")
+    converted = convert_for_ctranslate2(checkpoints[0], task, folder)
+    positions = checkpoints[0].max_positions
     engine = decoding.CTranslate2Engine(
         task,
         converted,
@@ -331,12 +333,10 @@ def _engine(
     return engine, [positions]
 
 
-def convert_for_ctranslate2(path: str, state: Dict[str, Any], task: Any, folder: Path) -> Path:
+def convert_for_ctranslate2(checkpoint: Checkpoint, task: Any, folder: Path) -> Path:
     """A teacher as CTranslate2 reads it, kept in ``folder`` for the next time.
 
     Args:
-        path: the checkpoint, for messages.
-        state: what ``read_checkpoint`` found there.
         task: a translation task with its dictionaries.
 
     Raises:
@@ -348,12 +348,11 @@ def convert_for_ctranslate2(path: str, state: Dict[str, Any], task: Any, folder:
     new = temporary(folder)
     langs = task.cfg.source_lang, task.cfg.target_lang
     try:
-        export.check_ctranslate2(path, state)
         dictionaries = task.source_dictionary, task.target_dictionary
-        export.convert(path, export.stock_state(path, state, *dictionaries, langs), new)
+        export_ctranslate2(checkpoint, *dictionaries, langs, new)
         with contextlib.suppress(OSError):  # another process was first
             os.replace(new, folder)
-    except export.ExportError as error:
+    except ExportError as error:
         raise FileError(f"--engine ctranslate2: {error}. --engine fairseq takes any.") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -4,6 +4,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 import sentencepiece
 
+from ..checkpoints import lacking
 from ..decoding.databin import DataBin
 from ..files import FileError
 
@@ -53,11 +54,11 @@ def open_student(
         (teachers.source, own.source, "source"),
         (teachers.target, own.target, "target"),
     ):
-        lacking = [s for s in theirs.symbols if s not in mine.indices and "madeupword" not in s]
-        if lacking:
+        unknown = lacking(theirs.symbols, mine.indices)
+        if unknown:
             raise FileError(
-                f"the {side} dictionary of --student-data lacks {len(lacking)} of the teacher's "
-                f"symbols ({', '.join(map(repr, lacking[:5]))}, ...): give the student's "
+                f"the {side} dictionary of --student-data lacks {len(unknown)} of the teacher's "
+                f"symbols ({', '.join(map(repr, unknown[:5]))}, ...): give the student's "
                 "SentencePiece model with --student-spm, so that the text is encoded anew"
             )
     return Student(own, to_text, None)

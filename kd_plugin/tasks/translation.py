@@ -22,12 +22,13 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
 from ..cache import CachedSubset, CacheError, TaughtDataset, describe_data
-from ..checkpoints.checkpoint import refuse_cut_short
+from ..checkpoints import DTYPES, Role, parse_overrides, refuse_cut_short
+from ..errors import UserError
 from ..files import reading_binarised, refuse_unknown_numbers
 from ..objective.answer import CachedAnswer, not_finite_teacher
 from ..objective.selection import ScoreQueue
 from ..plan import CRITERION, choice_value
-from ..teachers.run import DTYPES, Student, Teacher, TeacherError, parse_overrides, parse_weights
+from ..teachers.run import TRAINING, Student, Teacher, TeacherError, parse_weights
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +299,7 @@ class KDTranslationTask(TranslationTask):
         return parse_weights(self.cfg.teacher_weights, len(self._paths()))
 
     def _overrides(self) -> Dict[str, Any]:
-        return parse_overrides(self.cfg.teacher_overrides)
+        return parse_overrides(self.cfg.teacher_overrides, "--teacher-overrides")
 
     def _precision(self) -> str:
         precision = choice_value(self.cfg.teacher_dtype)
@@ -317,15 +318,18 @@ class KDTranslationTask(TranslationTask):
         for read in (self._weights, self._overrides, self._precision):
             try:
                 read()
-            except TeacherError as error:
+            except UserError as error:
                 faults.append(str(error))
         return faults
 
-    def open_teacher(self, device: torch.device, dtype: torch.dtype) -> Teacher:
+    def open_teacher(
+        self, device: torch.device, dtype: torch.dtype, role: Role = TRAINING
+    ) -> Teacher:
         """The teacher of the flags, placed where and in the precision that they say.
 
         Args:
             device, dtype: the run's, which are the teacher's too unless told otherwise.
+            role: the flags' names.
         """
         paths = self._paths()
         if not paths:
@@ -340,6 +344,7 @@ class KDTranslationTask(TranslationTask):
             weights=self._weights(),
             overrides=self._overrides(),
             trust=self.cfg.teacher_trust_checkpoint,
+            role=role,
         )
         precision = self._precision()
         if choice_value(self.cfg.teacher_device) == "cpu":

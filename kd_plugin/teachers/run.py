@@ -1,35 +1,33 @@
 """Load, check, freeze, place and run a teacher: one fairseq encoder-decoder or an ensemble."""
 
-import ast
 import contextlib
 import logging
 import math
 import os
-from argparse import Namespace
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from fairseq import models, utils
 from fairseq.data import Dictionary
-from fairseq.models import FairseqEncoderDecoderModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
-from ..checkpoints import checkpoint
-from ..checkpoints import dictionaries as vocabulary
-from ..checkpoints.checkpoint import CheckpointError
-from ..checkpoints.dictionaries import MISSING, VocabularyError
-from ..checkpoints.untrusted import bounded_memory
+from ..checkpoints import (
+    MISSING,
+    TRANSLATION_TASKS,
+    Checkpoint,
+    Role,
+    VocabularyError,
+    digest,
+    index_map,
+)
 from ..errors import UserError
 from ..objective.answer import Member, RunningAnswer
 
 logger = logging.getLogger(__name__)
 
-_TASKS = ("translation", "kd_translation")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# the flags of training
+TRAINING = Role("teacher", "--teacher-trust-checkpoint", "--teacher-data", "--teacher-overrides")
 
 
 class TeacherError(UserError):
@@ -65,6 +63,7 @@ class Teacher:
         weights: Optional[Sequence[float]] = None,
         overrides: Optional[Dict[str, Any]] = None,
         trust: bool = False,
+        role: Role = TRAINING,
     ) -> "Teacher":
         """Read, check and build every member.
 
@@ -76,6 +75,7 @@ class Teacher:
                 None is uniform.
             overrides: model arguments to override, as fairseq's ``--model-overrides``.
             trust: open the checkpoints with the full pickle machinery.
+            role: what they are, for messages.
 
         Raises:
             TeacherError: any of these does not fit; CheckpointError or VocabularyError likewise.
@@ -90,7 +90,7 @@ class Teacher:
             folders = [*data] * len(paths) if len(data) == 1 else [*data]
         return cls(
             [
-                _Member(path, student, folder, overrides or {}, trust)
+                _Member(path, student, folder, overrides or {}, trust, role)
                 for path, folder in zip(paths, folders)
             ],
             weights or [1.0] * len(paths),
@@ -113,7 +113,7 @@ class Teacher:
                 {
                     "path": os.path.abspath(member.name),
                     "bytes": os.path.getsize(member.name),
-                    "sha256": checkpoint.digest(member.name),
+                    "sha256": digest(member.name),
                     "weight": math.exp(log_weight),
                     "overrides": {str(k): repr(v) for k, v in member.overrides.items()},
                 }
@@ -154,19 +154,23 @@ class _Member:
         data: Optional[str],
         overrides: Dict[str, Any],
         trust: bool,
+        role: Role,
     ) -> None:
         self.name, self.overrides = path, overrides
-        state = checkpoint.read_checkpoint(path, trust)
-        self._check_task(state, student, overrides)
-        source, target, origin = find_dictionaries(
-            path, state, student.source_lang, student.target_lang, data, overrides
-        ) or (student.source, student.target, "taken from the student")
-        check_sizes(path, state, source, target, origin)
+        opened = Checkpoint.open(path, role, trust)
+        self._check_task(opened, student, overrides)
+        found = opened.dictionaries(
+            *((student.source_lang, student.target_lang), data, overrides),
+            otherwise=("student", student.source, student.target),
+        )
+        assert found is not None  # there are the student's
+        opened.check_sizes(found)
+        source, target = found.source, found.target
         try:
-            source_map = vocabulary.index_map(student.source.symbols, source.symbols, "source")
-            target_map = vocabulary.index_map(student.target.symbols, target.symbols, "target")
+            source_map = index_map(student.source.symbols, source.symbols, "source", role)
+            target_map = index_map(student.target.symbols, target.symbols, "target", role)
         except VocabularyError as error:
-            raise VocabularyError(f"teacher {path}: {error}") from None
+            raise VocabularyError(f"{opened}: {error}") from None
         # what the teacher reads; a padding symbol that it lacks never occurs in data
         self.read_source = _readable(source_map, source)
         self.read_target = _readable(target_map, target)
@@ -174,46 +178,47 @@ class _Member:
         self.missing = None if target_map is None else target_map.eq(MISSING)
         if self.missing is not None and not self.missing.any():
             self.missing = None
-        self.model = build_model(path, state, _task_for(state, source, target), overrides)
+        self.model = opened.build(opened.translation_task(found), overrides)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         if getattr(self.model.decoder, "adaptive_softmax", None) is not None:
             raise TeacherError(
-                f"teacher {path} has an adaptive softmax, which gives no distribution over the "
+                f"{opened} has an adaptive softmax, which gives no distribution over the "
                 "whole vocabulary to distil; train it without --adaptive-softmax-cutoff"
             )
         self._projection: Optional[Tuple[Tensor, Optional[Tensor]]] = None
         logger.info(
-            f"teacher {path}: {type(self.model).__name__}, dictionaries {origin}; source "
+            f"{opened}: {type(self.model).__name__}, dictionaries {found.origin}; source "
             f"vocabulary {_fit(source_map, student.source, source)}, target vocabulary "
             f"{_fit(target_map, student.target, target)}"
         )
 
-    def _check_task(self, state: Dict, student: Student, overrides: Dict[str, Any]) -> None:
-        task = checkpoint.section(state, "task")
-        name = checkpoint.get(task, "_name") or checkpoint.get(task, "task")
-        arch = checkpoint.section(state, "model")
-        arch = checkpoint.get(arch, "_name") or checkpoint.get(arch, "arch")
-        if name == "language_modeling" or str(arch).endswith("_lm") or "_lm_" in str(arch):
+    def _check_task(self, opened: Checkpoint, student: Student, overrides: Dict[str, Any]) -> None:
+        arch = str(opened.architecture)
+        if opened.task == "language_modeling" or arch.endswith("_lm") or "_lm_" in arch:
             raise TeacherError(
-                f"teacher {self.name} is a decoder-only language model ({arch}); a translation "
-                "student needs an encoder-decoder teacher"
+                f"{opened} is a decoder-only language model ({arch}); a translation student needs "
+                "an encoder-decoder teacher"
             )
-        if name is not None and name not in _TASKS:
+        if opened.task is not None and opened.task not in TRANSLATION_TASKS:
             raise TeacherError(
-                f"teacher {self.name} was trained for the task {name!r}; word-level distillation "
+                f"{opened} was trained for the task {opened.task!r}; word-level distillation "
                 "reads teachers of the task 'translation'. Sequence-level distillation takes any "
                 "task."
             )
-        langs = tuple(
-            overrides.get(key, checkpoint.get(task, key)) for key in ("source_lang", "target_lang")
-        )
+        langs = opened.languages_with(overrides)
         ours = (student.source_lang, student.target_lang)
         if all(langs) and langs != ours:
+            advice = ""
+            if opened.role.overrides:
+                names = dict(zip(("source_lang", "target_lang"), ours))
+                advice = (
+                    " If these are only other names for the same languages, say so: "
+                    f'{opened.role.overrides} "{names}"'
+                )
             raise TeacherError(
-                "teacher {} translates {}-{}, the student {}-{}. If these are only other names for "
-                "the same languages, say so: --teacher-overrides \"{{'source_lang': '{}', "
-                "'target_lang': '{}'}}\"".format(self.name, *langs, *ours, *ours)
+                f"{opened} translates {'-'.join(map(str, langs))}, the student "
+                f"{'-'.join(ours)}.{advice}"
             )
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -316,174 +321,6 @@ def _fit(index: Optional[Tensor], student: Dictionary, teacher: Dictionary) -> s
     if index is None:
         return f"the same ({len(student)} symbols)"
     return f"mapped (student {len(student)} symbols, teacher {len(teacher)})"
-
-
-def check_sizes(
-    path: str, state: Dict, source: Dictionary, target: Dictionary, origin: str
-) -> None:
-    """A teacher's dictionaries must have as many symbols as its checkpoint has embeddings.
-
-    Raises:
-        TeacherError: they have not.
-    """
-    for side, key, symbols in (
-        ("source", "encoder.embed_tokens.weight", source),
-        ("target", "decoder.embed_tokens.weight", target),
-    ):
-        weight = state["model"].get(key)
-        if weight is not None and weight.size(0) != len(symbols):
-            raise TeacherError(
-                f"teacher {path} has {weight.size(0)} {side} embeddings, but the dictionary "
-                f"{origin} has {len(symbols)} symbols. Point --teacher-data at the folder with "
-                "the dict.*.txt it was trained with."
-            )
-
-
-def find_dictionaries(
-    path: str,
-    state: Dict,
-    source_lang: str,
-    target_lang: str,
-    data: Optional[str] = None,
-    overrides: Optional[Dict[str, Any]] = None,
-) -> Optional[Tuple[Dictionary, Dictionary, str]]:
-    """A teacher's source and target dictionaries, and where they were found.
-
-    In ``data``, or else in its checkpoint (one of our students), beside it, or in the data folder
-    that it names. The languages are those of a checkpoint that names none.
-
-    Raises:
-        TeacherError: there are none in ``data``.
-    """
-    task = checkpoint.section(state, "task")
-    langs = [
-        (overrides or {}).get(key, checkpoint.get(task, key)) or ours
-        for key, ours in (("source_lang", source_lang), ("target_lang", target_lang))
-    ]
-
-    def beside(folder: str) -> Optional[List[Dictionary]]:
-        files = [os.path.join(folder, f"dict.{lang}.txt") for lang in langs]
-        return [vocabulary.read(f) for f in files] if all(map(os.path.isfile, files)) else None
-
-    if data is not None:
-        found = beside(data)
-        if found is None:
-            raise TeacherError(
-                "--teacher-data {}: expected dict.{}.txt and dict.{}.txt there".format(data, *langs)
-            )
-        return found[0], found[1], "from " + data
-    saved = checkpoint.symbols_in(state)
-    if saved is not None:
-        return _from_symbols(saved[0]), _from_symbols(saved[1]), "from its checkpoint"
-    found = beside(os.path.dirname(os.path.abspath(path)))
-    if found is not None:
-        return found[0], found[1], "from beside it"
-    named = checkpoint.get(task, "data")
-    folder = utils.split_paths(named)[0] if named else ""
-    found = beside(folder) if folder else None
-    if found is not None:
-        if not os.path.isabs(folder):
-            logger.warning(
-                f"teacher {path}: its checkpoint names the data folder {folder}, which was found "
-                f"from here ({os.getcwd()}). If it was trained in another place, that may be "
-                "other data: --teacher-data says for sure"
-            )
-        return found[0], found[1], "from " + os.path.abspath(folder)
-    logger.warning(
-        "teacher {}: no dict.{}.txt and dict.{}.txt found beside it or in the data folder that it "
-        "names, so its vocabulary is TAKEN TO BE THE STUDENT'S (the data's) and nothing could be "
-        "verified; --teacher-data DIR names the folder that holds them".format(path, *langs)
-    )
-    return None
-
-
-def _from_symbols(symbols: Sequence[str]) -> Dictionary:
-    dictionary = Dictionary()
-    if symbols[: dictionary.nspecial] != dictionary.symbols:
-        raise CheckpointError(
-            "the symbol list saved in this student's checkpoint does not begin with fairseq's "
-            "special symbols; give its dictionaries with --teacher-data"
-        )
-    for symbol in symbols[dictionary.nspecial :]:
-        dictionary.add_symbol(symbol, overwrite=True)
-    return dictionary
-
-
-def _task_for(state: Dict, source: Dictionary, target: Dictionary) -> TranslationTask:
-    config = checkpoint.section(state, "model")
-    return TranslationTask(
-        TranslationConfig(
-            max_source_positions=checkpoint.get(config, "max_source_positions") or 1024,
-            max_target_positions=checkpoint.get(config, "max_target_positions") or 1024,
-        ),
-        source,
-        target,
-    )
-
-
-def build_model(
-    path: str, state: Dict, task: Any, overrides: Dict[str, Any]
-) -> FairseqEncoderDecoderModel:
-    """Build a checkpoint's model and load its weights; in eval mode.
-
-    Args:
-        path: for messages.
-        state: what ``read_checkpoint`` found there.
-        task: a task with the checkpoint's dictionaries. Not the student's: through that one,
-            validation BLEU would become the teacher's.
-        overrides: model arguments to override.
-
-    Raises:
-        TeacherError: it cannot be built, or is no encoder-decoder.
-    """
-    config = checkpoint.section(state, "model")
-    known = vars(config) if isinstance(config, Namespace) else config
-    unknown = set(overrides) - set(known) - {"source_lang", "target_lang"}
-    if unknown:
-        raise TeacherError(
-            f"--teacher-overrides (--model-overrides): the model of teacher {path} has no "
-            f"{', '.join(sorted(map(repr, unknown)))}"
-        )
-    changed = {key: v for key, v in overrides.items() if key in known}
-    try:
-        if isinstance(config, Namespace):
-            config = Namespace(**{**vars(config), **changed})
-        else:
-            config = OmegaConf.create(config)
-            with open_dict(config):
-                config.update(changed)
-        with bounded_memory(state["model"]):
-            model = models.build_model(config, task)
-            model.load_state_dict(state["model"], strict=True, model_cfg=config)
-    except Exception as error:
-        raise TeacherError(
-            f"teacher {path}: its model cannot be rebuilt with this fairseq "
-            f"({type(error).__name__}: {str(error)[:500]}). Options that changed since it was "
-            "trained can be set with --teacher-overrides (--model-overrides)."
-        ) from error
-    if not isinstance(model, FairseqEncoderDecoderModel):
-        raise TeacherError(
-            f"teacher {path} is a {type(model).__name__}; expected an encoder-decoder translation "
-            "model"
-        )
-    return model.eval()
-
-
-def parse_overrides(text: str) -> Dict[str, Any]:
-    """``--teacher-overrides``: a dictionary written as Python literals.
-
-    Raises:
-        TeacherError: it is something else.
-    """
-    try:
-        overrides = ast.literal_eval(text or "{}")
-    except (ValueError, SyntaxError):
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise TeacherError(
-            f"--teacher-overrides needs a dictionary, {{'dropout': 0.1}} say; got {text!r}"
-        )
-    return overrides
 
 
 def parse_weights(text: Optional[str], teachers: int) -> Optional[List[float]]:

@@ -215,7 +215,7 @@ def test_both_engines(data, weak, made, tmp_path):
 
 def test_ctranslate2_decodes_without_the_torch_model(data, weak, tmp_path, monkeypatch):
     pytest.importorskip("ctranslate2")
-    monkeypatch.setattr(decoding, "build_teachers", None)
+    monkeypatch.setattr(decoding, "build_models", None)
     arguments = [data, "--path", weak, "--output", tmp_path, *LANGUAGES, "--gen-subset", "valid"]
     options = ["--engine", "ctranslate2", "--cpu", "--num-workers", 0]
     assert command.main([str(argument) for argument in (*arguments, *options)]) == 0

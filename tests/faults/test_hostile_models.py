@@ -87,11 +87,11 @@ def models(teacher, marker, long):
                 ),
                 "a weight of text": (
                     {**whole, "model": {**whole["model"], name: "x"}},
-                    "no tensor",
+                    "not all of its weights are tensors",
                 ),
                 "a language outside": (
                     {**whole, "cfg": {**whole["cfg"], "task": {"target_lang": "../bb"}}},
-                    "no name of a language",
+                    "not the name of a language",
                 ),
             }
         )
