@@ -11,7 +11,7 @@ import pickle
 import shutil
 import signal as signals
 import sys
-import traceback
+import zlib
 from argparse import Namespace
 from itertools import permutations
 from pathlib import Path
@@ -23,6 +23,8 @@ import torch
 from fairseq.data import Dictionary, LanguagePairDataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kills import at_each_line, in_a_child
+from support import tree
 
 from kd_plugin import files
 from kd_plugin import shards as store
@@ -36,6 +38,7 @@ from kd_plugin.cache import (
     writer,
 )
 from kd_plugin.cache.writer import CacheWriter, teacher_rows
+from kd_plugin.commands import cache as command
 from kd_plugin.commands.cache import _temperatures
 from kd_plugin.files import FileError
 from kd_plugin.objective import chunks as objective
@@ -145,10 +148,6 @@ def cache(finished, tmp_path) -> Path:
     """A copy to damage."""
     shutil.copytree(str(finished), str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def change(cache, **fields):
@@ -484,32 +483,7 @@ def test_two_shards_that_merge_at_the_same_time(case, finished, tmp_path, monkey
     assert tree(tmp_path) == tree(finished)
 
 
-def in_a_child(work) -> int:
-    """Do something in a process of its own; its exit status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
-
-
-def at_each_line(do):
-    """Call ``do`` before each line that runs in the cache's modules."""
-    ours = {files.__file__, store.__file__, layout.__file__, writer.__file__}
-
-    def trace(frame, event, argument):
-        if frame.f_code.co_filename not in ours:
-            return None
-        if event == "line":
-            do()
-        return trace
-
-    sys.settrace(trace)
+MODULES = (files, store, layout, writer)  # in which a process is killed
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -525,7 +499,7 @@ def test_killed_at_any_line(case, finished, tmp_path, shards):
 
     try:
         prepared(tmp_path / "count")
-        at_each_line(lambda: lines.append(0))
+        at_each_line(lambda: lines.append(0), *MODULES)
         case.write(tmp_path / "count", shards, 0)
     finally:
         sys.settrace(before)
@@ -542,7 +516,7 @@ def test_killed_at_any_line(case, finished, tmp_path, shards):
                 if left[0] == 0:
                     os.kill(os.getpid(), signals.SIGKILL)
 
-            at_each_line(kill)
+            at_each_line(kill, *MODULES)
             case.write(cache, shards, 0)
 
         status = in_a_child(killed)
@@ -583,6 +557,34 @@ def test_whatever_bytes_a_kill_left_behind(
     assert case.write(folder)
     assert tree(folder) == tree(finished)
     shutil.rmtree(str(folder))
+
+
+def test_one_that_an_earlier_version_began_is_gone_on_with(case, finished, tmp_path):
+    """Written here by hand: two of three batches of one shard, and a bit of the third."""
+    partial = tmp_path / "train" / "partial"
+    own = partial / "shard-1-of-2"
+    own.mkdir(parents=True)
+    plan = zlib.crc32(b"".join(batch.astype("<i8").tobytes() + b"|" for batch in case.batches))
+    header = {
+        "format": "kd_plugin teacher cache",
+        "version": 1,
+        **case.header,
+        "sentences": 17,
+        "rows": int(case.lengths.sum()),
+        "plan": f"{plan:08x}",
+    }
+    (partial / "header.json").write_text(json.dumps(header))
+    (own / "lock").touch()
+    for name in ARRAYS[1:]:
+        first, second, third = [rows[name].tobytes() for rows in case.rows[1::2]]
+        (own / f"{name}.bin").write_bytes(first + second + third[: len(third) // 2])
+    shard = case.writer(tmp_path, 2, 1)
+    shard.begin()
+    assert shard.done == 2
+    case.append(shard)
+    assert not shard.finish(case.target)
+    assert case.write(tmp_path, 2, 0)
+    assert tree(tmp_path) == tree(finished)
 
 
 def test_what_is_on_disk_is_not_asked_for_again(case, written, tmp_path):
@@ -654,6 +656,30 @@ def test_a_shard_is_written_by_one_process_at_a_time(case, finished, tmp_path):
     case.append(first)
     assert first.finish(case.target)
     assert tree(tmp_path) == tree(finished)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        dict(WORLD_SIZE="3", RANK="2", LOCAL_RANK="1"),
+        dict(SLURM_STEP_NUM_TASKS="3", SLURM_PROCID="2", SLURM_LOCALID="1"),
+    ],
+)
+def test_ranks_of_torchrun_and_srun_are_shards(environment, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    monkeypatch.setattr(command.cache, "make", found.append)
+    flags = ["--path", "t.pt", "--cache", "c", "--cpu", "--temperatures", "2,1", "--top-k", "4"]
+    for more in ([], ["--num-shards", "2", "--shard-id", "1"], ["--batch-size", "5"]):
+        assert command.main([str(tmp_path), *flags, *more]) == 0
+    assert [(one.num_shards, one.shard_id) for one in found] == [(3, 2), (2, 1), (3, 2)]
+    assert [(one.max_tokens, one.max_sentences) for one in found] == [
+        *[(12000, None)] * 2,
+        (None, 5),
+    ]
+    assert found[0].temperatures == [1, 2] and found[0].k == 4 and found[0].folder == "c"
+    assert found[0].device == torch.device("cpu") and found[0].dtype == torch.float32
 
 
 class Numbers(list):

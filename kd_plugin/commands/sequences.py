@@ -15,6 +15,7 @@ from fairseq import utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from .. import sequences
+from ..checkpoints import parse_overrides
 from ..errors import Faults
 from ..export import QUANTIZATIONS
 from ..files import FileError
@@ -203,6 +204,8 @@ def _refuse(options: argparse.Namespace) -> None:
         options.min_closeness is None or 0 <= options.min_closeness <= 100,
         "--min-closeness must be from 0 to 100",
     )
+    with faults.collecting():
+        parse_overrides(options.model_overrides, "--model-overrides")
     if options.engine == "ctranslate2":
         _refuse_for_ctranslate2(options, faults)
     else:

@@ -318,9 +318,8 @@ def _engine(
         )
         engine: Any = decoding.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
         return engine, [model.max_positions() for model in models]
-    converted = convert_for_ctranslate2(
-        checkpoints[0], task, store.beside("ctranslate2", "teachers", "files")
-    )
+    folder = store.beside("ctranslate2", "teachers", "files")
+    converted = convert_for_ctranslate2(checkpoints[0], task, folder)
     positions = checkpoints[0].max_positions
     engine = decoding.CTranslate2Engine(
         task,

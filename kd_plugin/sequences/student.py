@@ -54,11 +54,11 @@ def open_student(
         (teachers.source, own.source, "source"),
         (teachers.target, own.target, "target"),
     ):
-        missing = lacking(theirs.symbols, mine.indices)
-        if missing:
+        unknown = lacking(theirs.symbols, mine.indices)
+        if unknown:
             raise FileError(
-                f"the {side} dictionary of --student-data lacks {len(missing)} of the teacher's "
-                f"symbols ({', '.join(map(repr, missing[:5]))}, ...): give the student's "
+                f"the {side} dictionary of --student-data lacks {len(unknown)} of the teacher's "
+                f"symbols ({', '.join(map(repr, unknown[:5]))}, ...): give the student's "
                 "SentencePiece model with --student-spm, so that the text is encoded anew"
             )
     return Student(own, to_text, None)
