@@ -28,11 +28,12 @@ from omegaconf import open_dict
 from tqdm import tqdm
 
 from .. import decoding
+from ..checkpoints import Role, lacking
 from ..decoding.databin import words
 from ..errors import UserError, out_of_memory
-from ..export.models import parameters, read_record, symbols_of
+from ..export.ctranslate2 import read_record, symbols_of
 from ..files import FileError, read_json, write_json
-from .systems import CTRANSLATE2, Model, System
+from .systems import CTRANSLATE2, Model, System, role_of
 
 _OTHER_DICTIONARIES = "Name a data-bin made with its own dictionaries: --model-data NAME=DIR."
 NUMBERS = ("parameters", "parameters_without_embeddings", "bytes", "file_bytes")  # of a model
@@ -128,6 +129,8 @@ class Measured:
 def measure(
     systems: Sequence[System],
     measured: Dict[str, Measured],
+    *,
+    teacher: Model,
     options: Namespace,
     repeats: int,
 ) -> Dict[str, str]:
@@ -136,6 +139,7 @@ def measure(
     Args:
         systems: models and beams to measure.
         measured: by model's name; results are added.
+        teacher: the model that messages call so.
         options: fairseq-generate's, parsed.
 
     Returns:
@@ -163,7 +167,7 @@ def measure(
         # one after the other: opening a checkpoint takes more memory than decoding with its model
         for model in dict.fromkeys(system.model for _, system in missing):
             print(f"opening {model.name}", flush=True)
-            workers[model.name] = _Worker(model, options)
+            workers[model.name] = _Worker(model, role_of(model, teacher), options)
             with noting_failure(model.name):
                 measured[model.name].facts = workers[model.name].facts()
         for number, system in missing:
@@ -187,10 +191,12 @@ def measure(
 class _Worker:
     """A process that holds one model."""
 
-    def __init__(self, model: Model, options: Namespace) -> None:
+    def __init__(self, model: Model, role: Role, options: Namespace) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, model, options), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, model, role, options), daemon=True
+        )
         # Ctrl-C is for the parent, which then stops its workers
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._process.start()
@@ -237,11 +243,11 @@ class _Worker:
         self._pipe.close()
 
 
-def _serve(pipe: Any, model: Model, options: Namespace) -> None:
+def _serve(pipe: Any, model: Model, role: Role, options: Namespace) -> None:
     """What a worker's process does: answer requests until it is stopped."""
     logging.disable(logging.INFO)  # it would tear the progress bar
     try:
-        decoder = _Decoder(model, options)
+        decoder = _Decoder(model, role, options)
         pipe.send(("answer", decoder.facts))
         while True:
             beam = pipe.recv()  # None asks for the memory
@@ -261,7 +267,7 @@ def _serve(pipe: Any, model: Model, options: Namespace) -> None:
 class _Decoder:
     """A model with the data that it decodes."""
 
-    def __init__(self, model: Model, options: Namespace) -> None:
+    def __init__(self, model: Model, role: Role, options: Namespace) -> None:
         cfg = configuration(options, model)
         utils.import_user_module(cfg.common)
         self.device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
@@ -293,30 +299,37 @@ class _Decoder:
                 "precision": record.get("quantization"),
             }
         else:
-            states = decoding.read_teachers(
-                model.paths, self.task, {}, options.trust_checkpoint, _OTHER_DICTIONARIES
+            checkpoints = decoding.open_checkpoints(
+                model.paths,
+                self.task,
+                role,
+                trust=options.trust_checkpoint,
+                otherwise=_OTHER_DICTIONARIES,
             )
-            totals, inner = zip(*(parameters(state) for _, state in states))
+            totals, inner = zip(*(checkpoint.parameters() for checkpoint in checkpoints))
             self.facts = {
                 "parameters": sum(totals),
                 "parameters_without_embeddings": sum(inner),
                 # without the optimizer state that training's checkpoints hold
-                "bytes": sum(n * _bytes_each(state) for n, (_, state) in zip(totals, states)),
+                "bytes": sum(
+                    n * torch.empty(0, dtype=checkpoint.dtype).element_size()
+                    for n, checkpoint in zip(totals, checkpoints)
+                ),
                 "file_bytes": sum(Path(path).stat().st_size for path in model.paths),
                 "precision": str(dtype).replace("torch.", ""),
             }
-            self.model = decoding.build_teachers(states, self.task, {}, cfg, self.device, dtype)
+            self.model = decoding.build_models(checkpoints, self.task, {}, cfg, self.device, dtype)
             self.positions = [one.max_positions() for one in self.model]
-            del states
+            del checkpoints
         self.device_index = cfg.distributed_training.device_id
         plan = decoding.plan(
             self.task,
             corpus,
             self.positions,
-            cfg.dataset.max_tokens,
-            cfg.dataset.batch_size,
-            cfg.dataset.required_batch_size_multiple,
-            cfg.common.seed,
+            max_tokens=cfg.dataset.max_tokens,
+            max_sentences=cfg.dataset.batch_size,
+            required_multiple=cfg.dataset.required_batch_size_multiple,
+            seed=cfg.common.seed,
         )
         dataset = corpus.dataset
         self.batches = [dataset.collater([dataset[int(i)] for i in batch]) for batch in plan]
@@ -346,10 +359,10 @@ class _Decoder:
                 self.task,
                 self.model,
                 generation,
-                self.device.type,
-                self.device_index,
-                "default",
-                self.positions[0][1],
+                device=self.device.type,
+                device_index=self.device_index,
+                compute_type="default",
+                max_positions=self.positions[0][1],
             )
         return decoding.FairseqEngine(self.task, self.model, generation, self.seed)
 
@@ -360,18 +373,13 @@ class _Decoder:
         return max(_peak() - self._memory_before, 0)
 
 
-def _bytes_each(state: Dict[str, Any]) -> int:
-    weights = (tensor for tensor in state["model"].values() if tensor.is_floating_point())
-    return next(weights).element_size()
-
-
 def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
     """fairseq's configuration of what fairseq-generate would do with a model."""
     own = copy.deepcopy(options)
     if model is not None:
         own.data, own.path = model.data, model.path
     if own.max_tokens is None and own.batch_size is None:
-        own.max_tokens = 12000  # as fairseq-generate
+        own.max_tokens = decoding.DEFAULT_MAX_TOKENS
     return convert_namespace_to_omegaconf(own)
 
 
@@ -386,15 +394,12 @@ def check_vocabulary(model: Model, task: Any) -> None:
         (task.source_dictionary, task.target_dictionary),
         symbols_of(Path(model.path)),
     ):
-        lacking = [
-            symbol
-            for i, symbol in enumerate(dictionary.symbols)
-            if symbol not in theirs and i != dictionary.pad() and "madeupword" not in symbol
-        ]
-        if lacking:
+        pad = dictionary.pad_word
+        unknown = lacking((symbol for symbol in dictionary.symbols if symbol != pad), theirs)
+        if unknown:
             raise FileError(
-                f"{model.path}: its {side} vocabulary lacks {len(lacking)} symbols of the data "
-                f"({', '.join(map(repr, lacking[:5]))}, ...). {_OTHER_DICTIONARIES}"
+                f"{model.path}: its {side} vocabulary lacks {len(unknown)} symbols of the data "
+                f"({', '.join(map(repr, unknown[:5]))}, ...). {_OTHER_DICTIONARIES}"
             )
 
 

@@ -15,10 +15,9 @@ from fairseq import utils
 from omegaconf import OmegaConf
 
 from .. import decoding
-from ..checkpoints.checkpoint import read_checkpoint
+from ..checkpoints import Checkpoint
 from ..decoding import databin
 from ..errors import UserError
-from ..export.models import max_positions
 from ..files import (
     UNFINISHED,
     all_or_nothing,
@@ -27,13 +26,13 @@ from ..files import (
     read_json,
     write_json,
 )
-from ..teachers.run import Student, Teacher
-from ..timing import Spread
+from ..teachers import Student, Teacher, TeacherSettings
+from ..timing import Quartiles
 from . import compare, page
 from .curves import read_curves
 from .decode import NUMBERS, Measured, configuration, measure
 from .score import METRICS, TESTS, score
-from .systems import CTRANSLATE2, Model, System
+from .systems import CTRANSLATE2, Model, System, role_of
 
 _SETTINGS, _MEASURED, _TRANSLATIONS = "settings.json", "measured", "translations"
 _PAGES = ("report.md", "report.html", "report.json")
@@ -295,7 +294,13 @@ def _measure(asked: Asked, data: _TestSet, settings: Dict[str, Any], kept: Path)
         )
         for model in asked.models
     }
-    failures = measure(asked.systems(), measured, asked.options, asked.repeats)
+    failures = measure(
+        asked.systems(),
+        measured,
+        teacher=asked.teacher,
+        options=asked.options,
+        repeats=asked.repeats,
+    )
     for model in asked.models:
         found = len(next(iter(measured[model.name].translations.values()), ()))
         if model.name not in failures and found != len(data.references):
@@ -342,10 +347,10 @@ def _judge(results: _Results) -> Dict[str, Any]:
     scores, signatures = score(
         {system.name: lines for system, lines in texts.items()},
         results.data.references,
-        baseline.name,
-        asked.tokenize,
-        asked.test,
-        asked.samples,
+        baseline=baseline.name,
+        tokenize=asked.tokenize,
+        test=asked.test,
+        samples=asked.samples,
     )
     rows = [
         _row(system, results, scores[system.name])
@@ -389,8 +394,8 @@ def _row(system: System, results: _Results, scores: Dict[str, Any]) -> Dict[str,
         "left_out": len(translations) - translated,
         "seconds": seconds,
         "tokens": tokens,
-        "sentences_per_second": Spread.of([translated / s for s in seconds])._asdict(),
-        "tokens_per_second": Spread.of([tokens / s for s in seconds])._asdict(),
+        "sentences_per_second": Quartiles.of([translated / s for s in seconds])._asdict(),
+        "tokens_per_second": Quartiles.of([tokens / s for s in seconds])._asdict(),
     }
 
 
@@ -468,10 +473,13 @@ def _max_positions(model: Model, results: _Results) -> Tuple[int, int]:
         raise UserError("it has a vocabulary of its own")
     if not results.data.binarised:
         raise UserError("the data-bin has no references")
-    limits = [
-        max_positions(path, read_checkpoint(path, results.asked.trust)) for path in model.paths
-    ]
-    source, target = zip(*limits)
+    asked = results.asked
+    source, target = zip(
+        *(
+            Checkpoint.open(path, role_of(model, asked.teacher), asked.trust).max_positions
+            for path in model.paths
+        )
+    )
     return min(source), min(target)
 
 
@@ -482,7 +490,9 @@ def _open(model: Model, results: _Results) -> Teacher:
     fit = Student(
         task.source_dictionary, task.target_dictionary, task.cfg.source_lang, task.cfg.target_lang
     )
-    return Teacher.open(model.paths, fit, trust=results.asked.trust).place(device, dtype)
+    asked = results.asked
+    settings = TeacherSettings(model.paths, trust=asked.trust, role=role_of(model, asked.teacher))
+    return Teacher.open(settings, fit).place(device, dtype)
 
 
 def _plan(data: _TestSet, limits: Sequence[Tuple[int, int]]) -> List[np.ndarray]:
@@ -495,10 +505,10 @@ def _plan(data: _TestSet, limits: Sequence[Tuple[int, int]]) -> List[np.ndarray]
         data.task,
         data.corpus,
         limits,
-        data.cfg.dataset.max_tokens,
-        data.cfg.dataset.batch_size,
-        1,
-        data.cfg.common.seed,
+        max_tokens=data.cfg.dataset.max_tokens,
+        max_sentences=data.cfg.dataset.batch_size,
+        required_multiple=1,
+        seed=data.cfg.common.seed,
     )
 
 
