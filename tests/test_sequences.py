@@ -23,7 +23,7 @@ from sacrebleu import sentence_bleu, sentence_chrf
 
 from kd_plugin import files
 from kd_plugin import shards as store_module
-from kd_plugin.commands import arguments, sequences
+from kd_plugin.commands import arguments
 from kd_plugin.decoding import Corpus, Hypothesis, databin, describe_text, plan
 from kd_plugin.decoding import models as teachers
 from kd_plugin.files import FileError
@@ -31,12 +31,15 @@ from kd_plugin.sequences import (
     Choice,
     Filters,
     HypothesisStore,
+    Output,
     Student,
     choose,
     hypotheses,
 )
 from kd_plugin.sequences import choice as select
+from kd_plugin.sequences import output as output_module
 from kd_plugin.sequences import pipeline as distil
+from kd_plugin.sequences.output import Originals
 
 HEADER = {"teachers": [{"sha256": "1" * 64, "bytes": 7}], "generation": {"beam": 5}}
 SENTENCES = 23
@@ -238,16 +241,16 @@ def test_what_is_kept_beside_is_named_after_what_it_was_made_from(tmp_path):
 
 
 def test_a_shard_that_comes_late_does_not_remove_what_an_earlier_one_has_begun(finished, tmp_path):
-    output = distil.Output(str(tmp_path), {})
+    output = Output(str(tmp_path), {})
     folder = tmp_path / "hypotheses"
     shutil.copytree(str(finished), str(folder))
     early, late = [HypothesisStore(folder, {**HEADER, "seed": 2}, 2, i) for i in (0, 1)]
     assert early.differences() and late.differences()
-    sequences._clear(output, early)
+    distil.clear_others(output, early)
     early.begin(PLAN)
     early.append(lists(early.batches[0]))
     before = tree(folder)
-    sequences._clear(output, late)
+    distil.clear_others(output, late)
     assert tree(folder) == before
 
 
@@ -352,12 +355,12 @@ def test_a_damaged_file_is_named_or_read_as_what_it_says(finished, tmp_path_fact
     [([1.0], 0), ([1.0, 2.0], 1), ([2.0, 2.0], 0), ([1.0, 3.0, 3.0, 2.0], 1), ([0.0, 0.0, 0.0], 0)],
 )
 def test_of_equally_close_hypotheses_the_likeliest_is_taken(scores, expected):
-    assert select.closest(scores) == expected
+    assert select.highest(scores) == expected
 
 
 @pytest.mark.parametrize("metric, reference", [("bleu", sentence_bleu), ("chrf", sentence_chrf)])
 def test_closeness_is_sacrebleus(metric, reference):
-    measure = select.closeness(metric)
+    measure = select.similarity(metric)
     pairs = [("The cat sat.", "The cat sat."), ("a b", "c d"), ("Hi!", "Hi there!"), ("", "a")]
     for hypothesis, gold in pairs:
         expected = reference(hypothesis, [gold]).score
@@ -400,28 +403,29 @@ S = "s1 s2 s3 s4 s5 s6 s7 s8"  # 8 subwords
     ],
 )
 def test_filters(source, said, fault):
-    found = Filters().fault(
+    found = Filters().reason(
         source.strip(), Hypothesis(said.strip(), -1.0, True), (source, said, "")
     )
     assert found == fault
     if fault != "empty":
         texts = (source, said, "")
-        assert Filters.off().fault(source, Hypothesis(said.strip(), -1.0, False), texts) is None
+        assert Filters.off().reason(source, Hypothesis(said.strip(), -1.0, False), texts) is None
 
 
 def test_unfinished_hypotheses():
     texts = ("s", "a", None)
-    assert Filters().fault("s", Hypothesis("a", -1.0, False), texts) == "unfinished"
+    assert Filters().reason("s", Hypothesis("a", -1.0, False), texts) == "unfinished"
     assert (
-        Filters()._replace(unfinished=False).fault("s", Hypothesis("a", -1.0, False), texts) is None
+        Filters()._replace(unfinished=False).reason("s", Hypothesis("a", -1.0, False), texts)
+        is None
     )
 
 
 def test_a_copy_that_the_reference_is_too_stays():
     same = Hypothesis("Paris", -1.0, True)
-    assert Filters().fault("Paris", same, ("Paris", "Paris", "Paris")) is None
-    assert Filters().fault("Paris", same, ("Paris", "Paris", None)) == "copy_of_source"
-    assert Filters()._replace(copies=False).fault("Paris", same, ("Paris", "Paris", None)) is None
+    assert Filters().reason("Paris", same, ("Paris", "Paris", "Paris")) is None
+    assert Filters().reason("Paris", same, ("Paris", "Paris", None)) == "copy_of_source"
+    assert Filters()._replace(copies=False).reason("Paris", same, ("Paris", "Paris", None)) is None
 
 
 class Toy(NamedTuple):
@@ -458,18 +462,18 @@ TOY_LISTS = [
 
 
 def test_best_and_closest(toy):
-    best = choose(*(toy[0], TOY_LISTS, toy[1], Choice(), 1.0, False))
+    best = choose(*(toy[0], TOY_LISTS, toy[1], Choice()))
     assert best.which.tolist() == [0, 0, 0, -1, 0]
     assert best.dropped["longer_than_the_teacher_reads"] == 1 and sum(best.dropped.values()) == 1
     assert best.means["score_per_token"] == pytest.approx(-(0.1 + 0.3 + 0.5 + 0.9) / 4)
     assert best.means["closeness"] is None
     for metric in ("bleu", "chrf"):
-        closest = choose(toy[0], TOY_LISTS, toy[1], Choice("closest", metric), 1.0, False)
+        closest = choose(toy[0], TOY_LISTS, toy[1], Choice("closest", metric))
         assert closest.which.tolist() == [1, 0, 0, -1, 1]
 
 
 def test_far_from_the_reference(toy):
-    chosen = choose(toy[0], TOY_LISTS, toy[1], Choice(min_closeness=99.0), 1.0, False)
+    chosen = choose(toy[0], TOY_LISTS, toy[1], Choice(min_closeness=99.0))
     assert chosen.which.tolist() == [-1, 0, -1, -1, -1]
     assert chosen.dropped["far_from_reference"] == 3
     assert chosen.means["closeness"] == pytest.approx(100)
@@ -481,7 +485,7 @@ def test_far_from_the_reference(toy):
 )
 def test_the_share_with_the_lowest_scores(toy, quantile, which):
     choice = Choice(min_score_quantile=quantile)
-    chosen = choose(toy[0], TOY_LISTS, toy[1], choice, 1.0, False)
+    chosen = choose(toy[0], TOY_LISTS, toy[1], choice)
     assert chosen.which.tolist() == which
     assert chosen.dropped["low_score"] == 4 - sum(i == 0 for i in which)
 
@@ -489,7 +493,7 @@ def test_the_share_with_the_lowest_scores(toy, quantile, which):
 def test_every_sentence_is_counted_once(toy):
     """Whatever the choice is: kept or dropped for one reason."""
     for choice in (Choice("closest", "chrf", Filters(), 50.0, 0.5), Choice(filters=Filters(2))):
-        chosen = choose(toy[0], TOY_LISTS, toy[1], choice, 1.0, False)
+        chosen = choose(toy[0], TOY_LISTS, toy[1], choice)
         assert (chosen.which >= 0).sum() + sum(chosen.dropped.values()) == 5
 
 
@@ -497,7 +501,7 @@ def test_what_cannot_be_encoded_anew_is_dropped(toy):
     corpus, student = toy
     lists = [(0, [Hypothesis("a <unk>", -0.1, True)]), (1, [Hypothesis("b", -0.1, True)])]
     for recode, dropped in ((None, 0), (str.upper, 1)):
-        chosen = choose(corpus, lists, student._replace(recode=recode), Choice(), 1.0, False)
+        chosen = choose(corpus, lists, student._replace(recode=recode), Choice())
         assert chosen.dropped["unknown_symbol"] == dropped
 
 
@@ -552,13 +556,24 @@ def databin_of_letters(tmp_path) -> databin.DataBin:
 
 def test_a_text_that_cannot_be_read_leaves_nothing(databin_of_letters, tmp_path):
     data, text = databin_of_letters, tmp_path / "text"
-    for content, word in ((b"a b\n\xff\n", "not UTF-8"), (b"", "it has no line")):
+    for content, word in (
+        (b"a b\n\xff\n", "not UTF-8"),
+        (b"", "expected at least one line, found none"),
+    ):
         text.write_bytes(content)
         with pytest.raises(FileError, match=word):
-            Corpus.of_text(task_of(data), data, str(text), str, tmp_path / "kept" / "source-1")
+            Corpus.of_text(
+                task_of(data),
+                data,
+                str(text),
+                to_subwords=str,
+                prefix=tmp_path / "kept" / "source-1",
+            )
         assert not list((tmp_path / "kept").iterdir())
     text.write_bytes(b"a b\n")
-    corpus = Corpus.of_text(task_of(data), data, str(text), str, tmp_path / "kept" / "source-1")
+    corpus = Corpus.of_text(
+        task_of(data), data, str(text), to_subwords=str, prefix=tmp_path / "kept" / "source-1"
+    )
     assert len(corpus.source) == 1
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
         "source-1.bin",
@@ -592,7 +607,7 @@ def test_many_unknown_symbols_are_said(databin_of_letters, tmp_path, caplog, unk
     """5 of 100 are none too many; it is said before anything is decoded."""
     data, text = databin_of_letters, tmp_path / "text"
     text.write_text(" ".join(["a"] * (24 - unknown) + ["raw"] * unknown) + "\n")
-    Corpus.of_text(task_of(data), data, str(text), str, tmp_path / "source-1")
+    Corpus.of_text(task_of(data), data, str(text), to_subwords=str, prefix=tmp_path / "source-1")
     assert (f"OF THE SYMBOLS OF {text} ARE UNKNOWN" in caplog.text) == said
 
 
@@ -600,9 +615,9 @@ def test_subwords_of_another_model_are_said(databin_of_letters, tmp_path, caplog
     data = databin_of_letters
     corpus = Toy(data.side("train", "aa"), data.side("train", "bb"), data)
     student = Student(data, lambda text: text, lambda text: text.replace("b", "x"))
-    chosen = choose(corpus, TOY_LISTS, student, Choice(), 1.0, False)
-    output = distil.Output(str(tmp_path / "out"), {})
-    output.write(corpus, TOY_LISTS, chosen, student, None, 1)
+    chosen = choose(corpus, TOY_LISTS, student, Choice())
+    output = Output(str(tmp_path / "out"), {})
+    output.write(corpus, TOY_LISTS, chosen, student)
     assert "12% OF THE SYMBOLS OF train.aa ARE UNKNOWN" in caplog.text
     assert output.record()["counts"]["unknown_tokens"] == 4
 
@@ -642,12 +657,12 @@ def test_batches_of_sentences_that_fit(databin_of_letters, monkeypatch, subset):
     task = task_of(data)
     corpus = Corpus.of_subset(task, data, subset)
     monkeypatch.setattr(LanguagePairDataset, "size", None)
-    found = plan(task, corpus, [(4, 4)], 8, None, 1, 1)
+    found = plan(task, corpus, [(4, 4)], max_tokens=8)
     assert sorted(i for batch in found for i in batch) == [0, 1, 2, 3, 4]
     assert [len(batch) for batch in found] == [2, 2, 1]
-    assert plan(task_of(data), corpus, [(3, 4)], 3, None, 1, 1) == []
+    assert plan(task_of(data), corpus, [(3, 4)], max_tokens=3) == []
     with pytest.raises(FileError, match="sentence has 4 tokens, more than --max-tokens 3"):
-        plan(task, corpus, [(4, 4)], 3, None, 1, 1)
+        plan(task, corpus, [(4, 4)], max_tokens=3)
 
 
 def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
@@ -655,18 +670,18 @@ def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
     sides = data.side("train", "aa"), data.side("train", "bb")
     corpus = Toy(*sides, data)
     student = Student(data, lambda text: text, None)
-    chosen = choose(corpus, TOY_LISTS, student, Choice(), 1.0, False)
+    chosen = choose(corpus, TOY_LISTS, student, Choice())
 
     def write_to(folder):
-        output = distil.Output(str(folder), {"beam": 5})
+        output = Output(str(folder), {"beam": 5})
         if output.complete:
             output.clean_up()
         else:
-            output.write(corpus, TOY_LISTS, chosen, student, sides, 2)
+            output.write(corpus, TOY_LISTS, chosen, student, originals=Originals(*sides, 2))
 
     # another one that it replaces
-    old = distil.Output(str(tmp_path / "old"), {"beam": 4})
-    old.write(corpus, TOY_LISTS[:2], chosen, student, None, 1)
+    old = Output(str(tmp_path / "old"), {"beam": 4})
+    old.write(corpus, TOY_LISTS[:2], chosen, student)
     write_to(tmp_path / "whole")
     whole = tree(tmp_path / "whole")
     assert "record.json" in whole and "valid.aa-bb.bb.idx" in whole
@@ -674,7 +689,7 @@ def test_killed_at_any_line_of_writing(databin_of_letters, tmp_path):
     assert lines == 2 * ["a b c", "b c d", "c d e", "d e f", "e f g"] + [
         nbest[0].subwords for _, nbest in TOY_LISTS
     ]
-    ours, last, killed = {distil.__file__, files.__file__}, 0, True
+    ours, last, killed = {output_module.__file__, files.__file__}, 0, True
     while killed:
         last += 9
         folder, left = tmp_path / str(last), [last]
@@ -704,24 +719,24 @@ def test_data_that_are_to_be_replaced_stay_until_there_are_others(databin_of_let
     data = databin_of_letters
     sides = data.side("train", "aa"), data.side("train", "bb")
     corpus, student = Toy(*sides, data), Student(data, lambda text: text, None)
-    kept = choose(corpus, TOY_LISTS, student, Choice(), 1.0, False)
-    none = choose(corpus, TOY_LISTS, student, Choice(filters=Filters(0)), 1.0, False)
+    kept = choose(corpus, TOY_LISTS, student, Choice())
+    none = choose(corpus, TOY_LISTS, student, Choice(filters=Filters(0)))
     folder = tmp_path / "out"
-    distil.Output(str(folder), {"beam": 5}).write(corpus, TOY_LISTS, kept, student, None, 1)
+    Output(str(folder), {"beam": 5}).write(corpus, TOY_LISTS, kept, student)
     before = tree(folder)
-    other = distil.Output(str(folder), {"beam": 4})
+    other = Output(str(folder), {"beam": 4})
     assert not other.complete and other.differences() == ["beam is 4 here, 5 there"]
     with pytest.raises(FileError, match="nothing is left"):
-        other.write(corpus, TOY_LISTS, none, student, None, 1)
+        other.write(corpus, TOY_LISTS, none, student)
     assert tree(folder) == before
-    other.write(corpus, TOY_LISTS, kept, student, sides, 1)
+    other.write(corpus, TOY_LISTS, kept, student, originals=Originals(*sides))
     assert other.complete and len(tree(folder)["text/train.bb"].splitlines()) == 9
 
 
 def test_a_folder_of_somebody_else(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(FileError, match="holds files that this command did not write"):
-        distil.Output(str(tmp_path), {})
+        Output(str(tmp_path), {})
 
 
 # processes

@@ -1,16 +1,26 @@
 """Models that translate: data-bins, what is decoded in which batches, and what decodes it."""
 
-from .corpus import Corpus, describe, describe_text, plan, text_functions
+from .corpus import (
+    DEFAULT_MAX_TOKENS,
+    Corpus,
+    batch_limits,
+    describe,
+    describe_text,
+    plan,
+    text_functions,
+)
 from .databin import DataBin, carried_files
 from .engines import CTranslate2Engine, FairseqEngine, Hypothesis
 from .models import build_teachers, placement, read_teachers, set_up_task
 
 __all__ = [
+    "DEFAULT_MAX_TOKENS",
     "CTranslate2Engine",
     "Corpus",
     "DataBin",
     "FairseqEngine",
     "Hypothesis",
+    "batch_limits",
     "build_teachers",
     "carried_files",
     "describe",

@@ -6,6 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Deque, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
+import torch
 from fairseq import utils
 from torch import Tensor
 
@@ -23,6 +24,15 @@ class Hypothesis(NamedTuple):
 
 # Of one batch: the n best of each sentence, by its id
 NBest = Dict[int, List[Hypothesis]]
+
+
+def threads() -> int:
+    """Threads that torch computes with (``OMP_NUM_THREADS`` sets them), at most one per core."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS, Windows
+        cores = os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), cores))
 
 
 class FairseqEngine:
@@ -80,12 +90,14 @@ class FairseqEngine:
 
     def _read(self, found: Dict[str, Any], longest: int) -> Hypothesis:
         tokens, symbols = found["tokens"].tolist(), self.task.target_dictionary.symbols
-        words = [symbols[token] for token in tokens if token not in self.strip]
-        return Hypothesis(" ".join(words), float(found["score"]), len(tokens) <= longest)
+        subwords = [symbols[token] for token in tokens if token not in self.strip]
+        return Hypothesis(" ".join(subwords), float(found["score"]), len(tokens) <= longest)
 
 
 class CTranslate2Engine:
     """CTranslate2, as many batches at a time as there are workers.
+
+    On a CPU there are as many workers as fairseq would have threads, so that speeds compare.
 
     Args:
         task: a translation task with the teacher's dictionaries.
@@ -101,8 +113,9 @@ class CTranslate2Engine:
         task: Any,
         model: Path,
         generation: Any,
+        *,
         device: str,
-        device_index: int,
+        device_index: int = 0,
         compute_type: str,
         max_positions: int,
     ) -> None:
@@ -110,8 +123,8 @@ class CTranslate2Engine:
 
         self.task, self.generation, self.max_positions = task, generation, max_positions
         cpu = device == "cpu"
-        # A CPU does more with a single-threaded worker per core, and with what fits its caches
-        self.workers = len(os.sched_getaffinity(0)) if cpu else 1
+        # a CPU does more with a single-threaded worker per core, and with what fits its caches
+        self.workers = threads() if cpu else 1
         self.split = {"max_batch_size": 512, "batch_type": "tokens"} if cpu else {}
         try:
             self.translator = ctranslate2.Translator(

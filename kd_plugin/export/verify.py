@@ -99,7 +99,7 @@ class Text(NamedTuple):
         if data.side(subset, data.langs[0]) is None:
             decoding.Corpus.of_subset(task, data, subset)  # names what there is
         corpus = decoding.Corpus.of_subset(task, decoding.DataBin(str(folder), *data.langs), subset)
-        batches = decoding.plan(task, corpus, [max_positions], _MAX_TOKENS, None, 1, 1)
+        batches = decoding.plan(task, corpus, [max_positions], max_tokens=_MAX_TOKENS)
         if not batches:
             raise FileError(f"{data.folder}, {subset}: no sentence to verify with")
         return cls(folder, subset, task, corpus, batches)
@@ -294,7 +294,12 @@ def compare_with_ctranslate2(
         longest = stock["cfg"]["model"]["max_target_positions"]
         generation = _generation(beam)
         return decoding.CTranslate2Engine(
-            text.task, model, generation, "cpu", 0, "default", longest
+            text.task,
+            model,
+            generation,
+            device="cpu",
+            compute_type="default",
+            max_positions=longest,
         )
 
     logger.info(f"scoring {text.sentences} references with {path} and CTranslate2")

@@ -25,7 +25,7 @@ from support import (
 )
 from toy import binarise, dictionary_lines, train_teacher, write_dictionaries
 
-from kd_plugin import sequences
+from kd_plugin import decoding
 from kd_plugin.commands import sequences as command
 
 BEAM = ("--beam", 4, "--nbest", 4)
@@ -215,7 +215,7 @@ def test_both_engines(data, weak, made, tmp_path):
 
 def test_ctranslate2_decodes_without_the_torch_model(data, weak, tmp_path, monkeypatch):
     pytest.importorskip("ctranslate2")
-    monkeypatch.setattr(sequences, "build_teachers", None)
+    monkeypatch.setattr(decoding, "build_teachers", None)
     arguments = [data, "--path", weak, "--output", tmp_path, *LANGUAGES, "--gen-subset", "valid"]
     options = ["--engine", "ctranslate2", "--cpu", "--num-workers", 0]
     assert command.main([str(argument) for argument in (*arguments, *options)]) == 0
@@ -252,7 +252,9 @@ def test_what_a_refused_command_leaves_is_not_taken_for_another_text(data, weak,
     output, junk, text = tmp_path / "data", tmp_path / "junk.pt", tmp_path / "text"
     junk.write_text("no")
     text.write_text("")
-    assert "it has no line" in refused(write_sequences(data, weak, output, "--source-text", text))
+    assert "expected at least one line" in refused(
+        write_sequences(data, weak, output, "--source-text", text)
+    )
     text.write_text("a01 a02\na03 a04\n")
     assert "junk.pt" in refused(write_sequences(data, junk, output, "--source-text", text))
     lines = ["a05 a06 a07", "a08 a09", "a10 a11 a12"]
