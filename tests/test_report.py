@@ -367,7 +367,7 @@ class FakeWorker:
         self.name = model.name
         self.events.append(("start", self.name))
 
-    def facts(self):
+    def open(self):
         self.events.append(("open", self.name))
         if self.name in self.broken:
             raise FileError("unreadable")
@@ -394,11 +394,11 @@ def test_models_are_opened_one_after_the_other_and_decode_in_turns(tmp_path, mon
     assert decode.measure(*(systems, measured), teacher=models[0], options=None, repeats=2) == {
         "b": "unreadable"
     }
-    opened = [(event, name) for name in "ab" for event in ("start", "open")]
     assert FakeWorker.events == [
-        *opened,
+        *(("start", name) for name in "abc"),
+        *(("open", "a"), ("open", "b")),
         ("stop", "b"),  # at once: its memory is free for c
-        *(("start", "c"), ("open", "c")),
+        ("open", "c"),
         *(("decode", "a"), ("decode", "c")) * 2,
         *(("stop", "a"), ("stop", "c")),
     ]
@@ -410,6 +410,9 @@ def test_models_are_opened_one_after_the_other_and_decode_in_turns(tmp_path, mon
 def test_a_mistake_of_ours_in_a_worker_shows_its_traceback(monkeypatch, capsys):
     class Pipe:
         sent: list = []
+
+        def recv(self):
+            return "open"
 
         def send(self, message):
             self.sent.append(message)

@@ -164,12 +164,13 @@ def measure(
             workers.pop(name).stop()  # its memory is free for the others
 
     try:
-        # one after the other: opening a checkpoint takes more memory than decoding with its model
         for model in dict.fromkeys(system.model for _, system in missing):
-            print(f"opening {model.name}", flush=True)
             workers[model.name] = _Worker(model, role_of(model, teacher), options)
-            with noting_failure(model.name):
-                measured[model.name].facts = workers[model.name].facts()
+        # one after the other: opening a checkpoint takes more memory than decoding with its model
+        for name in list(workers):
+            print(f"opening {name}", flush=True)
+            with noting_failure(name):
+                measured[name].facts = workers[name].open()
         for number, system in missing:
             name = system.model.name
             if name in failures:
@@ -188,8 +189,11 @@ def measure(
     return failures
 
 
+_OPEN, _MEMORY = "open", "memory"  # what a worker is asked, or to decode with a beam
+
+
 class _Worker:
-    """A process that holds one model."""
+    """A process for one model."""
 
     def __init__(self, model: Model, role: Role, options: Namespace) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -203,7 +207,9 @@ class _Worker:
         signal.signal(signal.SIGINT, before)
         theirs.close()
 
-    def facts(self) -> Dict[str, Any]:
+    def open(self) -> Dict[str, Any]:
+        """Open the model; its facts, as in ``Measured``."""
+        self._send(_OPEN)
         return self._receive()
 
     def decode(self, beam: int, description: str) -> Pass:
@@ -212,10 +218,10 @@ class _Worker:
             return self._receive(progress)
 
     def memory(self) -> int:
-        self._send(None)
+        self._send(_MEMORY)
         return self._receive()
 
-    def _send(self, request: Optional[int]) -> None:
+    def _send(self, request: Any) -> None:
         with contextlib.suppress(BrokenPipeError):  # _receive will say so
             self._pipe.send(request)
 
@@ -246,12 +252,18 @@ class _Worker:
 def _serve(pipe: Any, model: Model, role: Role, options: Namespace) -> None:
     """What a worker's process does: answer requests until it is stopped."""
     logging.disable(logging.INFO)  # it would tear the progress bar
+    decoder: Any = None
     try:
-        decoder = _Decoder(model, role, options)
-        pipe.send(("answer", decoder.facts))
         while True:
-            beam = pipe.recv()  # None asks for the memory
-            pipe.send(("answer", decoder.memory() if beam is None else decoder.decode(beam, pipe)))
+            request = pipe.recv()
+            if request == _OPEN:
+                decoder = _Decoder(model, role, options)
+                answer = decoder.facts
+            elif request == _MEMORY:
+                answer = decoder.memory()
+            else:
+                answer = decoder.decode(request, pipe)
+            pipe.send(("answer", answer))
     except EOFError:
         pass
     except (UserError, OSError) as error:
