@@ -1,4 +1,4 @@
-"""The flags of task and criterion, read once into one ``Plan``, or refused with every fault at once."""
+"""The flags of task and criterion, read once into one ``Plan``, or refused, every fault at once."""
 
 import math
 from typing import Any, Callable, List, NamedTuple, Optional
@@ -254,9 +254,7 @@ def _divergence(name: str, criterion: Any, faults: Faults) -> Divergence:
     return found
 
 
-def _given(
-    parameter: Parameter, criterion: Any, faults: Faults, applies: bool, where: str
-) -> Any:
+def _given(parameter: Parameter, criterion: Any, faults: Faults, applies: bool, where: str) -> Any:
     """A parameter's value, its default where no flag gives it.
 
     Args:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_plugin.objective import divergences
 from kd_plugin.objective.answer import Dense
 from kd_plugin.objective.divergences import NAMES, distribution, divergence
 from kd_plugin.objective.topk import cut
@@ -185,6 +186,36 @@ def test_only_two_families_take_a_parameter():
     }
     with pytest.raises(ValueError, match="no parameter"):
         divergence("tvd", 0.5)
+
+
+def test_a_parameter_describes_itself():
+    for parameter, fine, wrong in (
+        (divergences.BETA, [0.01, 0.99], [0.0, 1.0, math.nan]),
+        (divergences.SKEW, [0.0, 0.99], [-0.1, 1.0, math.nan]),
+    ):
+        assert parameter.valid(parameter.default)
+        assert all(parameter.valid(x) for x in fine)
+        assert not any(parameter.valid(x) for x in wrong)
+        assert parameter.help.endswith(f"{parameter.expected} (default: {parameter.default})")
+    assert [(p.flag, p.field) for p in divergences.PARAMETERS] == [
+        ("--kd-js-beta", "kd_js_beta"),
+        ("--kd-skew", "kd_skew"),
+    ]
+
+
+def test_a_value_replaces_the_default():
+    teacher, student = case()
+    for name, parameter in (("js", divergences.BETA), ("skew-kl", divergences.SKEW)):
+        default = evaluate(name, teacher, student)
+        same = evaluate(name, teacher, student, parameter.default)
+        assert torch.equal(default[0], same[0]) and torch.equal(default[1], same[1])
+        assert not torch.equal(default[0], evaluate(name, teacher, student, 0.7)[0])
+
+
+def test_the_help_names_each_with_its_source():
+    for one in divergences.DIVERGENCES:
+        assert f"{one.name}, {one.summary}" in divergences.HELP
+        assert one.summary.endswith(")") and "20" in one.summary
 
 
 # top-k

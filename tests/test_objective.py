@@ -8,11 +8,12 @@ from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_l
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_plugin.errors import UserError
 from kd_plugin.objective import answer as answers
 from kd_plugin.objective import chunks as objective
 from kd_plugin.objective import divergences
-from kd_plugin.objective.answer import CachedAnswer, Member, RunningAnswer
-from kd_plugin.objective.chunks import NotFiniteTeacherError, Settings
+from kd_plugin.objective.answer import CachedAnswer, Member, NotFiniteTeacherError, RunningAnswer
+from kd_plugin.objective.chunks import Settings
 from kd_plugin.objective.divergences import divergence
 from kd_plugin.objective.selection import Selection
 
@@ -324,6 +325,89 @@ def test_chunked_equals_unchunked(n, v, chunk, seed, temperature, name, tail, se
         torch.testing.assert_close(whole, parts, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("selected", ["all", "batch", "global", "teacher-better"])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_chunk_is_a_pure_function(selected, top_k):
+    """The same inputs give the same terms and gradient, bit for bit, and are left as they were."""
+    student, teacher, target = random_case(n=12, dtype=torch.float32)
+    selection = Selection(selected, 0.5)
+    if selection.queue is not None:
+        selection.queue.observe(torch.tensor([2.0]))
+        selection.queue.commit()
+    chosen = Settings(top_k=top_k, temperature=2.0, selection=selection, label_smoothing=0.1)
+    z = student.detach().clone()
+    answer = answer_of(teacher.clone())
+    rows = torch.arange(12)
+
+    def ask(index):
+        return answer.rows(rows if index is None else rows[index], z)
+
+    whole = selection(objective.TokenStatistics(torch.rand(12))) if selected == "batch" else None
+    results = [
+        objective._chunk(z, target, ask, chosen, selected=whole, with_gradient=True)
+        for _ in range(2)
+    ]
+    (first, first_gradient), (second, second_gradient) = results
+    assert torch.equal(first_gradient, second_gradient)
+    for one, other in zip(first, second):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert torch.equal(z, student.detach()) and torch.equal(ask(None).logits, teacher)
+    # without a gradient: the same terms
+    terms, none = objective._chunk(z, target, ask, chosen, selected=whole)
+    assert none is None
+    assert torch.equal(terms.kd, first.kd) and torch.equal(terms.ce, first.ce)
+
+
+@pytest.mark.parametrize("name", ["all", "batch", "global", "teacher-entropy", "teacher-correct"])
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("size", [1, 40, 10**9])
+def test_terms_do_not_depend_on_the_size_of_chunks(name, metrics, dtype, size, monkeypatch):
+    """Nor on how many of them the teacher answers in one go."""
+    student, teacher, target = random_case(n=30)
+    student = student.detach().to(dtype).requires_grad_()
+    rows = torch.arange(1, 30)
+    selection = Selection(name, 0.3)
+    if selection.queue is not None:
+        selection.queue.observe(torch.linspace(-3, 6, 20))
+        selection.queue.commit()
+    results = []
+    for elements in (11 * 29, size):
+        monkeypatch.setattr(answers, "_CHUNK_ELEMENTS", {"cpu": elements})
+        terms = distillation_objective(
+            student, target, rows, answer_of(teacher), None, selection=selection, adaptive=True,
+            with_metrics=metrics,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(terms.loss, student)
+        results.append([terms.loss, *terms.tokens, *terms[2:], gradient])
+    for whole, parts in zip(*results):
+        assert (whole is None) == (parts is None)
+        if whole is not None:
+            torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.parametrize("name", divergences.NAMES)
+@pytest.mark.parametrize("selected", ["all", "batch", "global", "teacher-better"])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_no_rows_for_any_divergence_and_selection(name, selected, top_k):
+    student, teacher, target = random_case()
+    terms = distillation_objective(
+        student,
+        target,
+        torch.empty(0, dtype=torch.long),
+        answer_of(teacher),
+        divergence=divergence(name),
+        selection=Selection(selected),
+        top_k=top_k,
+        tail="renormalise",
+        adaptive=True,
+        with_metrics=True,
+    )
+    terms.loss.backward()
+    assert terms.loss == 0 and (student.grad == 0).all()
+    assert terms.kd.shape == terms.tokens.teacher_nll.shape == (0,)
+
+
 def test_a_batch_is_the_sum_of_its_rows_in_any_order():
     student, teacher, target = random_case(n=12)
 
@@ -424,6 +508,8 @@ def test_a_teacher_that_is_not_finite_is_named_with_its_rows(value):
         distillation_objective(
             student, target, torch.arange(7), answer_of(teacher, broken), 0.5, 0.5
         )
+    assert isinstance(error.value, UserError)
+    assert "teacher t1 gave NaN" in str(error.value)
     assert error.value.teachers == "t1"
     assert error.value.rows.tolist() == [5]
 

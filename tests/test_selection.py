@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from kd_plugin.objective import selection as selections
 from kd_plugin.objective.selection import NAMES, ScoreQueue, Selection, TokenStatistics
 
 
@@ -98,6 +99,39 @@ def test_a_token_is_judged_by_itself(name):
 
 def test_all_is_everything():
     assert Selection("all")(TokenStatistics(torch.ones(3))) is None
+
+
+def test_what_each_selection_needs():
+    assert selections.WITH_RATE == ("batch", "global", "teacher-entropy")
+    assert selections.WITH_QUEUE == ("global", "teacher-entropy")
+    assert {name: Selection(name).needs for name in NAMES if Selection(name).needs} == {
+        "teacher-entropy": ("teacher_entropy",),
+        "teacher-correct": ("teacher_correct",),
+        "teacher-better": ("teacher_nll",),
+    }
+    assert [name for name in NAMES if Selection(name).looks_at_batch] == ["batch"]
+    assert all(f"{name}, " in selections.HELP for name in NAMES)
+
+
+def test_an_empty_queue_takes_all_until_the_first_update_is_done():
+    selection = Selection("global")
+    assert selection.takes_all() and Selection("all").takes_all()
+    assert not Selection("batch").takes_all()
+    entered(selection.queue, 1.0)
+    assert not selection.takes_all()
+
+
+def test_rate_and_size_of_the_queue_describe_themselves():
+    rate, size = selections.RATE, selections.QUEUE_SIZE
+    assert (rate.flag, rate.default, size.flag, size.default) == (
+        "--kd-selection-rate",
+        0.5,
+        "--kd-queue-size",
+        30000,
+    )
+    assert rate.valid(1) and not rate.valid(0) and not rate.valid(1.1)
+    assert size.valid(1) and not size.valid(0)
+    assert "batch, global, teacher-entropy" in rate.help
 
 
 def run_rank(rank, address, results):

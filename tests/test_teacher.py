@@ -8,6 +8,7 @@ from trainer import SOURCE, TARGET, dictionary, save_dictionaries, write_teacher
 
 from kd_plugin.teachers import Student, Teacher, TeacherSettings
 
+
 # a transformer's logits are projected when they are asked for, an lstm's are not
 @pytest.fixture(params=["transformer", "lstm"])
 def arch(request):

@@ -6,27 +6,24 @@ and distilled, and the teacher's forward pass. Without any it times the objectiv
 
 import argparse
 import json
+import logging
 import os
-import platform
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import fairseq
 import torch
 from fairseq import options as fairseq_options
 from fairseq.dataclass.configs import OptimizationConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
 from tqdm import tqdm
 
-from ..benchmark import steps as benchmark
-from ..checkpoints.checkpoint import CheckpointError
+from .. import benchmark
 from ..criterion import KDLabelSmoothedCrossEntropyCriterionConfig
 from ..plan import CRITERION
 from ..tasks.translation import KDTranslationConfig
-from .arguments import Help, accept_user_dir
+from .arguments import Help, accept_user_dir, exit_code
 
 PROG = "fairseq-kd-benchmark"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -75,48 +72,47 @@ def _sizes(text: str) -> List[int]:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    try:
-        return run(sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, CheckpointError, RuntimeError, OSError) as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 1
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return exit_code(PROG, lambda: run(arguments), goes_on=False)
 
 
-def run(arguments: List[str]) -> int:
+def run(arguments: List[str]) -> None:
     parser = make_parser()
     options, training = parser.parse_known_args(arguments)
     if options.help:
         _add_training_flags(parser)
         parser.print_help()
-        return 0
+        return
     if options.repeats < 1 or options.batches < 1:
         parser.error("--repeats and --batches must be at least 1")
     if options.output and not Path(options.output).resolve().parent.is_dir():
         parser.error(f"--output {options.output}: there is no such folder")
 
+    # fairseq tells at length what it sets up, again for each work
+    logging.getLogger().setLevel(os.environ.get("LOGLEVEL", "WARNING").upper())
     steps = benchmark.Steps(_configuration(training), options.batches) if training else None
     if options.peak_memory_of:
         assert steps is not None
         print(steps.peak_memory(options.peak_memory_of))
-        return 0
+        return
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if steps is not None and steps.cfg.common.cpu:
         device = torch.device("cpu")
-    measured: Dict[str, Any] = {"machine": _machine(device)}
-    machine = ", ".join("{} {}".format(*item) for item in measured["machine"].items())
+    measured: Dict[str, Any] = {"machine": benchmark.describe(device)}
+    machine = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
     print(machine + "\n", flush=True)
     # Each table is shown as soon as it is measured: the whole may take long.
     if options.rows > 0:
         measured["objective"] = []
         for vocabulary in options.vocabularies:
             costs = benchmark.objective_costs(
-                options.rows,
-                vocabulary,
-                options.repeats,
-                device,
-                DTYPES[options.objective_dtype],
-                options.every_divergence,
+                rows=options.rows,
+                vocabulary=vocabulary,
+                repeats=options.repeats,
+                device=device,
+                dtype=DTYPES[options.objective_dtype],
+                every_divergence=options.every_divergence,
             )
             measured["objective"].append(costs)
             print(benchmark.objective_table(costs), flush=True)
@@ -125,12 +121,13 @@ def run(arguments: List[str]) -> int:
         print(benchmark.step_tables(measured["steps"]), flush=True)
         peaks = {}
         for name in tqdm(measured["steps"]["costs"], desc="peak memory", unit="process"):
-            peaks[name] = _peak_memory(arguments, name)
+            peaks[name] = benchmark.peak_of_another_process(
+                ["-m", "kd_plugin.commands.benchmark", *arguments, "--peak-memory-of", name]
+            )
         print(benchmark.memory_table(peaks), flush=True)
         measured["peak_memory"] = peaks
     if options.output:
         Path(options.output).write_text(json.dumps(measured, indent=2) + "\n")
-    return 0
 
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -162,36 +159,6 @@ def _configuration(training: List[str]) -> Any:
             f"{CRITERION}); plain steps are timed beside it anyway"
         )
     return cfg
-
-
-def _machine(device: torch.device) -> Dict[str, Any]:
-    gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fairseq": fairseq.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _peak_memory(arguments: List[str], name: str) -> int:
-    """Measured in a process of its own: what one step needs, another one would hide."""
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", __name__, *arguments, "--peak-memory-of", name]
-    if __name__ == "__main__":
-        command[2] = "kd_plugin.commands.benchmark"
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {name!r} failed:\n{done.stderr}")
-    return int(done.stdout.split()[-1])
 
 
 if __name__ == "__main__":

@@ -317,11 +317,12 @@ class NotFiniteTeacherError(UserError, RuntimeError):
     Args:
         teachers: names of the models that did.
         where: the samples or rows, as they follow "for".
-        rows: their flat target rows, where known.
+        rows: the flat target rows; empty where these are not known.
     """
 
     def __init__(self, teachers: Sequence[str], where: str, rows: Optional[Tensor] = None) -> None:
-        self.teachers, self.rows = " and ".join(teachers), rows
+        self.teachers = " and ".join(teachers)
+        self.rows = torch.empty(0, dtype=torch.long) if rows is None else rows
         super().__init__(
             f"teacher {self.teachers} gave NaN, +inf or no probability at all for {where}. Check "
             "its weights, or run it in a wider precision (--teacher-dtype fp32)"

@@ -34,6 +34,7 @@ from ..teachers import (
     Student,
     Teacher,
     TeacherError,
+    probe,
 )
 
 logger = logging.getLogger(__name__)
@@ -228,6 +229,14 @@ class Distillation(FairseqTask):
             raise TeacherError("no teacher: give --teacher-checkpoint-path")
         teacher = Teacher.open(settings._replace(role=role), self.student())
         return teacher.place(*settings.placement(device, dtype))
+
+    def probe(self, teacher: Teacher, subset: str) -> None:
+        """Refuse a teacher that is worse than a uniform guess on a loaded subset.
+
+        Raises:
+            UserError: it is.
+        """
+        probe(teacher, self.dataset(subset), self.student(), subset)
 
 
 def _refuse_adaptive_softmax(student: Any) -> None:

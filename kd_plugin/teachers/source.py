@@ -8,10 +8,9 @@ validation, which can.
 
 import logging
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
-import torch
 
 from ..cache import CachedSubset, CacheError, TaughtDataset
 from ..objective import Answer, CachedAnswer, Schedule
@@ -219,7 +218,7 @@ class CachedTeacher(NoTeacher):
         return joined
 
     def _check(self, cache: CachedSubset) -> None:
-        if self.cache is not None and not self.cache.is_like(cache):
+        if self.cache is not None and not self.cache.compatible_with(cache):
             raise CacheError(
                 f"the caches {cache.folder} and {self.cache.folder} are not of the same teachers, "
                 "top k and temperatures: make one of them again"

@@ -16,7 +16,8 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.tasks.translation import TranslationConfig
 
-from kd_plugin.benchmark import steps as benchmark
+from kd_plugin import benchmark
+from kd_plugin.benchmark.machine import peak_allocated
 from kd_plugin.commands import benchmark as command
 from kd_plugin.criterion import KDLabelSmoothedCrossEntropyCriterionConfig
 from kd_plugin.objective import divergences
@@ -68,8 +69,8 @@ def measured(data, teacher, tmp_path_factory) -> Measured:
     return Measured(done.stdout, json.loads(output.read_text()))
 
 
-def assert_positive(spread):
-    assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+def assert_positive(quartiles):
+    assert 0 < quartiles["low"] <= quartiles["median"] <= quartiles["high"]
 
 
 def test_objective_figures(measured):
@@ -114,8 +115,8 @@ def test_all_that_is_shown_is_in_the_json(measured):
     expected = []
     for one in measured.figures["objective"]:
         for name, cost in one["costs"].items():
-            spreads = [cost[key] for key in ("seconds", "to_stock", "to_dense")]
-            expected.append((name, [*spreads, 100 * cost["extra_memory"]]))
+            quartiles = [cost[key] for key in ("seconds", "to_stock", "to_dense")]
+            expected.append((name, [*quartiles, 100 * cost["extra_memory"]]))
     steps = measured.figures["steps"]
     for name, cost in steps["costs"].items():
         expected.append((name, [cost["seconds"], cost["tokens_per_second"]]))
@@ -283,11 +284,13 @@ class Replaces:
 def test_peak_allocated(work, megabytes):
     """Also the second time, when there is something of the first to be freed."""
     for _ in range(2):
-        assert benchmark._peak_allocated(work, CPU) == megabytes * MEGA
+        assert peak_allocated(work, CPU) == megabytes * MEGA
 
 
 def test_extra_memory_is_a_share_of_the_logits():
     """The dense loss keeps several tensors like the logits; ours a few chunks of rows."""
-    costs = benchmark.objective_costs(4096, 1000, 1, CPU, torch.float32)["costs"]
+    costs = benchmark.objective_costs(
+        rows=4096, vocabulary=1000, repeats=1, device=CPU, dtype=torch.float32
+    )["costs"]
     assert all(3 <= costs[name]["extra_memory"] < 5 for name in DENSE)
     assert all(0 < costs[name]["extra_memory"] < 1 for name in OURS)

@@ -12,8 +12,6 @@ from typing import Any, Callable, List, NamedTuple, Optional
 import pytest
 import support
 from support import (
-    LANGUAGES,
-    USER_DIR,
     Run,
     Started,
     assert_same_files,
@@ -21,6 +19,7 @@ from support import (
     fairseq,
     load,
     start_two_ranks,
+    validate,
     write_cache,
 )
 
@@ -246,11 +245,7 @@ def test_checkpoint_last_cut_short(training, data, tmp_path, count):
     assert found and found.groups() == (str(tmp_path / LAST), str(tmp_path / "checkpoint_1_24.pt"))
     assert support.tree(tmp_path) == before
     # to others than a training it is no matter
-    fairseq(
-        "fairseq-validate",
-        *(data, *USER_DIR, "--task", "kd_translation", "--path", tmp_path / "checkpoint_1_20.pt"),
-        *("--max-sentences", 16, "--cpu", *LANGUAGES),
-    ).ok()
+    validate(data, tmp_path / "checkpoint_1_20.pt").ok()
     restore = ("--restore-file", found.group(2))
     run = fairseq("fairseq-train", *training.arguments(tmp_path), *restore).ok()
     assert run.series("train_inner", "num_updates")[0] == 25
