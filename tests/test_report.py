@@ -47,7 +47,7 @@ BAD = [" ".join(line.split()[::-1]) for line in REFERENCES]
 @pytest.fixture(scope="module")
 def scored():
     systems = {"plain": BAD, "student": GOOD, "copy": list(BAD)}
-    return score(systems, REFERENCES, "plain", "13a", "bs", 1000)
+    return score(systems, REFERENCES, baseline="plain", tokenize="13a", test="bs", samples=1000)
 
 
 def test_scores_are_those_of_the_command_line(scored, tmp_path):
@@ -80,7 +80,10 @@ def test_a_clearly_better_system_is_significantly_so_and_a_copy_is_called_one(sc
 
 
 def test_approximate_randomisation_is_sacrebleus(scored):
-    ours, _ = score({"a": BAD, "b": GOOD}, REFERENCES, "a", "13a", "ar", 200)
+    ours, _ = score(
+        *({"a": BAD, "b": GOOD}, REFERENCES),
+        **{"baseline": "a", "tokenize": "13a", "test": "ar", "samples": 200},
+    )
     metrics = {"BLEU": sacrebleu.metrics.BLEU()}
     systems = [("a", BAD), ("b", GOOD)]
     paired = sacrebleu.significance.PairedTest(systems, metrics, [REFERENCES], "ar", 200)
@@ -360,11 +363,11 @@ class FakeWorker:
     events: list = []
     broken: tuple = ()
 
-    def __init__(self, model, options):
+    def __init__(self, model, role, options):
         self.name = model.name
         self.events.append(("start", self.name))
 
-    def facts(self):
+    def open(self):
         self.events.append(("open", self.name))
         if self.name in self.broken:
             raise FileError("unreadable")
@@ -388,12 +391,14 @@ def test_models_are_opened_one_after_the_other_and_decode_in_turns(tmp_path, mon
     models = [Model(name, name, "data") for name in "abc"]
     measured = {m.name: decode.Measured(tmp_path / (m.name + ".json"), {}) for m in models}
     systems = [System(model, 5, True) for model in models]
-    assert decode.measure(systems, measured, None, 2) == {"b": "unreadable"}
-    opened = [(event, name) for name in "ab" for event in ("start", "open")]
+    assert decode.measure(*(systems, measured), teacher=models[0], options=None, repeats=2) == {
+        "b": "unreadable"
+    }
     assert FakeWorker.events == [
-        *opened,
+        *(("start", name) for name in "abc"),
+        *(("open", "a"), ("open", "b")),
         ("stop", "b"),  # at once: its memory is free for c
-        *(("start", "c"), ("open", "c")),
+        ("open", "c"),
         *(("decode", "a"), ("decode", "c")) * 2,
         *(("stop", "a"), ("stop", "c")),
     ]
@@ -405,6 +410,9 @@ def test_models_are_opened_one_after_the_other_and_decode_in_turns(tmp_path, mon
 def test_a_mistake_of_ours_in_a_worker_shows_its_traceback(monkeypatch, capsys):
     class Pipe:
         sent: list = []
+
+        def recv(self):
+            return "open"
 
         def send(self, message):
             self.sent.append(message)
@@ -420,7 +428,7 @@ def test_a_mistake_of_ours_in_a_worker_shows_its_traceback(monkeypatch, capsys):
 
         monkeypatch.setattr(decode, "_Decoder", fail)
         monkeypatch.setattr(decode.logging, "disable", lambda level: None)
-        decode._serve(Pipe(), None, None)
+        decode._serve(Pipe(), None, None, None)
         assert Pipe.sent[-1] == ("failed", told)
         assert ("Traceback" in capsys.readouterr().err) == traceback
 

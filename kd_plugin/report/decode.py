@@ -33,7 +33,7 @@ from ..decoding.databin import words
 from ..errors import UserError, out_of_memory
 from ..export.ctranslate2 import read_record, symbols_of
 from ..files import FileError, read_json, write_json
-from .systems import CTRANSLATE2, Model, System
+from .systems import CTRANSLATE2, Model, System, role_of
 
 _OTHER_DICTIONARIES = "Name a data-bin made with its own dictionaries: --model-data NAME=DIR."
 NUMBERS = ("parameters", "parameters_without_embeddings", "bytes", "file_bytes")  # of a model
@@ -129,6 +129,8 @@ class Measured:
 def measure(
     systems: Sequence[System],
     measured: Dict[str, Measured],
+    *,
+    teacher: Model,
     options: Namespace,
     repeats: int,
 ) -> Dict[str, str]:
@@ -137,6 +139,7 @@ def measure(
     Args:
         systems: models and beams to measure.
         measured: by model's name; results are added.
+        teacher: the model that messages call so.
         options: fairseq-generate's, parsed.
 
     Returns:
@@ -161,12 +164,13 @@ def measure(
             workers.pop(name).stop()  # its memory is free for the others
 
     try:
-        # one after the other: opening a checkpoint takes more memory than decoding with its model
         for model in dict.fromkeys(system.model for _, system in missing):
-            print(f"opening {model.name}", flush=True)
-            workers[model.name] = _Worker(model, options)
-            with noting_failure(model.name):
-                measured[model.name].facts = workers[model.name].facts()
+            workers[model.name] = _Worker(model, role_of(model, teacher), options)
+        # one after the other: opening a checkpoint takes more memory than decoding with its model
+        for name in list(workers):
+            print(f"opening {name}", flush=True)
+            with noting_failure(name):
+                measured[name].facts = workers[name].open()
         for number, system in missing:
             name = system.model.name
             if name in failures:
@@ -185,20 +189,27 @@ def measure(
     return failures
 
 
-class _Worker:
-    """A process that holds one model."""
+_OPEN, _MEMORY = "open", "memory"  # what a worker is asked, or to decode with a beam
 
-    def __init__(self, model: Model, options: Namespace) -> None:
+
+class _Worker:
+    """A process for one model."""
+
+    def __init__(self, model: Model, role: Role, options: Namespace) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, model, options), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, model, role, options), daemon=True
+        )
         # Ctrl-C is for the parent, which then stops its workers
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._process.start()
         signal.signal(signal.SIGINT, before)
         theirs.close()
 
-    def facts(self) -> Dict[str, Any]:
+    def open(self) -> Dict[str, Any]:
+        """Open the model; its facts, as in ``Measured``."""
+        self._send(_OPEN)
         return self._receive()
 
     def decode(self, beam: int, description: str) -> Pass:
@@ -207,10 +218,10 @@ class _Worker:
             return self._receive(progress)
 
     def memory(self) -> int:
-        self._send(None)
+        self._send(_MEMORY)
         return self._receive()
 
-    def _send(self, request: Optional[int]) -> None:
+    def _send(self, request: Any) -> None:
         with contextlib.suppress(BrokenPipeError):  # _receive will say so
             self._pipe.send(request)
 
@@ -238,15 +249,21 @@ class _Worker:
         self._pipe.close()
 
 
-def _serve(pipe: Any, model: Model, options: Namespace) -> None:
+def _serve(pipe: Any, model: Model, role: Role, options: Namespace) -> None:
     """What a worker's process does: answer requests until it is stopped."""
     logging.disable(logging.INFO)  # it would tear the progress bar
+    decoder: Any = None
     try:
-        decoder = _Decoder(model, options)
-        pipe.send(("answer", decoder.facts))
         while True:
-            beam = pipe.recv()  # None asks for the memory
-            pipe.send(("answer", decoder.memory() if beam is None else decoder.decode(beam, pipe)))
+            request = pipe.recv()
+            if request == _OPEN:
+                decoder = _Decoder(model, role, options)
+                answer = decoder.facts
+            elif request == _MEMORY:
+                answer = decoder.memory()
+            else:
+                answer = decoder.decode(request, pipe)
+            pipe.send(("answer", answer))
     except EOFError:
         pass
     except (UserError, OSError) as error:
@@ -262,7 +279,7 @@ def _serve(pipe: Any, model: Model, options: Namespace) -> None:
 class _Decoder:
     """A model with the data that it decodes."""
 
-    def __init__(self, model: Model, options: Namespace) -> None:
+    def __init__(self, model: Model, role: Role, options: Namespace) -> None:
         cfg = configuration(options, model)
         utils.import_user_module(cfg.common)
         self.device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
@@ -295,7 +312,9 @@ class _Decoder:
             }
         else:
             checkpoints = decoding.open_checkpoints(
-                *(model.paths, self.task, role("model")),
+                model.paths,
+                self.task,
+                role,
                 trust=options.trust_checkpoint,
                 otherwise=_OTHER_DICTIONARIES,
             )
@@ -304,7 +323,10 @@ class _Decoder:
                 "parameters": sum(totals),
                 "parameters_without_embeddings": sum(inner),
                 # without the optimizer state that training's checkpoints hold
-                "bytes": sum(n * _bytes_each(c.dtype) for n, c in zip(totals, checkpoints)),
+                "bytes": sum(
+                    n * torch.empty(0, dtype=checkpoint.dtype).element_size()
+                    for n, checkpoint in zip(totals, checkpoints)
+                ),
                 "file_bytes": sum(Path(path).stat().st_size for path in model.paths),
                 "precision": str(dtype).replace("torch.", ""),
             }
@@ -363,15 +385,6 @@ class _Decoder:
         return max(_peak() - self._memory_before, 0)
 
 
-def role(name: str) -> Role:
-    """Of a model that is judged: "teacher", "student", or "model" where that does not matter."""
-    return Role(name, "--trust-checkpoint", "--model-data")
-
-
-def _bytes_each(dtype: torch.dtype) -> int:
-    return torch.empty(0, dtype=dtype).element_size()
-
-
 def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
     """fairseq's configuration of what fairseq-generate would do with a model."""
     own = copy.deepcopy(options)
@@ -394,12 +407,12 @@ def check_vocabulary(model: Model, task: Any) -> None:
         (task.source_dictionary, task.target_dictionary),
         symbols_of(Path(model.path)),
     ):
-        symbols = (symbol for symbol in dictionary.symbols if symbol != dictionary.pad_word)
-        missing = lacking(symbols, theirs)
-        if missing:
+        pad = dictionary.pad_word
+        unknown = lacking((symbol for symbol in dictionary.symbols if symbol != pad), theirs)
+        if unknown:
             raise FileError(
-                f"{model.path}: its {side} vocabulary lacks {len(missing)} symbols of the data "
-                f"({', '.join(map(repr, missing[:5]))}, ...). {_OTHER_DICTIONARIES}"
+                f"{model.path}: its {side} vocabulary lacks {len(unknown)} symbols of the data "
+                f"({', '.join(map(repr, unknown[:5]))}, ...). {_OTHER_DICTIONARIES}"
             )
 
 

@@ -153,10 +153,11 @@ def _cost(report: Dict[str, Any]) -> Table:
         "model", "runs in", "precision", "parameters", "without embeddings", "MB", "file MB",
         "sentences/s", "quartiles", "tokens/s", "peak memory MB", "speed-up",
     ]  # fmt: skip
+    threads = report["threads"]
     notes = [
         f"Speed: the median of {report['repeats']} passes, in which the models take turns, on "
-        f"{report['device']} with {report['threads']} threads. The time runs from batches of "
-        "source symbols to target symbols.",
+        f"{report['device']} with {threads} thread{'' if threads == 1 else 's'}. "
+        "The time runs from batches of source symbols to target symbols.",
         "MB: the model alone, without optimizer state or vocabulary; file MB: everything in its "
         "files. Peak memory: while decoding, beyond what the process held before it opened the "
         "model.",

@@ -15,7 +15,7 @@ from fairseq import utils
 from omegaconf import OmegaConf
 
 from .. import decoding
-from ..checkpoints import Checkpoint, Role
+from ..checkpoints import Checkpoint
 from ..decoding import databin
 from ..errors import UserError
 from ..files import (
@@ -30,9 +30,9 @@ from ..teachers import Student, Teacher, TeacherSettings
 from ..timing import Quartiles
 from . import compare, page
 from .curves import read_curves
-from .decode import NUMBERS, Measured, configuration, measure, role
+from .decode import NUMBERS, Measured, configuration, measure
 from .score import METRICS, TESTS, score
-from .systems import CTRANSLATE2, Model, System
+from .systems import CTRANSLATE2, Model, System, role_of
 
 _SETTINGS, _MEASURED, _TRANSLATIONS = "settings.json", "measured", "translations"
 _PAGES = ("report.md", "report.html", "report.json")
@@ -294,7 +294,13 @@ def _measure(asked: Asked, data: _TestSet, settings: Dict[str, Any], kept: Path)
         )
         for model in asked.models
     }
-    failures = measure(asked.systems(), measured, asked.options, asked.repeats)
+    failures = measure(
+        asked.systems(),
+        measured,
+        teacher=asked.teacher,
+        options=asked.options,
+        repeats=asked.repeats,
+    )
     for model in asked.models:
         found = len(next(iter(measured[model.name].translations.values()), ()))
         if model.name not in failures and found != len(data.references):
@@ -341,10 +347,10 @@ def _judge(results: _Results) -> Dict[str, Any]:
     scores, signatures = score(
         {system.name: lines for system, lines in texts.items()},
         results.data.references,
-        baseline.name,
-        asked.tokenize,
-        asked.test,
-        asked.samples,
+        baseline=baseline.name,
+        tokenize=asked.tokenize,
+        test=asked.test,
+        samples=asked.samples,
     )
     rows = [
         _row(system, results, scores[system.name])
@@ -467,9 +473,13 @@ def _max_positions(model: Model, results: _Results) -> Tuple[int, int]:
         raise UserError("it has a vocabulary of its own")
     if not results.data.binarised:
         raise UserError("the data-bin has no references")
-    role, trust = _role(model, results.asked), results.asked.trust
-    limits = [Checkpoint.open(path, role, trust).max_positions for path in model.paths]
-    source, target = zip(*limits)
+    asked = results.asked
+    source, target = zip(
+        *(
+            Checkpoint.open(path, role_of(model, asked.teacher), asked.trust).max_positions
+            for path in model.paths
+        )
+    )
     return min(source), min(target)
 
 
@@ -480,14 +490,9 @@ def _open(model: Model, results: _Results) -> Teacher:
     fit = Student(
         task.source_dictionary, task.target_dictionary, task.cfg.source_lang, task.cfg.target_lang
     )
-    settings = TeacherSettings(
-        model.paths, trust=results.asked.trust, role=_role(model, results.asked)
-    )
+    asked = results.asked
+    settings = TeacherSettings(model.paths, trust=asked.trust, role=role_of(model, asked.teacher))
     return Teacher.open(settings, fit).place(device, dtype)
-
-
-def _role(model: Model, asked: Asked) -> Role:
-    return role("teacher" if model == asked.teacher else "student")
 
 
 def _plan(data: _TestSet, limits: Sequence[Tuple[int, int]]) -> List[np.ndarray]:
@@ -502,6 +507,7 @@ def _plan(data: _TestSet, limits: Sequence[Tuple[int, int]]) -> List[np.ndarray]
         limits,
         max_tokens=data.cfg.dataset.max_tokens,
         max_sentences=data.cfg.dataset.batch_size,
+        required_multiple=1,
         seed=data.cfg.common.seed,
     )
 

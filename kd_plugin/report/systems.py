@@ -8,7 +8,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from fairseq import utils
 
-from ..checkpoints import digest
+from ..checkpoints import Role, digest
 from ..errors import Faults, UserError
 
 FAIRSEQ, CTRANSLATE2 = "fairseq", "ctranslate2"
@@ -43,6 +43,12 @@ class Model(NamedTuple):
         if self.kind == CTRANSLATE2:
             files = sorted(str(path) for path in Path(self.path).iterdir() if path.is_file())
         return hashlib.sha256(" ".join(map(digest, files)).encode()).hexdigest()
+
+
+def role_of(model: Model, teacher: Model) -> Role:
+    """What messages call a model's checkpoints, and the flags that they advise."""
+    name = "teacher" if model == teacher else "student"
+    return Role(name, trust="--trust-checkpoint", data="--model-data")
 
 
 class System(NamedTuple):

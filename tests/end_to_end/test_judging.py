@@ -214,7 +214,8 @@ def test_a_broken_model_stands_in_the_table(data, teacher, tmp_path):
     assert "1 of 2 models failed (broken)" in run.refusal
     report = report_of(tmp_path / "r")
     assert report["systems"][0]["scores"] and report["systems"][1]["scores"] is None
-    assert "cannot be read as a fairseq checkpoint" in report["models"][1]["error"]
+    error = report["models"][1]["error"]
+    assert error.startswith(f"student {broken}: cannot be read as a fairseq checkpoint")
     assert "broken failed: " in (tmp_path / "r" / "report.md").read_text()
     assert report["not_compared"] == {"broken": "it failed"}
 
@@ -253,7 +254,9 @@ def test_a_vocabulary_of_its_own(corpus, teacher, judged, tmp_path):
     models = {"teacher": teacher, "stranger": stranger}
     run = judge(corpus.data, tmp_path / "r", models)
     assert "1 of 2 models failed (stranger)" in run.refusal
-    assert "--model-data NAME=DIR" in report_of(tmp_path / "r")["models"][1]["error"]
+    error = report_of(tmp_path / "r")["models"][1]["error"]
+    assert error.startswith(f"student {stranger}: its source dictionary")
+    assert "--model-data NAME=DIR" in error and "teacher" not in error
     judge(corpus.data, tmp_path / "r", models, "--model-data", f"stranger={other}").ok()
     report = report_of(tmp_path / "r")
     assert report["systems"][1]["scores"] and report["models"][1]["error"] is None
