@@ -107,11 +107,6 @@ QUEUE_SIZE = Parameter(
     expected="at least 1",
     meaning=f"how many of the last tokens {', '.join(WITH_QUEUE)} compare with",
 )
-# until the criterion reads these
-DEFAULT_RATE, DEFAULT_QUEUE_SIZE = RATE.default, QUEUE_SIZE.default
-    RATE.default,
-    QUEUE_SIZE.default,
-)  # until the criterion reads these
 
 
 class Selection:
