@@ -19,7 +19,7 @@ except ImportError as error:
         "Python 3.8 to 3.10 and ve-fairseq 0.12.3 (the same package, newer) for 3.11 and 3.12."
     ) from error
 
-from .checkpoints.checkpoint import allow_fairseq_globals  # noqa: E402
+from .checkpoints import allow_fairseq_globals  # noqa: E402
 
 allow_fairseq_globals()
 

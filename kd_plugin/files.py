@@ -1,9 +1,16 @@
-"""Files that are whole or not there, and work that several processes do in shards."""
+"""Files that are whole or not there, locks, and reading what a command has written.
+
+This is the one place that knows what systems differ in. Linux has all that is used here, and is
+what the tests run on; macOS has it, too. Without file locks (Windows, some network file systems)
+everything works but the refusal of a second process that writes the same files.
+"""
 
 import contextlib
-import fcntl
 import json
+import logging
 import os
+import re
+import shutil
 import struct
 import tempfile
 import uuid
@@ -12,11 +19,23 @@ from typing import Any, Dict, Iterable, Iterator, List, Sequence
 
 from .errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
+
 UNFINISHED = ".new"  # what a kill in the middle of writing a whole file leaves behind
+_TEMPORARY = re.compile(rf".+\.[0-9a-f]+{re.escape(UNFINISHED)}(\..+)?")
+
+logger = logging.getLogger(__name__)
 
 
 class FileError(UserError):
     """Files that cannot be used, or not be written; the message says why and what to do."""
+
+
+class Busy(FileError):
+    """Another process holds a lock; nothing else is a reason for this error."""
 
 
 def read_json(path: Path) -> Dict[str, Any]:
@@ -32,6 +51,20 @@ def read_json(path: Path) -> Dict[str, Any]:
 def temporary(path: Path) -> Path:
     """A name for a file until it is whole; no other process, here or elsewhere, has the same."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
+
+
+def leftovers(folder: Path) -> List[Path]:
+    """Files and folders with a ``temporary`` name: what kills have left behind there."""
+    return [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, as far as the system allows."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def passing_folder(path: Path) -> Any:
@@ -137,7 +170,7 @@ def no_link(path: str, flags: int) -> int:
     """
     if os.path.islink(path):
         raise FileError(f"{path} is a link: expected a file that this command has written")
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def write_all(file: Any, block: memoryview) -> None:
@@ -147,80 +180,24 @@ def write_all(file: Any, block: memoryview) -> None:
             block = block[file.write(block) :]
 
 
-class Shards:
-    """A folder for each of several processes; who is done leaves a mark, who works holds a lock.
-
-    Args:
-        folder: where they lie.
-
-    Raises:
-        FileError: there is no such shard.
-    """
-
-    def __init__(self, folder: Path, num_shards: int, shard_id: int) -> None:
-        if not 0 <= shard_id < num_shards:
-            raise FileError(
-                f"--shard-id must be from 0 to --num-shards - 1 = {num_shards - 1}, got {shard_id}"
-            )
-        self.folder, self.num_shards, self.shard_id = folder, num_shards, shard_id
-        self._lock: Any = None
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**vars(self), "_lock": None}  # for a worker process that is not forked
-
-    def __iter__(self) -> Iterator[Path]:
-        return map(self._path, range(self.num_shards))
-
-    @property
-    def own(self) -> Path:
-        return self._path(self.shard_id)
-
-    def _path(self, i: int) -> Path:
-        return self.folder / f"shard-{i}-of-{self.num_shards}"
-
-    def begin(self) -> bool:
-        """Make this process's folder and lock it; False if its work is done already.
-
-        Raises:
-            FileError: another process is at it.
-        """
-        self.own.mkdir(parents=True, exist_ok=True)
-        if self.done:
-            return False
-        self._lock = locked(self.own / "lock")
-        return True
-
-    @property
-    def done(self) -> bool:
-        return (self.own / "done").is_file()
-
-    @property
-    def all_done(self) -> bool:
-        return all((path / "done").is_file() for path in self)
-
-    def let_go(self, worker: int = 0) -> None:
-        """Release the lock; in a worker process, too, which may live on when this one is killed."""
-        if self._lock is not None:
-            self._lock.close()
-
-    def end(self) -> None:
-        (self.own / "done").touch()
-        self.let_go()
-
-
 def locked(path: Path, wait: bool = False) -> Any:
-    """Hold a file for this process; its end, however it comes, releases it.
+    """Hold a file for this process; closing it, or the end of the process, releases it.
 
     Raises:
-        FileError: another process holds it, and this one is not to wait.
+        Busy: another process holds it, and this one is not to wait.
     """
     file = open(path, "w", opener=no_link)
     try:
+        if fcntl is None:
+            raise OSError("this system has no file locks")
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise FileError(
+        file.close()
+        raise Busy(
             f"another process is writing {path.parent}: wait for it, or stop it first"
         ) from None
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        logger.warning(
+            f"{path.parent} cannot be locked ({error}): make sure that no other process writes it"
+        )
     return file

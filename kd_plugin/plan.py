@@ -1,10 +1,305 @@
-"""What task and criterion share in reading fairseq's configuration."""
+"""The flags of task and criterion, read once into one ``Plan``, or refused, every fault at once."""
 
-from typing import Any
+import math
+from typing import Any, Callable, List, NamedTuple, Optional
 
-CRITERION = "kd_label_smoothed_cross_entropy"
+from fairseq import utils
+
+from .checkpoints import parse_overrides
+from .errors import Faults, UserError
+from .flags import RUN_TEACHER, TEMPERATURE, WEIGHT, TeacherConfig
+from .objective import (
+    Divergence,
+    Parameter,
+    Schedule,
+    Selection,
+    Settings,
+    divergences,
+    schedules,
+    selection,
+)
+from .teachers import Needs, TeacherSettings
+
+
+class Plan(NamedTuple):
+    """What a training distils, from which teacher, and how strongly.
+
+    Attributes:
+        teacher: the teacher that is run; None with a cache, or where no flag names one.
+        cache: the folder that the teacher is read from instead.
+        ce_weight: constant weight of the cross-entropy; None is what distillation leaves of 1.
+        weight: of the divergence, by update.
+        adaptive: whether each token scales it by how much better the teacher is.
+        temperature: of both distributions, by update.
+        top_k: distil the teacher's likeliest symbols alone; 0 is all that are known.
+        tail: what becomes of the others, one of ``topk.TAILS``.
+    """
+
+    teacher: Optional[TeacherSettings]
+    cache: Optional[str]
+    label_smoothing: float
+    ce_weight: Optional[float]
+    weight: Schedule
+    adaptive: bool
+    temperature: Schedule
+    divergence: Divergence
+    top_k: int
+    tail: str
+    selection: str
+    selection_rate: float
+    queue_size: int
+
+    @classmethod
+    def read(cls, task: Any, criterion: Any, vocabulary: int) -> "Plan":
+        """
+        Args:
+            task: fairseq's configuration of a task with ``TeacherConfig``'s flags.
+            criterion: that of ``kd_label_smoothed_cross_entropy``.
+            vocabulary: number of target symbols.
+
+        Raises:
+            UserError: flags that are out of range, contradict each other, or would do nothing.
+        """
+        faults = Faults()
+        faults.check(
+            hasattr(task, "teacher_cache"),
+            "the criterion kd_label_smoothed_cross_entropy needs a task with a teacher: --task "
+            f"kd_translation; got {getattr(task, '_name', None)}",
+        )
+        cache = getattr(task, "teacher_cache", None)
+        teacher = None
+        if cache:
+            _refuse_beside_cache(task, faults)
+        elif hasattr(task, "teacher_checkpoint_path"):
+            with faults.collecting():
+                teacher = read_teacher(task)
+
+        adaptive = criterion.kd_weight_schedule == "adaptive"
+        weight = _scheduled(
+            "--kd-weight",
+            "constant" if adaptive else criterion.kd_weight_schedule,
+            criterion.kd_weight,
+            default=WEIGHT,
+            valid=lambda x: 0 <= x <= 1,
+            expected="from 0 to 1",
+            faults=faults,
+        )
+        temperature = _scheduled(
+            "--kd-temperature",
+            criterion.kd_temperature_schedule,
+            criterion.kd_temperature,
+            default=TEMPERATURE,
+            valid=lambda x: 0 < x < math.inf,
+            expected="above 0",
+            faults=faults,
+        )
+        ce = criterion.ce_weight
+        faults.check(
+            ce is None or 0 <= ce < math.inf, f"--ce-weight must be a number >= 0, got {ce}"
+        )
+        chosen = choice_value(criterion.kd_selection)
+        where = f"--kd-selection {chosen}"
+        plan = cls(
+            teacher=teacher,
+            cache=cache,
+            label_smoothing=criterion.label_smoothing,
+            ce_weight=ce,
+            weight=weight,
+            adaptive=adaptive,
+            temperature=temperature,
+            divergence=_divergence(choice_value(criterion.kd_divergence), criterion, faults),
+            top_k=criterion.kd_top_k,
+            tail=choice_value(criterion.kd_tail or "bucket"),
+            selection=chosen,
+            selection_rate=_given(
+                selection.RATE, criterion, faults, chosen in selection.WITH_RATE, where
+            ),
+            queue_size=_given(
+                selection.QUEUE_SIZE, criterion, faults, chosen in selection.WITH_QUEUE, where
+            ),
+        )
+        plan._check_tail(criterion, vocabulary, faults)
+        plan._check_use(faults)
+        faults.raise_if_any()
+        return plan
+
+    def settings(self, update: Optional[int]) -> Settings:
+        """What the objective minimises after ``update`` updates; None is after the last.
+
+        Which tokens are selected, and what is logged, the criterion decides.
+        """
+        return Settings(
+            kd_weight=self.weight(update),
+            ce_weight=self.ce_weight,
+            temperature=self.temperature(update),
+            label_smoothing=self.label_smoothing,
+            divergence=self.divergence,
+            top_k=self.top_k,
+            tail=self.tail,
+            adaptive=self.adaptive,
+        )
+
+    def new_selection(self) -> Selection:
+        """The selection of the flags, with an empty queue if it compares with earlier tokens."""
+        return Selection(self.selection, self.selection_rate, self.queue_size)
+
+    @property
+    def needs(self) -> Needs:
+        """What must be asked of a teacher at each target position."""
+        return Needs(self.top_k, self.temperature if self.tail == "bucket" else None)
+
+    # The checks of flags that depend on one another
+
+    def _check_tail(self, criterion: Any, vocabulary: int, faults: Faults) -> None:
+        cut = self.top_k > 0 or bool(self.cache)
+        faults.check(
+            0 <= self.top_k <= vocabulary,
+            f"--kd-top-k must be from 0 to the {vocabulary} symbols of the vocabulary, got "
+            f"{self.top_k}",
+        )
+        faults.check(
+            criterion.kd_tail is None or cut,
+            f"--kd-tail {self.tail} is for --kd-top-k and --teacher-cache only",
+        )
+        faults.check(
+            self.top_k != 1 or self.tail == "bucket",
+            "--kd-top-k 1 with --kd-tail renormalise leaves nothing to learn, the one symbol has "
+            "probability 1 on both sides: take --kd-tail bucket or more symbols",
+        )
+        if self.divergence.of_logits:
+            faults.check(
+                self.temperature == schedules.constant(1.0),
+                f"--kd-divergence {self.divergence.name} has no temperature: leave out "
+                "--kd-temperature and --kd-temperature-schedule",
+            )
+            faults.check(
+                not cut or self.tail == "renormalise",
+                f"--kd-divergence {self.divergence.name} with --kd-top-k or --teacher-cache needs "
+                "--kd-tail renormalise (a bucket of symbols has no logit)",
+            )
+
+    def _check_use(self, faults: Faults) -> None:
+        if self.weight != schedules.constant(0.0):
+            return
+        useless = {
+            "--kd-top-k": self.top_k > 0,
+            "--kd-selection": self.selection != "all",
+            "--kd-weight-schedule adaptive": self.adaptive,
+        }
+        flags = ", ".join(flag for flag, given in useless.items() if given)
+        faults.check(not flags, f"--kd-weight 0 distils nothing: leave out {flags}")
+
+
+def read_teacher(task: Any) -> Optional[TeacherSettings]:
+    """The teacher of a task's flags; None if they name none.
+
+    Raises:
+        UserError: what can be seen to be wrong before any file is opened; every fault at once.
+    """
+    faults = Faults()
+    paths = [path for path in utils.split_paths(task.teacher_checkpoint_path or "") if path]
+    overrides, weights = {}, None
+    with faults.collecting():
+        weights = _weights(task.teacher_weights, len(paths))
+    with faults.collecting():
+        overrides = parse_overrides(task.teacher_overrides, "--teacher-overrides")
+    dtype, on_cpu = choice_value(task.teacher_dtype), choice_value(task.teacher_device) == "cpu"
+    faults.check(
+        not on_cpu or dtype in ("same", "fp32"),
+        f"--teacher-device cpu runs the teacher in fp32; --teacher-dtype {dtype} cannot be had "
+        "there",
+    )
+    faults.raise_if_any()
+    if not paths:
+        return None
+    return TeacherSettings(
+        paths=paths,
+        data=utils.split_paths(task.teacher_data) if task.teacher_data else (),
+        weights=weights,
+        overrides=overrides,
+        dtype="fp32" if on_cpu else dtype,
+        on_cpu=on_cpu,
+        trust=task.teacher_trust_checkpoint,
+    )
 
 
 def choice_value(value: Any) -> str:
     """A ChoiceEnum's value: fairseq keeps it as a string or as an enum, depending on the way in."""
     return str(getattr(value, "value", value))
+
+
+def _refuse_beside_cache(task: Any, faults: Faults) -> None:
+    """Flags of a teacher that is run mean nothing beside a cache."""
+    default = TeacherConfig()
+    useless = ", ".join(
+        "--" + name.replace("_", "-")
+        for name in RUN_TEACHER
+        if choice_value(getattr(task, name)) != choice_value(getattr(default, name))
+    )
+    faults.check(
+        not useless,
+        f"with --teacher-cache no teacher is run: leave out {useless}, or leave out "
+        "--teacher-cache",
+    )
+
+
+def _divergence(name: str, criterion: Any, faults: Faults) -> Divergence:
+    """The divergence of the flags, with its parameter if it takes one."""
+    found = divergences.divergence(name)
+    for parameter in divergences.PARAMETERS:
+        own = parameter is found.parameter
+        value = _given(parameter, criterion, faults, own, f"--kd-divergence {name}")
+        if own:
+            found = divergences.divergence(name, value)
+    return found
+
+
+def _given(parameter: Parameter, criterion: Any, faults: Faults, applies: bool, where: str) -> Any:
+    """A parameter's value, its default where no flag gives it.
+
+    Args:
+        applies: whether it means anything with ``where``, the flag that it belongs to.
+    """
+    given = getattr(criterion, parameter.field)
+    if given is None:
+        return parameter.default
+    if faults.check(applies, f"{parameter.flag} means nothing with {where}"):
+        faults.check(
+            parameter.valid(given), f"{parameter.flag} must be {parameter.expected}, got {given}"
+        )
+    return given
+
+
+def _scheduled(
+    flag: str,
+    text: str,
+    value: Optional[float],
+    *,
+    default: float,
+    valid: Callable[[float], bool],
+    expected: str,
+    faults: Faults,
+) -> Schedule:
+    """The schedule of the weight or the temperature."""
+    if text == "constant":
+        value = default if value is None else value
+        faults.check(valid(value), f"{flag} must be a number {expected}, got {value}")
+        return schedules.constant(value)
+    faults.check(value is None, f"{flag} {value} and {flag}-schedule {text} exclude each other")
+    with faults.collecting(ValueError):
+        return schedules.parse(text, flag + "-schedule", valid, expected)
+    return schedules.constant(default)
+
+
+def _weights(text: Optional[str], teachers: int) -> Optional[List[float]]:
+    """``--teacher-weights``: a positive number for each teacher, commas between them, or None."""
+    try:
+        weights = [float(weight) for weight in text.split(",")] if text else None
+    except ValueError:
+        raise UserError(f"--teacher-weights needs numbers as in 2,1,1; got {text!r}") from None
+    if weights and (len(weights) != teachers or not all(0 < w < math.inf for w in weights)):
+        raise UserError(
+            f"--teacher-weights needs one positive number for each of the {teachers} teachers in "
+            f"--teacher-checkpoint-path, got {weights}"
+        )
+    return weights

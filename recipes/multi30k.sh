@@ -69,7 +69,7 @@ else
     teacher=$WORK/models/teacher/checkpoint_best.pt
 fi
 
-# fairseq's default multiple of 8, unlike the other recipes: with it the results in README.md were made. The training
+# fairseq's default multiple of 8, unlike the other recipes: docs/results.md was made with it. The training
 # set's 29,000 sentences are a multiple of it; ve-fairseq leaves the 6 longest of valid's 1,014 out.
 student() { # NAME FLAGS...
     train "$@" --arch transformer --encoder-layers 2 --decoder-layers 2 \

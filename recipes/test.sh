@@ -15,7 +15,7 @@ cd "$REPO"
 # A busy neighbour on one core makes spinning threads several times slower (see stages.sh).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 say "pip check" && python -m pip check
-say "ruff" && python -m ruff check .
+say "ruff" && python -m ruff check . && python -m ruff format --check .
 say "mypy" && python -m mypy
-# A file's tests stay in one process: they share what is slow to make.
+# A file's tests stay in one process: they share what is slow to make. What all files share is made once.
 say "pytest" && python -m pytest -q --numprocesses "${WORKERS:-2}" --dist loadfile "$@"

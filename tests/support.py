@@ -1,14 +1,18 @@
 """Run fairseq's commands as processes of their own and read what they leave behind.
 
-Importing fairseq takes seconds, so most runs are forked from a server that has done so once
-(``fairseq``); nothing else is shared with it, and it never imports the plugin. The plugin's own
-commands run from there as ``python -m`` in the checkout. ``script`` starts the installed command
-itself.
+Importing fairseq and torch takes seconds, so most runs are forked from a server that has done so
+once (``fairseq``). It never imports the plugin: each run does so itself, by the way that is tested,
+in a tenth of a second. The plugin's own commands run from there as ``python -m`` in the checkout.
+``script`` starts the installed command itself, and each command is started so by some test.
 """
 
 import atexit
 import contextlib
+import gc
+import importlib
+import io
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -20,7 +24,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PLUGIN = CHECKOUT / "kd_plugin"
@@ -43,8 +47,11 @@ _COMMANDS = {
     "fairseq-kd-report": "kd_plugin.commands.report",
     "fairseq-kd-sequences": "kd_plugin.commands.sequences",
 }
+# What runs import as they go, at a second for some (the first optimizer imports torch._dynamo).
+# One that is not there (older torch, no extra) is left out.
+_LATE = ["torch._dynamo", "ctranslate2", "matplotlib.pyplot", "sacrebleu", "sentencepiece"]
 _forked = multiprocessing.get_context("forkserver")
-_forked.set_forkserver_preload(["pytest", *_MODULES.values()])
+_forked.set_forkserver_preload(["pytest", *_MODULES.values(), *_LATE])
 
 
 class Run(NamedTuple):
@@ -65,6 +72,17 @@ class Run(NamedTuple):
         if self.code != 0:
             raise AssertionError(f"exit code {self.code}:\n{self.text[-5000:]}")
         return self
+
+    def metrics(self, subset: str = "valid") -> Dict[str, Any]:
+        """What ``fairseq-validate`` found, by name."""
+        (record,) = self.records(subset)
+        return {key.replace(subset + "_", ""): value for key, value in record.items()}
+
+    @property
+    def refusal(self) -> str:
+        """The one sentence with which a command of the plugin's ends."""
+        assert self.code == 1 and "Traceback" not in self.text, self.text[-3000:]
+        return self.text.strip().splitlines()[-1]
 
     @property
     def error(self) -> str:
@@ -120,6 +138,7 @@ def start(
     file_limit: Optional[int] = None,
     killed_by_limit: bool = False,
     leads_group: bool = False,
+    spawns: bool = False,
 ) -> Started:
     """Start a command in a forked process.
 
@@ -127,6 +146,8 @@ def start(
         file_limit: bytes of the longest file it can write: as on a full disk, more fails.
         killed_by_limit: instead the kernel kills it.
         leads_group: it and what it starts are a process group of their own.
+        spawns: its own processes are new ones where it asks for that (CUDA needs it); otherwise
+            they are forked, too, which saves their imports.
     """
     handle, log = tempfile.mkstemp(prefix="fairseq-", suffix=".log")
     os.close(handle)
@@ -135,7 +156,10 @@ def start(
         target=_main,
         args=(tool, [str(a) for a in arguments], folder, log, str(stdin)),
         kwargs=dict(
-            file_limit=file_limit, killed_by_limit=killed_by_limit, leads_group=leads_group
+            file_limit=file_limit,
+            killed_by_limit=killed_by_limit,
+            leads_group=leads_group,
+            spawns=spawns,
         ),
     )
     process.start()
@@ -178,6 +202,43 @@ def script(
     return Run(done.returncode, done.stdout)
 
 
+def in_process(tool: str, *arguments: Any) -> Run:
+    """Run a command in this process, which has imported all that it needs: for refusals.
+
+    Of a training that gets beyond them, this process would keep what it leaves in fairseq.
+    """
+    import kd_plugin  # noqa: F401  so --user-dir has nothing more to do
+
+    given = [str(a) for a in arguments]
+    if "--user-dir" in given:
+        where = given.index("--user-dir")
+        del given[where : where + 2]
+    text = io.StringIO()
+    log = logging.StreamHandler(text)
+    log.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s"))
+    logging.getLogger().addHandler(log)
+    before, sys.argv = sys.argv, [tool, *given]
+    code: Any
+    try:
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            code = _call(tool)
+    except SystemExit as ended:
+        code = ended.code
+    except Exception:
+        traceback.print_exc(file=text)
+        code = 1
+    finally:
+        sys.argv = before
+        logging.getLogger().removeHandler(log)
+    return Run(code or 0, text.getvalue())
+
+
+def _call(tool: str) -> Any:
+    if tool in _COMMANDS:
+        return importlib.import_module(_COMMANDS[tool]).main()
+    return importlib.import_module(_MODULES[tool]).cli_main()
+
+
 def _main(
     tool: str,
     arguments: List[str],
@@ -187,9 +248,14 @@ def _main(
     file_limit: Optional[int],
     killed_by_limit: bool,
     leads_group: bool,
+    spawns: bool,
 ) -> None:
+    gc.freeze()  # what the server has imported stays: no collection has to look through it
     if leads_group:
         os.setpgrp()
+    if not spawns:
+        fork = multiprocessing.get_context("fork")
+        multiprocessing.get_context = lambda method=None: fork
     # As in any process: workers of a server's would outlive a kill, each waiting for the other.
     multiprocessing.set_start_method("fork", force=True)
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -210,8 +276,7 @@ def _main(
     try:
         if tool in _COMMANDS:
             sys.path.insert(0, str(CHECKOUT))
-            sys.exit(__import__(_COMMANDS[tool], fromlist=["main"]).main())
-        __import__(_MODULES[tool], fromlist=["cli_main"]).cli_main()
+        sys.exit(_call(tool))
     except Exception:
         sys.stdout.flush()
         traceback.print_exc()
@@ -291,6 +356,16 @@ STOCK = (
 )
 
 
+# Adam would blow rounding noise in a gradient that is 0 up to its step size
+SGD = ("--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 1.0)
+
+
+def train_plain(data: Any, save_dir: Any, *more: Any, arch: Any = STUDENT) -> Run:
+    """fairseq's own training of a student."""
+    arguments = (data, *STOCK, *TRAINING, *arch, "--save-dir", save_dir, *more)
+    return fairseq("fairseq-train", *arguments)
+
+
 def kd_arguments(data: Any, teacher: Any, save_dir: Any, *more: Any, arch: Any = STUDENT) -> List:
     """Arguments of a distillation; later ones override earlier ones."""
     given = () if teacher is None else ("--teacher-checkpoint-path", teacher)
@@ -298,10 +373,26 @@ def kd_arguments(data: Any, teacher: Any, save_dir: Any, *more: Any, arch: Any =
 
 
 def distil(
-    data: Any, teacher: Any, save_dir: Any, *more: Any, arch: Any = STUDENT, **how: Any
+    data: Any,
+    teacher: Any,
+    save_dir: Any,
+    *more: Any,
+    arch: Any = STUDENT,
+    tool: Callable[..., Run] = fairseq,
+    **how: Any,
 ) -> Run:
     arguments = kd_arguments(data, teacher, save_dir, *more, arch=arch)
-    return fairseq("fairseq-train", *arguments, **how)
+    return tool("fairseq-train", *arguments, **how)
+
+
+def validate(data: Any, checkpoint: Any, *more: Any, tool: Callable[..., Run] = fairseq) -> Run:
+    """``fairseq-validate`` of a student; later arguments override earlier ones."""
+    return tool(
+        "fairseq-validate",
+        *(data, *USER_DIR, "--task", "kd_translation", "--path", checkpoint, "--cpu"),
+        *("--max-sentences", 16, "--required-batch-size-multiple", 1, "--num-workers", 0),
+        *("--valid-subset", "valid", "--log-format", "json", *LANGUAGES, *more),
+    )
 
 
 def cache_arguments(data: Any, teacher: Any, cache: Any, *more: Any) -> List[Any]:
@@ -310,8 +401,15 @@ def cache_arguments(data: Any, teacher: Any, cache: Any, *more: Any) -> List[Any
     return [data, *given, "--cpu", *LANGUAGES, "--num-workers", 0, *more]
 
 
-def write_cache(data: Any, teacher: Any, cache: Any, *more: Any, **how: Any) -> Run:
-    return fairseq("fairseq-kd-cache", *cache_arguments(data, teacher, cache, *more), **how)
+def write_cache(
+    data: Any,
+    teacher: Any,
+    cache: Any,
+    *more: Any,
+    tool: Callable[..., Run] = fairseq,
+    **how: Any,
+) -> Run:
+    return tool("fairseq-kd-cache", *cache_arguments(data, teacher, cache, *more), **how)
 
 
 def sequence_arguments(data: Any, teacher: Any, output: Any, *more: Any) -> List[Any]:
@@ -320,9 +418,16 @@ def sequence_arguments(data: Any, teacher: Any, output: Any, *more: Any) -> List
     return [data, *given, "--cpu", *LANGUAGES, "--num-workers", 0, *more]
 
 
-def write_sequences(data: Any, teacher: Any, output: Any, *more: Any, **how: Any) -> Run:
+def write_sequences(
+    data: Any,
+    teacher: Any,
+    output: Any,
+    *more: Any,
+    tool: Callable[..., Run] = fairseq,
+    **how: Any,
+) -> Run:
     arguments = sequence_arguments(data, teacher, output, *more)
-    return fairseq("fairseq-kd-sequences", *arguments, **how)
+    return tool("fairseq-kd-sequences", *arguments, **how)
 
 
 def start_two_ranks(*arguments: Any, **how: Any) -> List[Started]:

@@ -11,7 +11,7 @@ import pickle
 import shutil
 import signal as signals
 import sys
-import traceback
+import zlib
 from argparse import Namespace
 from itertools import permutations
 from pathlib import Path
@@ -23,8 +23,11 @@ import torch
 from fairseq.data import Dictionary, LanguagePairDataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kills import at_each_line, in_a_child
+from support import tree
 
 from kd_plugin import files
+from kd_plugin import shards as store
 from kd_plugin.cache import (
     CachedSubset,
     CacheError,
@@ -35,6 +38,7 @@ from kd_plugin.cache import (
     writer,
 )
 from kd_plugin.cache.writer import CacheWriter, teacher_rows
+from kd_plugin.commands import cache as command
 from kd_plugin.commands.cache import _temperatures
 from kd_plugin.files import FileError
 from kd_plugin.objective import chunks as objective
@@ -68,7 +72,8 @@ class Case(NamedTuple):
     def writer(self, cache, num_shards=1, shard_id=0, **header):
         return CacheWriter(
             *(str(cache), {**self.header, **header}, self.lengths, self.batches),
-            *(num_shards, shard_id),
+            num_shards=num_shards,
+            shard_id=shard_id,
         )
 
     def write(self, cache, num_shards=1, shard_id=0, **header):
@@ -143,10 +148,6 @@ def cache(finished, tmp_path) -> Path:
     """A copy to damage."""
     shutil.copytree(str(finished), str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def change(cache, **fields):
@@ -482,32 +483,7 @@ def test_two_shards_that_merge_at_the_same_time(case, finished, tmp_path, monkey
     assert tree(tmp_path) == tree(finished)
 
 
-def in_a_child(work) -> int:
-    """Do something in a process of its own; its exit status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
-
-
-def at_each_line(do):
-    """Call ``do`` before each line that runs in the cache's modules."""
-    ours = {files.__file__, layout.__file__, writer.__file__}
-
-    def trace(frame, event, argument):
-        if frame.f_code.co_filename not in ours:
-            return None
-        if event == "line":
-            do()
-        return trace
-
-    sys.settrace(trace)
+MODULES = (files, store, layout, writer)  # in which a process is killed
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -523,7 +499,7 @@ def test_killed_at_any_line(case, finished, tmp_path, shards):
 
     try:
         prepared(tmp_path / "count")
-        at_each_line(lambda: lines.append(0))
+        at_each_line(lambda: lines.append(0), *MODULES)
         case.write(tmp_path / "count", shards, 0)
     finally:
         sys.settrace(before)
@@ -540,7 +516,7 @@ def test_killed_at_any_line(case, finished, tmp_path, shards):
                 if left[0] == 0:
                     os.kill(os.getpid(), signals.SIGKILL)
 
-            at_each_line(kill)
+            at_each_line(kill, *MODULES)
             case.write(cache, shards, 0)
 
         status = in_a_child(killed)
@@ -583,6 +559,34 @@ def test_whatever_bytes_a_kill_left_behind(
     shutil.rmtree(str(folder))
 
 
+def test_one_that_an_earlier_version_began_is_gone_on_with(case, finished, tmp_path):
+    """Written here by hand: two of three batches of one shard, and a bit of the third."""
+    partial = tmp_path / "train" / "partial"
+    own = partial / "shard-1-of-2"
+    own.mkdir(parents=True)
+    plan = zlib.crc32(b"".join(batch.astype("<i8").tobytes() + b"|" for batch in case.batches))
+    header = {
+        "format": "kd_plugin teacher cache",
+        "version": 1,
+        **case.header,
+        "sentences": 17,
+        "rows": int(case.lengths.sum()),
+        "plan": f"{plan:08x}",
+    }
+    (partial / "header.json").write_text(json.dumps(header))
+    (own / "lock").touch()
+    for name in ARRAYS[1:]:
+        first, second, third = [rows[name].tobytes() for rows in case.rows[1::2]]
+        (own / f"{name}.bin").write_bytes(first + second + third[: len(third) // 2])
+    shard = case.writer(tmp_path, 2, 1)
+    shard.begin()
+    assert shard.done == 2
+    case.append(shard)
+    assert not shard.finish(case.target)
+    assert case.write(tmp_path, 2, 0)
+    assert tree(tmp_path) == tree(finished)
+
+
 def test_what_is_on_disk_is_not_asked_for_again(case, written, tmp_path):
     shutil.copytree(str(written / "train"), str(tmp_path / "train"))
     entropy = tmp_path / "train" / "partial" / "shard-0-of-1" / "entropy.bin"
@@ -600,7 +604,7 @@ def test_a_full_disk_leaves_what_can_be_gone_on_from(case, finished, tmp_path, m
     """At every write, each cut short by the kernel as a full disk does."""
     failed = 0
     for allowed in range(0, 40, 3):
-        real, left = writer.write_all, [allowed]
+        real, left = store.write_all, [allowed]
 
         def full(file, block, real=real, left=left):
             left[0] -= 1
@@ -611,7 +615,7 @@ def test_a_full_disk_leaves_what_can_be_gone_on_from(case, finished, tmp_path, m
 
         cache = tmp_path / str(allowed)
         with monkeypatch.context() as patch:
-            patch.setattr(writer, "write_all", full)
+            patch.setattr(store, "write_all", full)
             try:
                 case.write(cache)
             except OSError:
@@ -654,6 +658,30 @@ def test_a_shard_is_written_by_one_process_at_a_time(case, finished, tmp_path):
     assert tree(tmp_path) == tree(finished)
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [
+        dict(WORLD_SIZE="3", RANK="2", LOCAL_RANK="1"),
+        dict(SLURM_STEP_NUM_TASKS="3", SLURM_PROCID="2", SLURM_LOCALID="1"),
+    ],
+)
+def test_ranks_of_torchrun_and_srun_are_shards(environment, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    monkeypatch.setattr(command.cache, "make", found.append)
+    flags = ["--path", "t.pt", "--cache", "c", "--cpu", "--temperatures", "2,1", "--top-k", "4"]
+    for more in ([], ["--num-shards", "2", "--shard-id", "1"], ["--batch-size", "5"]):
+        assert command.main([str(tmp_path), *flags, *more]) == 0
+    assert [(one.num_shards, one.shard_id) for one in found] == [(3, 2), (2, 1), (3, 2)]
+    assert [(one.max_tokens, one.max_sentences) for one in found] == [
+        *[(12000, None)] * 2,
+        (None, 5),
+    ]
+    assert found[0].temperatures == [1, 2] and found[0].k == 4 and found[0].folder == "c"
+    assert found[0].device == torch.device("cpu") and found[0].dtype == torch.float32
+
+
 class Numbers(list):
     collater = list
 
@@ -665,7 +693,7 @@ def test_workers_hold_no_lock(case, tmp_path, monkeypatch):
     shard.begin()
 
     def killed(*_):
-        shard.shards.let_go()
+        shard.shards.release()
         case.writer(tmp_path).begin()
         raise KeyboardInterrupt
 

@@ -1,29 +1,43 @@
 """The checkpoint reader: opens what fairseq writes, refuses everything else unexecuted."""
 
 import argparse
+import gc
 import io
 import math
 import os
 import pickle
 import re
 import struct
+import weakref
 import zipfile
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from fairseq.data import Dictionary
 from fairseq.logging.meters import AverageMeter
 from omegaconf import OmegaConf
 
-from kd_plugin.checkpoints.checkpoint import (
+from kd_plugin.checkpoints import (
+    Checkpoint,
     CheckpointError,
+    Role,
+    VocabularyError,
     average,
-    get,
-    read_checkpoint,
+    parse_overrides,
     refuse_cut_short,
-    section,
+    torchfile,
 )
+from kd_plugin.errors import UserError
+
+TEACHER = Role("teacher", "--teacher-trust-checkpoint", "--teacher-data", "--teacher-overrides")
+AVERAGED = Role("model", "--trust-checkpoint", "--data")
+SYMBOLS = ["<s>", "<pad>", "</s>", "<unk>", "a", "b"]
+
+
+def opened(path, role=TEACHER, trust=False):
+    return Checkpoint.open(str(path), role, trust)
 
 
 def fairseq_like(**more):
@@ -75,27 +89,30 @@ def evil_states(marker):
 
 
 def test_opens_what_fairseq_writes(save):
-    state = read_checkpoint(save(fairseq_like()))
-    assert state["model"]["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    path = save(fairseq_like(optimizer_history=[{"num_updates": 3}, {"num_updates": 7}]))
+    found = opened(path)
+    assert found.weights["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert (found.architecture, found.task, found.data) == ("lstm", "translation", "bin")
+    assert (found.path, str(found), found.updates) == (path, "teacher " + path, 7)
+    assert found.languages == (None, None) and found.symbols is None
+    assert found.max_positions == (1024, 1024) and found.dtype == torch.float32
+    state = torchfile.read(path)
     assert state["extra_state"]["best"] == 4.25
     assert state["extra_state"]["counts"].tolist() == [1, 2, 3]
-    assert get(section(state, "model"), "arch") == "lstm"
-    assert get(section(state, "task"), "data") == "bin"
 
 
 def test_opens_omegaconf_configurations_of_earlier_versions(save):
     config = OmegaConf.create({"model": {"_name": "lstm", "dropout": 0.1}, "task": {"x": [1]}})
-    state = read_checkpoint(save(fairseq_like(cfg=config)))
-    assert get(section(state, "model"), "dropout") == 0.1
-    assert get(section(state, "task"), "absent", "default") == "default"
+    found = opened(save(fairseq_like(cfg=config)))
+    assert found.options == {"_name": "lstm", "dropout": 0.1}
+    assert found.task_options == {"x": [1]} and found.task is None and found.data is None
 
 
 def test_opens_args_of_old_versions(save):
     args = argparse.Namespace(arch="transformer", max_positions=77, data=["bin", "bin2"])
-    state = read_checkpoint(save(fairseq_like(args=args, cfg=None)))
-    assert get(section(state, "model"), "max_source_positions") == 77
-    assert get(section(state, "task"), "task") == "translation"
-    assert get(section(state, "task"), "data") == "bin"
+    found = opened(save(fairseq_like(args=args, cfg=None)))
+    assert found.max_positions == (77, 77)
+    assert (found.architecture, found.task, found.data) == ("transformer", "translation", "bin")
 
 
 @pytest.mark.parametrize("name", [b"numpy.core.", b"numpy._core."])
@@ -106,7 +123,7 @@ def test_opens_what_another_numpy_wrote(name, tmp_path):
     content = re.sub(rb"numpy\._?core\.", name, path.read_bytes())
     assert name in content
     path.write_bytes(content)
-    state = read_checkpoint(str(path))
+    state = torchfile.read(str(path))
     assert state["extra_state"]["best"] == 4.25
     assert state["extra_state"]["counts"].tolist() == [1, 2, 3]
 
@@ -116,16 +133,101 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(save, tmp_path, kind):
     marker = tmp_path / "executed"
     path = save(evil_states(marker)[kind])
     with pytest.raises(CheckpointError, match="refused") as error:
-        read_checkpoint(path)
+        opened(path)
     assert not marker.exists()
     name = {"builtins": "eval", "getattr": "__import__"}.get(kind, "mkdir")
     assert name in str(error.value)
     assert "--teacher-trust-checkpoint" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "role, words, absent",
+    [
+        (TEACHER, "teacher .*--teacher-trust-checkpoint opens it", " --trust"),
+        (AVERAGED, "model .* --trust-checkpoint opens it", "--teacher"),
+        (Role("student"), "student .*Nothing was executed.$", "--"),
+    ],
+)
+def test_messages_name_the_flags_of_the_command_at_hand(save, tmp_path, role, words, absent):
+    path = save(evil_states(tmp_path / "executed")["nested"])
+    with pytest.raises(CheckpointError, match=words) as error:
+        opened(path, role)
+    assert absent not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "role, advice",
+    [
+        (TEACHER, "--teacher-data names the folder with the dict.*.txt it was trained with."),
+        (AVERAGED, "--data names the folder with the dict.*.txt it was trained with."),
+        (Role("student"), "Put the dict.*.txt it was trained with beside it."),
+    ],
+)
+def test_dictionaries_that_are_found_nowhere(save, tmp_path, caplog, role, advice):
+    """They are none, or another's with a warning that names only flags that there are."""
+    task = {"data": str(tmp_path / "gone"), "source_lang": "aa", "target_lang": "bb"}
+    cfg = {"model": argparse.Namespace(arch="lstm"), "task": task}
+    weights = {"encoder.embed_tokens.weight": torch.zeros(5, 2)}
+    found = opened(save(fairseq_like(cfg=cfg, model=weights)), role)
+    assert found.dictionaries(("xx", "yy")) is None and not caplog.text
+    taken = found.dictionaries(("xx", "yy"), otherwise=("data", Dictionary(), Dictionary()))
+    assert taken.origin == "taken from the data" and len(taken.source) == 4
+    assert f"{role.name} {found.path}: no dict.aa.txt and dict.bb.txt found" in caplog.text
+    assert "TAKEN TO BE THE DATA'S" in caplog.text and advice in caplog.text
+    with pytest.raises(VocabularyError, match=f"^{found} has 5 source embeddings") as error:
+        found.check_sizes(taken)
+    assert str(error.value).endswith(advice)
+
+
+def test_dictionaries_where_they_are(save, tmp_path):
+    """In the folder that a flag names, in the checkpoint, beside it, in the data that it names."""
+    for where, symbol in (("flag", "f"), (".", "b"), ("data", "d")):
+        (tmp_path / where).mkdir(exist_ok=True)
+        for language in ("aa", "bb", "cc"):
+            (tmp_path / where / f"dict.{language}.txt").write_text(f"{symbol}{language} 1\n")
+    task = {"data": str(tmp_path / "data"), "source_lang": "aa"}
+    cfg = {"model": argparse.Namespace(arch="lstm"), "task": task}
+    symbols = {"source_symbols": SYMBOLS, "target_symbols": SYMBOLS}
+    found = opened(save(fairseq_like(cfg=cfg, task_state=symbols)))
+
+    def asked(*arguments, **more):
+        source, target, origin = found.dictionaries(*arguments, **more)
+        return source.symbols[4], target.symbols[4], origin
+
+    folder = str(tmp_path / "flag")
+    assert asked(("xx", "bb"), folder) == ("faa", "fbb", "from " + folder)
+    assert asked(("xx", "bb")) == ("a", "a", "from its checkpoint")
+    found = opened(save(fairseq_like(cfg=cfg)))
+    assert asked(("xx", "bb")) == ("baa", "bbb", "from beside it")
+    renamed = {"source_lang": "cc"}
+    assert asked(("xx", "bb"), overrides=renamed)[:2] == ("bcc", "bbb")
+    for path in tmp_path.glob("dict.*"):
+        path.unlink()
+    assert asked(("xx", "bb")) == ("daa", "dbb", "from " + str(tmp_path / "data"))
+    with pytest.raises(VocabularyError, match="--teacher-data .*: expected dict.aa.txt and dict.z"):
+        found.dictionaries(("xx", "zz"), str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["dropout=0", "[]", "0", "{", "{1: 2}", "{'a'}", "f()", "a\0b"])
+def test_overrides_that_are_not_a_dictionary(text):
+    with pytest.raises(UserError, match=r"--model-overrides: expected a dictionary.*; got"):
+        parse_overrides(text, "--model-overrides")
+
+
+def test_overrides():
+    assert parse_overrides("{'dropout': 0}", "--model-overrides") == {"dropout": 0}
+    assert parse_overrides("", "--model-overrides") == {}
+
+
+def test_overrides_of_options_that_there_are_not(save):
+    found = opened(save(fairseq_like()))
+    with pytest.raises(CheckpointError, match="--teacher-overrides: the model of teacher .* 'x'"):
+        found.build(None, {"x": 1, "source_lang": "aa"})
+
+
 def test_trust_opens_it_all_the_same(save, tmp_path):
     marker = tmp_path / "executed"
-    read_checkpoint(save(evil_states(marker)["nested"]), trust=True)
+    opened(save(evil_states(marker)["nested"]), trust=True)
     assert marker.exists()
 
 
@@ -149,7 +251,7 @@ def test_a_dotted_name_does_not_slip_through(tmp_path):
             data = stream if entry.endswith("data.pkl") else source.read(entry)
             out.writestr(entry, data)
     with pytest.raises(CheckpointError):
-        read_checkpoint(path)
+        opened(path)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +269,7 @@ def test_a_file_of_another_kind_is_named_so(tmp_path, content, words):
     path = tmp_path / "other.pt"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=words) as error:
-        read_checkpoint(str(path))
+        opened(str(path))
     assert str(path) in str(error.value)
 
 
@@ -176,7 +278,7 @@ def test_a_truncated_file(save):
     data = open(path, "rb").read()
     open(path, "wb").write(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
-        read_checkpoint(path)
+        opened(path)
 
 
 @pytest.mark.parametrize(
@@ -189,19 +291,19 @@ def test_a_truncated_file(save):
 )
 def test_other_things_that_torch_saved(save, state, words):
     with pytest.raises(CheckpointError, match=words):
-        read_checkpoint(save(state))
+        opened(save(state))
 
 
 def test_a_torchscript_archive(tmp_path):
     path = str(tmp_path / "script.pt")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     with pytest.raises(CheckpointError, match="TorchScript"):
-        read_checkpoint(path)
+        opened(path)
 
 
 def test_no_such_file(tmp_path):
     with pytest.raises(CheckpointError, match="no such checkpoint file"):
-        read_checkpoint(str(tmp_path / "absent.pt"))
+        opened(str(tmp_path / "absent.pt"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -218,26 +320,136 @@ def test_weights_that_are_no_numbers(save, dtype):
         "decoder.layers.0.in_proj_weight": numbers * math.nan,
     }
     with pytest.raises(CheckpointError, match=r"2 of its weights hold NaN or inf \(nan, inf\)"):
-        read_checkpoint(save(fairseq_like(model=weights)))
+        opened(save(fairseq_like(model=weights)))
     del weights["nan"], weights["inf"]
-    assert "bias" in read_checkpoint(save(fairseq_like(model=weights)))["model"]
+    assert "bias" in opened(save(fairseq_like(model=weights))).weights
 
 
-def test_average_is_the_mean_in_the_first_ones_dtype():
-    states = [
-        {"model": OrderedDict(w=torch.tensor([1.0 * i, 2.0 * i]).half(), n=torch.tensor([3]))}
-        for i in (1, 2, 6)
-    ]
-    mean = average(states)
-    assert mean["w"].dtype == torch.float16
-    assert mean["w"].tolist() == [3.0, 6.0]
-    assert mean["n"].tolist() == [3]
+def test_weights_of_minus_inf(save):
+    """Only a bias may hold them, where they rule a symbol out."""
+    inf = torch.tensor([0.5, -math.inf])
+    weights = {
+        "decoder.output_projection.weight": inf.view(1, 2),
+        "decoder.layer_norm.weight": inf,
+        "encoder.bias": inf.view(1, 2),
+        "decoder.fc_out.bias": inf,
+    }
+    names = "decoder.output_projection.weight, decoder.layer_norm.weight, encoder.bias"
+    with pytest.raises(CheckpointError, match=rf"3 of its weights hold NaN or inf \({names}\)"):
+        opened(save(fairseq_like(model=weights)))
 
 
-def test_average_refuses_different_models():
-    states = [{"model": {"w": torch.zeros(2)}}, {"model": {"w": torch.zeros(3)}}]
-    with pytest.raises(CheckpointError, match="1 and 2 cannot be averaged.*w"):
-        average(states)
+@pytest.fixture
+def trained(tmp_path):
+    """Writes a checkpoint of a training, and gives its path."""
+
+    def write(name, weight, options=None, **more):
+        state = {
+            "cfg": {
+                "model": {"_name": "transformer", "encoder_normalize_before": False, "dropout": 0.1}
+                if options is None
+                else options,
+                "task": {"_name": "translation", "source_lang": "aa", "target_lang": "bb"},
+            },
+            "model": OrderedDict(w=weight, n=torch.tensor([3])),
+            "optimizer_history": [{"num_updates": int(name)}],
+            "last_optimizer_state": {"state": torch.zeros(1000)},
+            **more,
+        }
+        torch.save(state, str(tmp_path / name))
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_average_is_the_mean_in_the_first_ones_dtype(trained):
+    paths = [trained(str(i), torch.tensor([1.0 * i, 2.0 * i]).half()) for i in (1, 2, 6)]
+    mean = average(paths, AVERAGED)
+    assert mean.weights["w"].dtype == torch.float16
+    assert mean.weights["w"].tolist() == [3.0, 6.0]
+    assert mean.weights["n"].tolist() == [3]
+    assert mean.path == paths[-1] and mean.updates == 6
+    assert [opened(path).weights["w"][0] for path in paths] == [1, 2, 6]
+
+
+def test_average_is_summed_in_float64(trained):
+    """In float32 the small one would be lost beside the large ones."""
+    values = [1.0, 2.0**-30, -1.0]
+    paths = [trained(str(i), torch.tensor([value])) for i, value in enumerate(values)]
+    assert average(paths, AVERAGED).weights["w"].item() == pytest.approx(2.0**-30 / 3, rel=1e-6)
+
+
+def test_average_holds_one_checkpoint_at_a_time_without_its_optimizer(trained, monkeypatch):
+    paths = [trained(str(i), torch.zeros(10)) for i in range(5)]
+    alive = []
+
+    def read(path, original=torchfile.read):
+        state = original(path)
+        optimizer, weight = state["last_optimizer_state"]["state"], state["model"]["w"]
+        gc.collect()
+        assert [what for what, found in alive if found() is not None] == []
+        alive.append((path + ", optimizer", weakref.ref(optimizer)))
+        alive.append((path + ", weight", weakref.ref(weight)))
+        return state
+
+    monkeypatch.setattr(torchfile, "read", read)
+    average(paths, AVERAGED)
+    assert len(alive) == 10
+
+
+def test_average_refuses_different_parameters(trained):
+    paths = [trained("1", torch.zeros(2)), trained("2", torch.zeros(3))]
+    with pytest.raises(CheckpointError, match="/1 and model .*/2 cannot be averaged.*: w$"):
+        average(paths, AVERAGED)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"_name": "lstm"}, "they are a transformer and a lstm"),
+        (
+            {"_name": "transformer", "encoder_normalize_before": True},
+            "encoder_normalize_before is False and True",
+        ),
+        ({"_name": "transformer", "activation_fn": "gelu"}, "activation_fn is 'relu' and 'gelu'"),
+        ({"_name": "transformer", "decoder_attention_heads": 2}, "attention_heads is 8 and 2"),
+    ],
+)
+def test_average_refuses_models_that_compute_something_else(trained, options, words):
+    """A pre-norm and a post-norm model have weights of the same names and shapes."""
+    paths = [trained("1", torch.zeros(2)), trained("2", torch.zeros(2), options)]
+    with pytest.raises(CheckpointError, match=words):
+        average(paths, AVERAGED)
+
+
+def test_average_takes_what_was_trained_otherwise(trained):
+    """Another dropout, or a default that one of them does not name."""
+    other = {"_name": "transformer", "dropout": 0.3, "max_source_positions": 99}
+    paths = [trained("1", torch.zeros(2)), trained("2", torch.ones(2), other)]
+    assert average(paths, AVERAGED).weights["w"].tolist() == [0.5, 0.5]
+
+
+def test_average_refuses_other_symbols_and_languages(trained, tmp_path):
+    def symbols(source, target):
+        return {"task_state": {"source_symbols": source, "target_symbols": target}}
+
+    moved = [*SYMBOLS[:4], "b", "a"]
+    one = trained("1", torch.zeros(2), **symbols(SYMBOLS, SYMBOLS))
+    two = trained("2", torch.zeros(2), **symbols(SYMBOLS, moved))
+    with pytest.raises(CheckpointError, match="their target dictionaries differ .6 and 6 symb"):
+        average([one, two], AVERAGED)
+    # stock fairseq leaves the dictionaries in the data folder, here beside the checkpoint
+    three = trained("3", torch.zeros(2))
+    assert average([one, three], AVERAGED).updates == 3
+    for language in ("aa", "bb"):
+        (tmp_path / f"dict.{language}.txt").write_text("b 1\na 1\n")
+    with pytest.raises(CheckpointError, match="their source dictionaries.*; their target dict"):
+        average([one, three], AVERAGED)
+    back = {"_name": "translation", "source_lang": "bb", "target_lang": "aa"}
+    cfg = {"model": {"_name": "transformer"}, "task": back}
+    four = trained("4", torch.zeros(2), **symbols(SYMBOLS, SYMBOLS), cfg=cfg)
+    with pytest.raises(CheckpointError, match="they translate aa-bb and bb-aa"):
+        average([one, four], AVERAGED)
 
 
 def test_stock_torch_load_opens_fairseq_checkpoints_once_the_plugin_is_imported(save):

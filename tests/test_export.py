@@ -1,6 +1,6 @@
 """Exported models are the same models: in stock fairseq, in CTranslate2, in their numbers."""
 
-import argparse
+import dataclasses
 import pickletools
 import random
 import zipfile
@@ -14,12 +14,13 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
-from kd_plugin.checkpoints import checkpoint
+from kd_plugin.checkpoints import Checkpoint, Role, count_parameters
 from kd_plugin.commands import export as command
 from kd_plugin.decoding import DataBin, FairseqEngine, databin
-from kd_plugin.export import models as export
+from kd_plugin.export import ctranslate2 as to_ctranslate2
+from kd_plugin.export import fairseq as to_fairseq
 from kd_plugin.export import verify as verification
-from kd_plugin.export.models import ExportError
+from kd_plugin.export.fairseq import ExportError
 
 LANGS = (support.SOURCE, support.TARGET)
 TRANSFORMER = [
@@ -93,11 +94,14 @@ def made(data, path, arch, seed=1, args_only=False):
     return path
 
 
+def read(path):
+    return Checkpoint.open(str(path), Role("model"))
+
+
 def opened(path, data):
     """The checkpoint, and its plain version."""
-    state = checkpoint.read_checkpoint(str(path))
-    both = DataBin(str(data), *LANGS)
-    return state, export.stock_state(str(path), state, both.source, both.target, LANGS)
+    checkpoint, both = read(path), DataBin(str(data), *LANGS)
+    return checkpoint, to_fairseq.stock_state(checkpoint, both.source, both.target, LANGS)
 
 
 def text_of(data, folder):
@@ -111,10 +115,7 @@ def assert_generates_the_same(path, stock, data, tmp_path):
     text = text_of(data, tmp_path / "text")
     generation = verification._generation(3)
     generation.max_len_b = 12
-    state = checkpoint.read_checkpoint(str(path))
-    engine = FairseqEngine(
-        text.task, [verification.build(str(path), state, text, 3)], generation, 1
-    )
+    engine = FairseqEngine(text.task, [verification.build(read(path), text, 3)], generation, 1)
     expected = verification.translations(engine, text)
     run = support.fairseq(
         "fairseq-generate",
@@ -151,12 +152,12 @@ def test_args_of_old_versions(name, data, tmp_path):
 def test_ctranslate2_scores_the_same(name, data, tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2")
     path = made(data, tmp_path / "model.pt", MODELS[name])
-    state, stock = opened(path, data)
-    export.check_ctranslate2(str(path), state)
-    export.convert(str(path), stock, tmp_path / "ct2")
+    checkpoint, stock = opened(path, data)
+    to_ctranslate2.check(checkpoint)
+    to_ctranslate2.convert(checkpoint, stock, tmp_path / "ct2")
     text = text_of(data, tmp_path / "text")
-    model = verification.build(str(path), state, text, 1)
-    assert export.max_positions(str(path), state) == model.max_positions()
+    model = verification.build(checkpoint, text, 1)
+    assert checkpoint.max_positions == model.max_positions()
     expected = verification.reference_scores(model, text)
     translator = ctranslate2.Translator(str(tmp_path / "ct2"))
     assert verification.compare_token_scores(expected, translator, text)[0] < 1e-3
@@ -170,14 +171,14 @@ def test_ctranslate2_without_positions_that_never_come(name, data, tmp_path):
     """Sentences that fit score as before, and the file is smaller."""
     ctranslate2 = pytest.importorskip("ctranslate2")
     path = made(data, tmp_path / "model.pt", MODELS[name])
-    state, stock = opened(path, data)
-    export.convert(str(path), stock, tmp_path / "long")
-    export.convert(str(path), export.shortened(stock, 10), tmp_path / "short")
+    checkpoint, stock = opened(path, data)
+    to_ctranslate2.convert(checkpoint, stock, tmp_path / "long")
+    to_ctranslate2.convert(checkpoint, to_fairseq.shortened(stock, 10), tmp_path / "short")
     sizes = [(tmp_path / n / "model.bin").stat().st_size for n in ("long", "short")]
     # sinusoidal tables are the same on both sides and written once
     assert sizes[0] - sizes[1] == (64 - 10) * 16 * 4 * (1 if name == "tied" else 2)
     text = text_of(data, tmp_path / "text")
-    expected = verification.reference_scores(verification.build(str(path), state, text, 1), text)
+    expected = verification.reference_scores(verification.build(checkpoint, text, 1), text)
     translator = ctranslate2.Translator(str(tmp_path / "short"))
     assert verification.compare_token_scores(expected, translator, text)[0] < 1e-3
 
@@ -187,7 +188,7 @@ def test_ctranslate2_refuses_other_architectures_by_name(name, data, tmp_path):
     pytest.importorskip("ctranslate2")
     path = made(data, tmp_path / "model.pt", OTHERS[name])
     with pytest.raises(ExportError, match=f"'{name}'"):
-        export.check_ctranslate2(str(path), checkpoint.read_checkpoint(str(path)))
+        to_ctranslate2.check(read(path))
 
 
 @pytest.mark.parametrize(
@@ -205,13 +206,13 @@ def test_ctranslate2_refuses_options_by_name(flags, words, data, tmp_path):
     pytest.importorskip("ctranslate2")
     path = made(data, tmp_path / "model.pt", [*TRANSFORMER, *flags])
     with pytest.raises(ExportError, match=words):
-        export.check_ctranslate2(str(path), checkpoint.read_checkpoint(str(path)))
+        to_ctranslate2.check(read(path))
 
 
 def test_what_an_export_holds(data, tmp_path):
     """Plain types, tied weights once, no optimizer, and what fairseq itself reads."""
     path = made(data, tmp_path / "model.pt", MODELS["all tied"])
-    state, stock = opened(path, data)
+    _, stock = opened(path, data)
     torch.save(stock, str(tmp_path / "out.pt"))
     with zipfile.ZipFile(str(tmp_path / "out.pt")) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
@@ -226,7 +227,7 @@ def test_what_an_export_holds(data, tmp_path):
     )
     assert "save_dir" not in stock["cfg"]["model"] and "lr" not in stock["cfg"]["model"]
     symbols = DataBin(str(data), *LANGS).source.symbols
-    assert checkpoint.symbols_in(stock) == (symbols, symbols)
+    assert read(tmp_path / "out.pt").symbols == (symbols, symbols)
     model = stock["model"]
     table = model["encoder.embed_tokens.weight"].data_ptr()
     assert model["decoder.output_projection.weight"].data_ptr() == table
@@ -235,14 +236,14 @@ def test_what_an_export_holds(data, tmp_path):
 
 def test_half_precision_is_kept(data, tmp_path):
     path = made(data, tmp_path / "model.pt", MODELS["tied"])
-    state = checkpoint.read_checkpoint(str(path))
-    state["model"] = {name: weight.half() for name, weight in state["model"].items()}
+    checkpoint = read(path)
+    half = {name: weight.half() for name, weight in checkpoint.weights.items()}
     both = DataBin(str(data), *LANGS)
-    stock = export.stock_state("half.pt", state, both.source, both.target, LANGS)
+    stock = to_fairseq.stock_state(checkpoint.with_weights(half), both.source, both.target, LANGS)
     for name, weight in stock["model"].items():
         assert name.endswith("_float_tensor") or weight.dtype == torch.float16, name
-        if name in state["model"] and not name.endswith("_float_tensor"):
-            assert weight.equal(state["model"][name])
+        if name in half and not name.endswith("_float_tensor"):
+            assert weight.equal(half[name])
 
 
 @pytest.mark.parametrize(
@@ -251,34 +252,33 @@ def test_half_precision_is_kept(data, tmp_path):
 )
 def test_parameters_are_counted_once(name, tables, data, tmp_path):
     path = made(data, tmp_path / "model.pt", MODELS[name])
-    state, stock = opened(path, data)
+    checkpoint, stock = opened(path, data)
     # copies of what is tied, as checkpoints from a GPU hold them
-    state["model"] = {key: weight.clone() for key, weight in state["model"].items()}
+    copies = {key: weight.clone() for key, weight in checkpoint.weights.items()}
     # both sides: two attention projections more in the decoder, two linear layers, layer norms
     attention, linear, norm = 4 * (16 * 16 + 16), 2 * 16 * 32 + 32 + 16, 2 * 16
     rest = 2 * (attention + linear + 2 * norm) + 2 * (2 * attention + linear + 3 * norm)
     positions = 2 * (64 + 2) * 16 if name == "learned positions" else 0
-    for either in (state, stock):
-        assert export.parameters(either) == (rest + tables * 34 * 16 + positions, rest)
+    expected = (rest + tables * 34 * 16 + positions, rest)
+    assert checkpoint.with_weights(copies).parameters() == expected
+    assert count_parameters(stock["model"]) == expected
 
 
 def test_other_tasks_and_architectures_are_named(data, tmp_path):
     path = made(data, tmp_path / "model.pt", MODELS["tied"])
-    state = checkpoint.read_checkpoint(str(path))
-    state["cfg"]["task"] = {"_name": "language_modeling"}
+    checkpoint = read(path)
+    other = dataclasses.replace(checkpoint, task_options={"_name": "language_modeling"})
     with pytest.raises(ExportError, match="'language_modeling'; expected.*translation"):
-        export.model_arguments("lm.pt", state)
-    state["cfg"]["task"] = {"_name": "translation"}
-    state["cfg"]["model"] = argparse.Namespace(arch="nobody_knows")
+        to_fairseq.model_arguments(other)
+    other = dataclasses.replace(checkpoint, options={"arch": "nobody_knows"})
     with pytest.raises(ExportError, match="no architecture 'nobody_knows'"):
-        export.model_arguments("own.pt", state)
+        to_fairseq.model_arguments(other)
 
 
 def test_dictionaries_of_another_size_are_told(data, tmp_path):
     path = made(data, tmp_path / "model.pt", MODELS["tied"])
-    state = checkpoint.read_checkpoint(str(path))
     with pytest.raises(ExportError, match="dictionaries of 4 and 4 symbols.*size mismatch"):
-        export.stock_state(str(path), state, Dictionary(), Dictionary(), LANGS)
+        to_fairseq.stock_state(read(path), Dictionary(), Dictionary(), LANGS)
 
 
 # the command
@@ -292,14 +292,14 @@ def run(capsys, *arguments):
 
 def test_averaging(data, tmp_path, capsys):
     paths = [made(data, tmp_path / name, MODELS["tied"], seed) for seed, name in enumerate("ab")]
-    weights = [checkpoint.read_checkpoint(str(path))["model"] for path in paths]
+    weights = [read(path).weights for path in paths]
     both, output = ":".join(map(str, paths)), tmp_path / "averaged.pt"
     assert run(capsys, "--path", both, "--average", "--output", output, "--no-verify")[0] == 0
-    state = checkpoint.read_checkpoint(str(output))
+    averaged = read(output).weights
     for name in ("encoder.embed_tokens.weight", "decoder.layers.0.fc1.bias"):
         mean = (weights[0][name] + weights[1][name]) / 2
-        torch.testing.assert_close(state["model"][name], mean)
-    assert state["last_optimizer_state"] is None
+        torch.testing.assert_close(averaged[name], mean)
+    assert support.load(output)["last_optimizer_state"] is None
     absent = run(capsys, "--path", both + ":absent.pt", "--average", "--output", tmp_path / "no.pt")
     assert absent[0] == 1 and "absent.pt: no such checkpoint" in absent[1]
     several = run(capsys, "--path", both, "--output", tmp_path / "no.pt")
@@ -310,14 +310,14 @@ def test_averaging(data, tmp_path, capsys):
 def test_what_is_not_the_same_is_not_left_behind(data, tmp_path, monkeypatch, capsys):
     """Neither a new file nor a change of an old one."""
     path = made(data, tmp_path / "model.pt", MODELS["tied"])
-    right = export.stock_state
+    right = to_fairseq.stock_state
 
     def wrong(*arguments):
         stock = right(*arguments)
         stock["model"]["decoder.layers.0.fc1.bias"][0] += 3
         return stock
 
-    monkeypatch.setattr(export, "stock_state", wrong)
+    monkeypatch.setattr(to_fairseq, "stock_state", wrong)
     output = tmp_path / "out" / "exported.pt"
     output.parent.mkdir()
     arguments = ("--path", path, "--output", output, "--verify-sentences", 4)
@@ -406,7 +406,7 @@ def test_languages_that_fairseq_train_was_not_told(data, tmp_path, capsys):
     torch.save(state, str(path))
     code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt", "--no-verify")
     assert code == 0, error
-    assert export.languages(support.load(tmp_path / "out.pt")) == LANGS
+    assert read(tmp_path / "out.pt").languages == LANGS
     state["cfg"]["task"]["data"] = str(tmp_path / "gone")
     torch.save(state, str(path))
     code, error = run(capsys, "--path", path, "--output", tmp_path / "no.pt", "--no-verify")

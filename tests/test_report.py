@@ -8,6 +8,8 @@ import re
 import resource
 import subprocess
 import sys
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +19,13 @@ from fairseq.data import Dictionary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_plugin.errors import UserError
 from kd_plugin.files import FileError
 from kd_plugin.objective.answer import Member, RunningAnswer
-from kd_plugin.report import compare, curves, draw, named, pick, read_models
+from kd_plugin.report import compare, curves, decode, draw, named, pick, read_models
 from kd_plugin.report import pipeline as build
 from kd_plugin.report.score import METRICS, score
+from kd_plugin.report.systems import Model, System
 
 REFERENCES = [
     "A dog runs across the green field.",
@@ -43,7 +47,7 @@ BAD = [" ".join(line.split()[::-1]) for line in REFERENCES]
 @pytest.fixture(scope="module")
 def scored():
     systems = {"plain": BAD, "student": GOOD, "copy": list(BAD)}
-    return score(systems, REFERENCES, "plain", "13a", "bs", 1000)
+    return score(systems, REFERENCES, baseline="plain", tokenize="13a", test="bs", samples=1000)
 
 
 def test_scores_are_those_of_the_command_line(scored, tmp_path):
@@ -76,7 +80,10 @@ def test_a_clearly_better_system_is_significantly_so_and_a_copy_is_called_one(sc
 
 
 def test_approximate_randomisation_is_sacrebleus(scored):
-    ours, _ = score({"a": BAD, "b": GOOD}, REFERENCES, "a", "13a", "ar", 200)
+    ours, _ = score(
+        *({"a": BAD, "b": GOOD}, REFERENCES),
+        **{"baseline": "a", "tokenize": "13a", "test": "ar", "samples": 200},
+    )
     metrics = {"BLEU": sacrebleu.metrics.BLEU()}
     systems = [("a", BAD), ("b", GOOD)]
     paired = sacrebleu.significance.PairedTest(systems, metrics, [REFERENCES], "ar", 200)
@@ -115,7 +122,7 @@ def test_tokens_against_float64_by_hand(dictionary, left_pad):
     if left_pad:
         target[1] = torch.tensor([PAD, 6, 2])
     batch = {"id": torch.tensor([7, 3]), "target": target, "net_input": {}}
-    (tokens,) = compare.compare(model_of(t), [model_of(s)], [batch], dictionary)
+    tokens = compare.compare(model_of(t), model_of(s), [batch], dictionary)
     where = [(0, 0), (0, 1), (0, 2), (1, left_pad + 0), (1, left_pad + 1)]
     assert tokens.sentence.tolist() == [7, 7, 7, 3, 3]
     assert tokens.position.tolist() == [1, 2, 3, 1, 2]
@@ -137,10 +144,10 @@ def test_chunks_do_not_change_what_is_found(dictionary, monkeypatch):
     t, s = (torch.randn(3, 5, V, generator=generator) for _ in range(2))
     target = torch.randint(4, V, (3, 5), generator=generator)
     batch = {"id": torch.arange(3), "target": target, "net_input": {}}
-    whole = compare.compare(model_of(t), [model_of(s)], [batch], dictionary)[0]
+    whole = compare.compare(model_of(t), model_of(s), [batch], dictionary)
     monkeypatch.setattr(compare, "rows_at_once", lambda *_: 1)
     monkeypatch.setattr(compare, "rows_ahead", lambda *_: 2)
-    parts = compare.compare(model_of(t), [model_of(s)], [batch], dictionary)[0]
+    parts = compare.compare(model_of(t), model_of(s), [batch], dictionary)
     for one, other in zip(whole, parts):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -258,18 +265,41 @@ def test_curves_of_a_log_file(kind, tmp_path):
             '"valid_num_updates": "60"}',
             '{"epoch": 1, "train_nll_loss": "9.5", "train_num_updates": "60"}',
             '{"epoch": 1, "valid1_nll_loss": "7.5", "valid1_num_updates": "60"}',
+            '{"epoch": 1, "dev_nll_loss": "8.5", "dev_num_updates": "60"}',
         ),
         "simple": (
             "epoch 001:     50 / 60 loss=13, nll_loss=12.5, num_updates=50",
             "epoch 001 | valid on 'valid' subset | nll_loss 6.5 | kd_loss 2.5 | num_updates 60",
             "epoch 001 | loss 9.2 | nll_loss 9.5 | num_updates 60",
             "epoch 001 | valid on 'valid1' subset | nll_loss 7.5 | num_updates 60",
+            "epoch 001 | valid on 'dev' subset | nll_loss 8.5 | num_updates 60",
         ),
     }[kind]
     (tmp_path / "log").write_text("\n".join(("begin training epoch 1", *lines)))
     assert curves.read_curves(str(tmp_path / "log")) == {
         "train": {"nll_loss": [(50, 12.5)]},
         "valid": {"nll_loss": [(60, 6.5)], "kd_loss": [(60, 2.5)]},
+        "valid1": {"nll_loss": [(60, 7.5)]},
+        "dev": {"nll_loss": [(60, 8.5)]},
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    (
+        "2026-01-01 00:00:00 | INFO | dev | epoch 001 | valid on 'dev' subset | loss 7.1 | "
+        "nll_loss 6.5 | num_updates 60",
+        '2026-01-01 00:00:00 | INFO | dev | {"epoch": 1, "dev_nll_loss": "6.5", '
+        '"dev_num_updates": "60", "dev_best_loss": "6"}',
+        '0: 2026-01-01 00:00:00 | INFO | dev | {"dev_nll_loss": 6.5, "dev_num_updates": 60}',
+    ),
+)
+def test_curves_of_a_validation_subset_of_any_name(line, tmp_path):
+    (tmp_path / "log").write_text(record(50, 9.5) + "\n" + line + "\n")
+    assert curves.read_curves(str(tmp_path / "log")) == {
+        "train": {"nll_loss": [(50, 9.5)]},
+        "valid": {},
+        "dev": {"nll_loss": [(60, 6.5)]},
     }
 
 
@@ -303,25 +333,170 @@ def test_models_by_name(tmp_path):
     assert pick(models, None, "--teacher", ("teacher",)) is models[0]
     assert pick(models, "int8", "--teacher", ("teacher",)) is models[2]
     assert pick(models, None, "--baseline", ("baseline",)) is models[0]
-    with pytest.raises(FileError, match="--teacher x: no model is named so, but teacher, student"):
+    with pytest.raises(UserError, match="--teacher x: the models are named teacher, student"):
         pick(models, "x", "--teacher", ())
 
 
 def test_wrong_names_are_all_named_at_once(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"x")
     a = str(tmp_path / "a.pt")
-    with pytest.raises(FileError) as error:
+    with pytest.raises(UserError) as error:
         named(["m=" + a, "m=" + a, a], "--models", "CHECKPOINT")
-    assert "'m' stands there twice" in str(error.value) and "NAME=CHECKPOINT" in str(error.value)
-    with pytest.raises(FileError) as error:
+    assert "'m' occurs twice" in str(error.value) and "NAME=CHECKPOINT" in str(error.value)
+    with pytest.raises(UserError) as error:
         read_models([f"m={tmp_path / 'no.pt'}", "a/b=" + a, f"c={tmp_path}"], "", ["x=y"])
     for part in ("no such file", "'a/b'", "without model.bin", "no model is named 'x'"):
         assert part in str(error.value)
     for name in ("_x", "a$b", "s.greedy", "a,b", ".a", "a b"):
-        with pytest.raises(FileError, match="cannot be a model's name"):
+        with pytest.raises(UserError, match="cannot be a model's name"):
             read_models([f"{name}={a}"], "", [])
-    with pytest.raises(FileError, match="no such file"):  # a folder is no member of an ensemble
+    with pytest.raises(UserError, match="no such file"):  # a folder is no member of an ensemble
         read_models([f"m={a}:{tmp_path}"], "", [])
+
+
+# models at once
+
+
+class FakeWorker:
+    """Stands for a process with a model; ``events`` is what is asked of all of them."""
+
+    events: list = []
+    broken: tuple = ()
+
+    def __init__(self, model, role, options):
+        self.name = model.name
+        self.events.append(("start", self.name))
+
+    def open(self):
+        self.events.append(("open", self.name))
+        if self.name in self.broken:
+            raise FileError("unreadable")
+        return {"precision": None, **dict.fromkeys(decode.NUMBERS, 1)}
+
+    def decode(self, beam, description):
+        self.events.append(("decode", self.name))
+        return decode.Pass(["a"], 2, 0.5)
+
+    def memory(self):
+        return 7
+
+    def stop(self):
+        self.events.append(("stop", self.name))
+
+
+def test_models_are_opened_one_after_the_other_and_decode_in_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "_Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "events", [])
+    monkeypatch.setattr(FakeWorker, "broken", ("b",))
+    models = [Model(name, name, "data") for name in "abc"]
+    measured = {m.name: decode.Measured(tmp_path / (m.name + ".json"), {}) for m in models}
+    systems = [System(model, 5, True) for model in models]
+    assert decode.measure(*(systems, measured), teacher=models[0], options=None, repeats=2) == {
+        "b": "unreadable"
+    }
+    assert FakeWorker.events == [
+        *(("start", name) for name in "abc"),
+        *(("open", "a"), ("open", "b")),
+        ("stop", "b"),  # at once: its memory is free for c
+        ("open", "c"),
+        *(("decode", "a"), ("decode", "c")) * 2,
+        *(("stop", "a"), ("stop", "c")),
+    ]
+    again = decode.Measured(tmp_path / "a.json", {})
+    assert again.translations == {5: ["a"]} and again.seconds == {5: [0.5, 0.5]}
+    assert again.memory == 7 and again.tokens == {5: 2}
+
+
+def test_a_mistake_of_ours_in_a_worker_shows_its_traceback(monkeypatch, capsys):
+    class Pipe:
+        sent: list = []
+
+        def recv(self):
+            return "open"
+
+        def send(self, message):
+            self.sent.append(message)
+
+    for error, told, traceback in (
+        (UserError("no such file"), "no such file", False),
+        (MemoryError(), "there is not enough memory; smaller batches need less", False),
+        (RuntimeError("shapes differ"), "RuntimeError: shapes differ", True),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(decode, "_Decoder", fail)
+        monkeypatch.setattr(decode.logging, "disable", lambda level: None)
+        decode._serve(Pipe(), None, None, None)
+        assert Pipe.sent[-1] == ("failed", told)
+        assert ("Traceback" in capsys.readouterr().err) == traceback
+
+
+def test_two_models_at_most_are_held_to_compare_any_number(monkeypatch):
+    class Opened:
+        def __init__(self, name):
+            self.name = name
+
+    alive, most = weakref.WeakSet(), []
+
+    def open_one(model, results):
+        opened = Opened(model.name)
+        alive.add(opened)
+        if model.name == "broken":
+            raise UserError("another vocabulary")
+        return opened
+
+    def compared(teacher, student, batches, dictionary):
+        most.append(len(alive))
+        assert teacher.name == "teacher" and list(batches) == [["second", "first"]]
+        return student.name
+
+    models = [Model(n, n, "data") for n in ("a", "teacher", "b", "failed", "broken", "c", "int8")]
+    asked = build.Asked(models, models[1], models[0], None, "out")
+
+    class Sentences(list):
+        def collater(self, sentences):
+            return sentences
+
+    data = SimpleNamespace(
+        corpus=SimpleNamespace(dataset=Sentences(["first", "second"])),
+        task=SimpleNamespace(target_dictionary=None),
+    )
+
+    def limits(model, results):
+        if model.name in ("failed", "int8"):
+            raise UserError("no distributions")
+        return 5, 9
+
+    monkeypatch.setattr(build, "_open", open_one)
+    monkeypatch.setattr(build, "_max_positions", limits)
+    monkeypatch.setattr(build, "_plan", lambda data, limits: [[1, 0]])
+    monkeypatch.setattr(build, "_counts", lambda data: None)
+    monkeypatch.setattr(build.compare, "compare", compared)
+    monkeypatch.setattr(build, "_difference", lambda model, tokens, counts, results: tokens)
+    results = build._Results(asked, data, {}, {})
+    found, reasons = build._differences(results)
+    assert found == {"a": "a", "b": "b", "c": "c"}
+    assert most == [2, 2, 2]
+    assert reasons == {
+        **dict.fromkeys(("failed", "int8"), "no distributions"),
+        "broken": "another vocabulary",
+    }
+
+
+def test_without_a_teacher_that_can_be_compared_no_student_is(monkeypatch):
+    models = [Model(name, name, "data") for name in ("teacher", "a", "b")]
+
+    def limits(model, results):
+        if model.name == "teacher":
+            raise UserError("it failed")
+        return 5, 9
+
+    monkeypatch.setattr(build, "_max_positions", limits)
+    results = build._Results(build.Asked(models, models[0], models[1], None, "out"), None, {}, {})
+    reason = "the teacher cannot be compared: it failed"
+    assert build._differences(results) == ({}, {"a": reason, "b": reason})
 
 
 # pages
@@ -380,7 +555,7 @@ def a_report():
                 "farthest": [sentence],
             }
         },
-        "not_compared": {"int8": "CTranslate2 tells no distributions"},
+        "not_compared": {"int8": "CTranslate2 gives no distributions"},
     }
 
 
@@ -411,6 +586,36 @@ def test_pictures_show_all_that_the_report_says():
         assert labels == [bucket["label"] for bucket in buckets]
         low, high = axes.get_ylim()
         assert low <= 0 and max(bucket[measure] for bucket in buckets) < high
+
+
+def curve_of(start):
+    return {"nll_loss": [(1, start), (2, start - 1)]}
+
+
+def legend_of(logs):
+    axes = axes_of(draw._curves, logs)[0]
+    legend = axes.get_legend()
+    labels = [text.get_text() for text in legend.get_texts()]
+    lines = [(line.get_linestyle(), list(line.get_ydata())) for line in axes.lines]
+    return legend.get_title().get_text(), labels, lines
+
+
+def test_curves_of_one_validation_subset_are_named_after_the_log():
+    logs = {"student": {"train": curve_of(9.0), "valid": {}, "dev": curve_of(8.0)}}
+    title, labels, lines = legend_of(logs)
+    assert (title, labels) == ("dev (pale: train)", ["student"])
+    assert lines == [("-", [9.0, 8.0]), ("-", [8.0, 7.0])]
+
+
+def test_curves_of_several_validation_subsets_are_told_apart():
+    logs = {
+        "student": {"train": {}, "valid": curve_of(8.0), "valid1": curve_of(7.0)},
+        "s|t": {"train": {}, "valid": curve_of(6.0)},
+    }
+    title, labels, lines = legend_of(logs)
+    assert title == "validation (pale: train)"
+    assert labels == ["student, valid", "student, valid1", "s|t, valid"]
+    assert lines == [("-", [8.0, 7.0]), ("--", [7.0, 6.0]), ("-", [6.0, 5.0])]
 
 
 class Text(html.parser.HTMLParser):
@@ -594,8 +799,8 @@ def test_without_room_for_all_an_earlier_report_stays(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_numbers_without_a_word_in_json(tmp_path):
-    plain = build._plain({"a": [math.inf, (1.5, math.nan)], "b": "x"})
+def test_numbers_that_json_cannot_write(tmp_path):
+    plain = build._without_infinities({"a": [math.inf, (1.5, math.nan)], "b": "x"})
     assert plain == {"a": [None, [1.5, None]], "b": "x"}
 
 

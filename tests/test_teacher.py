@@ -1,46 +1,12 @@
 """A teacher on its own: what it says about a batch, whatever its checkpoint and vocabulary."""
 
 import re
-from argparse import Namespace
 
 import pytest
 import torch
-from fairseq import models
-from fairseq.data import Dictionary
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from trainer import SOURCE, TARGET, dictionary, save_dictionaries, write_teacher
 
-from kd_plugin.teachers.run import Student, Teacher
-
-SOURCE, TARGET = "abcdefg", "ABCDEFGHI"
-
-
-def dictionary(symbols):
-    made = Dictionary()
-    for symbol in symbols:
-        made.add_symbol(symbol)
-    return made
-
-
-def write_teacher(folder, source=SOURCE, target=TARGET, arch="transformer"):
-    """A model as it was initialised, with its dictionaries beside it."""
-    sides = {"layers": 1, "embed_dim": 8, "ffn_embed_dim": 16, "attention_heads": 2}
-    sides.update(hidden_size=8, out_embed_dim=8)  # an lstm's
-    args = Namespace(arch=arch, criterion="cross_entropy", source_lang="aa", target_lang="bb")
-    for side in ("encoder", "decoder"):
-        vars(args).update({f"{side}_{key}": value for key, value in sides.items()})
-    models.ARCH_CONFIG_REGISTRY[arch](args)
-    source, target = dictionary(source), dictionary(target)
-    task = TranslationTask(TranslationConfig(), source, target)
-    torch.manual_seed(1)
-    model = models.build_model(args, task)
-    save_dictionaries(folder, source, target)
-    torch.save({"args": args, "model": model.state_dict()}, str(folder / "teacher.pt"))
-    return str(folder / "teacher.pt")
-
-
-def save_dictionaries(folder, source, target):
-    source.save(str(folder / "dict.aa.txt"))
-    target.save(str(folder / "dict.bb.txt"))
+from kd_plugin.teachers import Student, Teacher, TeacherSettings
 
 
 # a transformer's logits are projected when they are asked for, an lstm's are not
@@ -55,21 +21,21 @@ SENTENCES = [("abac", "ABAC"), ("gfe", "GIFE"), ("d", "DH")]
 def logits(path, source=SOURCE, target=TARGET):
     """What a teacher says to a student of these symbols, (tokens, the student's vocabulary)."""
     source, target = dictionary(source), dictionary(target)
-    opened = Teacher.open([path], Student(source, target, "aa", "bb"))
+    opened = Teacher.open(TeacherSettings([path]), Student(source, target, "aa", "bb"))
 
     def batch(symbols, sentences, bos):
         rows = [[*bos, *map(symbols.index, s), *[symbols.pad()] * (4 - len(s))] for s in sentences]
         return torch.tensor(rows)
 
     sources, targets = zip(*SENTENCES)
-    signal = opened(
+    answer = opened(
         {
             "src_tokens": batch(source, sources, []),
             "src_lengths": torch.tensor([len(s) for s in sources]),
             "prev_output_tokens": batch(target, targets, [target.eos()]),
         }
     )
-    return signal.logits(torch.arange(15))
+    return answer.logits(torch.arange(15))
 
 
 @pytest.mark.parametrize("copies", [True, False])
@@ -119,3 +85,30 @@ def test_more_symbols_than_the_students_are_as_if_they_were_impossible(arch, tmp
     assert (p.sum(-1) < 0.9).all()
     found = torch.softmax(logits(teacher, SOURCE, "IHGFEDCBA").double(), -1)
     torch.testing.assert_close(found, p / p.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
+
+
+def test_the_probe_looks_at_a_few_rows_of_the_vocabulary_at_a_time(tmp_path, monkeypatch):
+    """All positions of eight long sentences at once would be gigabytes of logits."""
+    from trainer import SENTENCES, new_task, write_data
+
+    from kd_plugin.teachers import probe as public
+    from kd_plugin.teachers import run
+
+    teacher = write_teacher(tmp_path, knowing=True)
+    task = new_task(data=str(write_data(tmp_path / "data")))
+    task.load_dataset("train")
+    opened = Teacher.open(TeacherSettings([teacher]), task.student())
+    sizes = []
+    rows = run.RunningAnswer.rows
+
+    def watched(self, index, like):
+        sizes.append(len(index))
+        return rows(self, index, like)
+
+    monkeypatch.setattr(run.RunningAnswer, "rows", watched)
+    module = __import__("sys").modules["kd_plugin.teachers.probe"]
+    monkeypatch.setattr(module, "rows_at_once", lambda device, vocabulary: 1)
+    monkeypatch.setattr(module, "rows_ahead", lambda device: 3)
+    public(opened, task.dataset("train"), task.student(), "train")
+    tokens = sum(len(target) + 1 for _, target in SENTENCES["train"])
+    assert max(sizes) == 3 and sum(sizes) == tokens

@@ -6,9 +6,10 @@ few thousand weights learns some of it within seconds.
 
 import random
 from pathlib import Path
-from typing import Any, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple
 
-from support import SOURCE, STOCK, TARGET, TRAINING, Run, fairseq
+import torch
+from support import SOURCE, TARGET, Run, fairseq, load, train_plain
 
 WORDS = 20
 # all divisible by 8: fairseq drops a remainder unless told otherwise
@@ -70,12 +71,18 @@ def permuted_dictionaries(corpus: Corpus, folder: Path) -> List[Any]:
 
 
 def train_teacher(data: Path, folder: Path, arch: List[Any], updates: int, *more: Any) -> Path:
-    fairseq(
-        "fairseq-train",
-        *(data, *STOCK, *TRAINING, *arch, "--save-dir", folder),
-        *("--max-update", updates, "--log-interval", 50, *more),
-    ).ok()
+    options = ("--max-update", updates, "--log-interval", 50, *more)
+    train_plain(data, folder, *options, arch=arch).ok()
     return folder / "checkpoint_last.pt"
+
+
+def changed(checkpoint: Path, path: Path, change: Callable[[Dict[str, Any]], Any]) -> Path:
+    """A copy of a checkpoint after ``change(state)``."""
+    state = load(checkpoint)
+    change(state)
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state, str(path))
+    return path
 
 
 class Distilled(NamedTuple):

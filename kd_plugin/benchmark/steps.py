@@ -13,7 +13,8 @@ from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
 from ..cache import rows_of_batch
-from ..tasks.translation import RUN_TEACHER, KDTranslationConfig, KDTranslationTask
+from ..flags import RUN_TEACHER
+from ..tasks.translation import KDTranslationConfig, KDTranslationTask
 from ..timing import Timings
 from .machine import peak_of_this_process
 
@@ -135,10 +136,10 @@ class Steps:
     def _other_temperatures(self) -> List[float]:
         """At which the cache can be trained from as the flags say, beside their own."""
         trainer, _, _ = self._trainer("cached")
-        criterion, cache = trainer.get_criterion(), trainer.task.cache
-        if criterion.temperature.steps or criterion.divergence.of_logits:
+        plan, cache = trainer.get_criterion().plan, trainer.task.source.cache
+        if plan.temperature.steps or plan.divergence.of_logits:
             return []
-        return [t for t in sorted({1.0, *cache.temperatures} - {criterion.temperature(None)})]
+        return [t for t in sorted({1.0, *cache.temperatures} - {plan.temperature(None)})]
 
     def _teacher_forward(self) -> Callable[[], None]:
         """As fairseq runs a model that it does not train: to all of its logits."""
@@ -151,8 +152,8 @@ class Steps:
         def work() -> None:
             with torch.no_grad():
                 for net_input in inputs:
-                    for member in trainer.task.teacher.members:
-                        member.model(*member.inputs(net_input))
+                    for member in trainer.task.source.teacher.members:
+                        member.model(**member.inputs(net_input))
 
         return work
 
@@ -166,9 +167,8 @@ class Steps:
         def work() -> None:
             for batch in batches:
                 sample = _on_device(trainer, dataset.collater([dataset[i] for i in batch]))
-                for member in trainer.task.teacher.members:
-                    names = ("src_tokens", "src_lengths", "prev_output_tokens")
-                    inputs = dict(zip(names, member.inputs(sample["net_input"])))
+                for member in trainer.task.source.teacher.members:
+                    inputs = member.inputs(sample["net_input"])
                     stock.valid_step({**sample, "net_input": inputs}, member.model, criterion)
 
         return work
@@ -184,7 +184,7 @@ class Steps:
                 for batch in batches:
                     sample = dataset.collater([dataset[i] for i in batch])
                     ids = np.asarray(batch)
-                    teacher = trainer.task.teacher
+                    teacher = trainer.task.source.teacher
                     rows = rows_of_batch(trainer.task, teacher, sample, ids, header)
                     for array in rows.values():
                         file.write(array.tobytes())

@@ -1,16 +1,17 @@
 """A teacher's distributions on disk: run it once, train from them as often as you like."""
 
 from .dataset import TaughtDataset
-from .fill import fill, rows_of_batch, summary_lines
+from .fill import rows_of_batch
 from .layout import CacheError, describe_data
+from .pipeline import Asked, make
 from .reader import CachedSubset
 
 __all__ = [
+    "Asked",
     "CacheError",
     "CachedSubset",
     "TaughtDataset",
     "describe_data",
-    "fill",
+    "make",
     "rows_of_batch",
-    "summary_lines",
 ]

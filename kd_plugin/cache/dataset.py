@@ -1,4 +1,4 @@
-"""Join a batch with what the teacher said about its sentences."""
+"""Join a batch with the teacher's cached answers about its sentences."""
 
 from typing import Any, Dict, List
 

@@ -1,8 +1,9 @@
-"""Run a teacher over a subset and write what it says."""
+"""Run a teacher over a subset and write its answers."""
 
+import contextlib
 import os
 import sys
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -11,62 +12,71 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..objective.answer import RunningAnswer, not_finite_teacher, rows_ahead, rows_at_once
-from . import layout
 from .layout import CacheError
 from .writer import CacheWriter, teacher_rows
 
 
-def fill(
+def open_writer(
     task: Any,
-    teacher: Any,
-    subset: str,
+    limits: Sequence[int],
     cache: str,
-    k: int,
-    temperatures: Sequence[float],
-    about_teacher: Dict[str, Any],
-    max_tokens: Any = None,
-    max_sentences: Any = None,
-    num_workers: int = 1,
+    header: Dict[str, Any],
+    *,
+    max_tokens: Optional[int] = None,
+    max_sentences: Optional[int] = None,
     num_shards: int = 1,
     shard_id: int = 0,
-    combine: bool = False,
-) -> Tuple[bool, CacheWriter]:
-    """Write one shard of the cache of a loaded subset, from where it stopped.
+) -> CacheWriter:
+    """Plan the batches of a loaded subset, and return what writes one shard of its cache.
 
     Args:
         task: a ``kd_translation`` task with the subset loaded.
-        teacher: a placed ``Teacher``.
-        about_teacher: what the manifest says of it.
-        combine: whether the subset was loaded with train1, train2, ...
-
-    Returns:
-        whether the cache is complete now, and its writer.
+        limits: longest source and target, in tokens, that the teacher can read.
+        cache: the cache's folder.
+        header: what the manifest will say: of the subset, the teacher and the data; ``k`` and
+            ``temperatures``.
+        max_tokens, max_sentences: most of a batch, as fairseq's flags.
 
     Raises:
-        CacheError: it cannot be written.
-        RuntimeError: the teacher gave NaN, +inf or no probability at all.
+        CacheError: K is more than there are symbols, or a sentence longer than a batch may be.
     """
-    dataset, vocabulary = task.dataset(subset), len(task.target_dictionary)
+    vocabulary, k = len(task.target_dictionary), header["k"]
     if not 1 <= k <= vocabulary:
         raise CacheError(
             f"--top-k must be from 1 to the {vocabulary} symbols of the vocabulary, got {k}"
         )
-    limits = [min(pair) for pair in zip(teacher.max_positions(), task.max_positions())]
+    dataset = task.dataset(header["subset"])
     lengths = _readable_lengths(dataset, limits)
-    header = {
-        "subset": subset,
-        "k": k,
-        "temperatures": list(temperatures),
-        "vocabulary": vocabulary,
-        **about_teacher,
-        **layout.describe_data(task, subset, combine),
-    }
-    batches = _plan(dataset, lengths, max_tokens, max_sentences)
-    writer = CacheWriter(cache, header, lengths, batches, num_shards, shard_id)
-    writer.begin()
-    if writer.done < len(writer.batches):
-        _run(task, teacher, dataset, writer, num_workers)
-    return writer.finish(lambda i: dataset.tgt[i].numpy()), writer
+    return CacheWriter(
+        cache,
+        {**header, "vocabulary": vocabulary},
+        lengths,
+        _plan(dataset, lengths, max_tokens, max_sentences),
+        num_shards=num_shards,
+        shard_id=shard_id,
+    )
+
+
+def fill(task: Any, teacher: Any, writer: CacheWriter, num_workers: int = 1) -> bool:
+    """Write a shard of the cache, from where it stopped.
+
+    Args:
+        teacher: a placed ``Teacher``.
+        num_workers: processes that read batches ahead.
+
+    Returns:
+        whether the cache is complete now.
+
+    Raises:
+        CacheError: it cannot be written; Busy: another process writes this shard.
+        UserError: the teacher gave NaN, +inf or no probability at all.
+    """
+    dataset = task.dataset(writer.header["subset"])
+    with contextlib.closing(writer):
+        writer.begin()
+        if writer.done < len(writer.batches):
+            _run(task, teacher, dataset, writer, num_workers)
+        return writer.finish(lambda i: dataset.tgt[i].numpy())
 
 
 def _readable_lengths(dataset: Any, limits: Sequence[int]) -> np.ndarray:
@@ -105,7 +115,7 @@ def _run(task: Any, teacher: Any, dataset: Any, writer: CacheWriter, num_workers
         batch_sampler=batches,
         collate_fn=dataset.collater,
         num_workers=num_workers,
-        worker_init_fn=writer.shards.let_go,
+        worker_init_fn=writer.shards.release,
     )
     progress = tqdm(
         total=sum(tokens),
@@ -130,25 +140,25 @@ def rows_of_batch(
     ids, pad = batch["id"].numpy(), task.target_dictionary.pad()
     if teacher.device.type == "cuda":
         batch = utils.move_to_cuda(batch)
-    signal, target = teacher(batch["net_input"]), batch["target"]
-    rows = _in_order(target.ne(pad), ids, plan)
-    size = rows_at_once(rows.device, header["vocabulary"])
+    answer, target = teacher(batch["net_input"]), batch["target"]
+    flat = _in_order(target.ne(pad), ids, plan)
+    size = rows_at_once(flat.device, header["vocabulary"])
     parts = []
-    for block in rows.split(size * rows_ahead(rows.device)):
-        word = signal.rows(block, torch.empty(0, device=block.device))
+    for block in flat.split(size * rows_ahead(flat.device)):
+        block_answer = answer.rows(block, torch.empty(0, device=block.device))
         for start in range(0, len(block), size):
             here = slice(start, start + size)
-            some = word.rows(here)
-            if some.bad().any():
-                _refuse(signal, block[here][some.bad()], ids, target.size(1))
+            part = block_answer.rows(here)
+            if part.bad().any():
+                _refuse(answer, block[here][part.bad()], ids, target.size(1))
             references = target.flatten()[block[here]]
-            parts.append(teacher_rows(some, references, header["k"], header["temperatures"]))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            parts.append(teacher_rows(part, references, header["k"], header["temperatures"]))
+    return {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
 
 
-def _refuse(signal: RunningAnswer, bad: Tensor, ids: np.ndarray, width: int) -> None:
+def _refuse(answer: RunningAnswer, bad: Tensor, ids: np.ndarray, width: int) -> None:
     sentences = sorted({int(ids[row // width]) for row in bad.tolist()})
-    raise not_finite_teacher(" and ".join(signal.not_finite(bad)), sentences)
+    raise not_finite_teacher(" and ".join(answer.not_finite(bad)), sentences)
 
 
 def _in_order(real: Tensor, ids: np.ndarray, plan: np.ndarray) -> Tensor:
@@ -162,13 +172,13 @@ def _in_order(real: Tensor, ids: np.ndarray, plan: np.ndarray) -> Tensor:
 def summary_lines(manifest: Dict[str, Any], folder: Any) -> List[str]:
     """What a user wants to know of a finished cache."""
     s = manifest["summary"]
+    teachers = " + ".join(os.path.basename(teacher["path"]) for teacher in manifest["teachers"])
     return [
         f"{folder}: {manifest['sentences']} sentences, {manifest['rows']} target tokens, top "
-        f"{manifest['k']} of "
-        f"{' + '.join((os.path.basename(teacher['path']) for teacher in manifest['teachers']))}",
-        f"  {s['bytes'] / 1000000.0:.1f} MB, {s['bytes_per_token']:.2f} bytes per target token",
-        "  covered probability mass: mean {covered_mean:.4f}, 1st percentile "
-        "{covered_1st_percentile:.4f}".format(**s),
-        "  teacher: nll_loss {nll_loss:.3f}, entropy {entropy:.3f} bits per token, agreement with "
-        "the reference {agreement:.4f}".format(**s),
+        f"{manifest['k']} of {teachers}",
+        f"  {s['bytes'] / 1e6:.1f} MB, {s['bytes_per_token']:.2f} bytes per target token",
+        f"  covered probability mass: mean {s['covered_mean']:.4f}, 1st percentile "
+        f"{s['covered_1st_percentile']:.4f}",
+        f"  teacher: nll_loss {s['nll_loss']:.3f}, entropy {s['entropy']:.3f} bits per token, "
+        f"agreement with the reference {s['agreement']:.4f}",
     ]

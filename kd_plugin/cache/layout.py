@@ -33,7 +33,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 from fairseq import utils
 
-from ..checkpoints.checkpoint import digest
+from ..checkpoints import digest
 from ..files import FileError, differences, read_json, write_json
 
 FORMAT, VERSION = "kd_plugin teacher cache", 1

@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from ..checkpoints.checkpoint import digest
+from ..checkpoints import digest
 from . import layout
 from .layout import CacheError
 
@@ -60,8 +60,11 @@ class CachedSubset:
         """Whether the k are the whole vocabulary."""
         return self.k == self.vocabulary
 
-    def likeness(self) -> Any:
-        """What the subsets that one student is taught from must have in common."""
+    def compatible_with(self, other: "CachedSubset") -> bool:
+        """Whether one student can be taught from both: the same teachers, K and temperatures."""
+        return self._made_with() == other._made_with()
+
+    def _made_with(self) -> Any:
         teachers = [(one["sha256"], one.get("weight")) for one in self.manifest["teachers"]]
         return self.k, self.temperatures, teachers
 

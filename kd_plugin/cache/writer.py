@@ -1,29 +1,18 @@
 """Write a cache: in shards that append batch by batch and go on after a kill, merged at the end."""
 
-import contextlib
 import math
-import os
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import (
-    UNFINISHED,
-    Shards,
-    all_or_nothing,
-    differences,
-    no_link,
-    read_json,
-    size,
-    write_all,
-    write_json,
-)
+from ..files import all_or_nothing, size
 from ..objective.answer import Dense
+from ..shards import ShardedStore, fixed_rows
 from . import layout
 from .layout import CacheError
 
@@ -33,17 +22,17 @@ _BINS = 10000
 
 
 def teacher_rows(
-    word: Dense, target: Tensor, k: int, temperatures: Sequence[float]
+    answer: Dense, target: Tensor, k: int, temperatures: Sequence[float]
 ) -> Dict[str, np.ndarray]:
-    """What a cache holds of some rows; see ``format``.
+    """What a cache holds of some rows; see ``layout``.
 
     Args:
-        word: the teacher's logits, (n, V).
+        answer: the teacher's logits, (n, V).
         target: references, (n,).
     """
-    log_p = word.plain.log_probabilities()
+    log_p = answer.plain.log_probabilities()
     top, symbols = log_p.topk(k, dim=-1)
-    values = {"log_probs": top, "reference": -word.nll(target), "entropy": word.entropy()}
+    values = {"log_probs": top, "reference": -answer.nll(target), "entropy": answer.entropy()}
     if layout.rests(log_p.size(-1), k, temperatures):
         others = log_p.scatter(-1, symbols, -math.inf)
         values["rests"] = torch.stack([(others / t).logsumexp(-1) for t in temperatures], dim=-1)
@@ -60,11 +49,10 @@ def _half(x: Tensor) -> np.ndarray:
     return x.to(torch.float16).cpu().numpy()
 
 
-class CacheWriter:
+class CacheWriter(ShardedStore):
     """Writes one subset, or one shard of it.
 
-    Batches are planned once, for all shards together, and belong to them in turn: shard I of N has
-    the batches I, I + N, ... However many shards there are, the cache is the same to the byte.
+    Batches are planned once, for all shards together; see ``ShardedStore``.
 
     Args:
         cache: the cache's folder.
@@ -74,9 +62,15 @@ class CacheWriter:
         batches: sentences of each batch, of all shards.
 
     Raises:
-        CacheError: the folder holds a cache, or the beginning of one, that was made from something
-            else; or the disk has no room.
+        CacheError: the folder holds a cache, finished or not, that was made from something else;
+            or the disk has no room.
     """
+
+    HEADER = f"{layout.PARTIAL}/{layout.HEADER}"
+    SHARDS, RESULT = layout.PARTIAL, layout.MANIFEST
+    CONTENT = "a cache"
+    ADVICE = "Repeat the command that made it, choose another --cache, or delete that folder"
+    ERROR = CacheError
 
     def __init__(
         self,
@@ -84,16 +78,13 @@ class CacheWriter:
         header: Dict[str, Any],
         lengths: np.ndarray,
         batches: Sequence[np.ndarray],
+        *,
         num_shards: int = 1,
         shard_id: int = 0,
     ) -> None:
-        self.folder = Path(cache) / header["subset"]
-        self.shards = Shards(self.folder / layout.PARTIAL, num_shards, shard_id)
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.all_batches = list(batches)
-        self.batches = self.all_batches[shard_id::num_shards]
-        plan = zlib.crc32(b"".join(batch.tobytes() + b"|" for batch in self.all_batches))
-        self.header = {
+        plan = zlib.crc32(b"".join(batch.tobytes() + b"|" for batch in batches))
+        header = {
             "format": layout.FORMAT,
             "version": layout.VERSION,
             **header,
@@ -102,101 +93,41 @@ class CacheWriter:
             "plan": f"{plan:08x}",
         }
         self.types = layout.arrays(header["vocabulary"], header["k"], header["temperatures"])
-        self.done = 0  # batches of this shard that are on disk
-        self._files: Dict[str, Any] = {}
-
-    # writing
-
-    @property
-    def complete(self) -> bool:
-        return (self.folder / layout.MANIFEST).is_file()
-
-    def begin(self) -> None:
-        """Find out where this shard stopped; ``done`` batches are on disk already."""
-        if self.complete:
-            self._same_as(self.manifest(), "is complete, but")
-            self.done = len(self.batches)
-            return
-        self._check_space()
-        header = self.folder / layout.PARTIAL / layout.HEADER
-        if header.is_file():
-            self._same_as(read_json(header), "was begun, but")
-        else:
-            header.parent.mkdir(parents=True, exist_ok=True)
-            write_json(header, self.header)
-        if not self.shards.begin():
-            self.done = len(self.batches)
-            return
-        rows = min(
-            size(layout.array_file(self.shards.own, name)) // array.row_bytes
-            for name, array in self.types.items()
+        super().__init__(
+            Path(cache) / header["subset"],
+            header,
+            {_file_name(name): fixed_rows(array.row_bytes) for name, array in self.types.items()},
+            num_shards=num_shards,
+            shard_id=shard_id,
         )
-        ends = np.cumsum([self.lengths[batch].sum() for batch in self.batches], dtype=np.int64)
-        self.done = int(np.searchsorted(ends, rows, side="right"))
-        whole = int(ends[self.done - 1]) if self.done else 0
-        self._rows = int(ends[-1]) if len(ends) else 0
-        for name, array in self.types.items():
-            # what a kill left behind the last whole batch is cut off
-            path = layout.array_file(self.shards.own, name)
-            file = open(path, "ab", buffering=0, opener=no_link)
-            file.truncate(whole * array.row_bytes)
-            self._files[name] = file
+        self.use_plan(batches)
 
     def append(self, rows: Dict[str, np.ndarray]) -> None:
         """Write the rows of this shard's next batch, its sentences in the order of the plan."""
-        expected = int(self.lengths[self.batches[self.done]].sum())
+        expected = self.rows_in(self.batches[self.done])
         for name, array in self.types.items():
-            block = rows[name]
-            assert block.shape == (expected, *array.width), (name, block.shape, expected)
-            write_all(self._files[name], _bytes(block))
-        self.done += 1
-
-    def finish(self, targets: Callable[[int], np.ndarray]) -> bool:
-        """Close this shard; if it was the last one, merge all. True if the cache is complete.
-
-        Args:
-            targets: the target symbols of a sentence, for the summary.
-        """
-        if self.complete:
-            self._clean_up()
-            return True
-        if not self.shards.done:
-            assert self.done == len(self.batches)
-            header = self.folder / layout.PARTIAL / layout.HEADER
-            self._same_as(read_json(header), "was begun, but")
-            for name, file in self._files.items():
-                os.fsync(file.fileno())
-                file.close()
-                if size(Path(file.name)) != self._rows * self.types[name].row_bytes:
-                    raise CacheError(
-                        f"{file.name} was written to by something else: delete {self.shards.own} "
-                        "and run the same command again"
-                    )
-            self.shards.end()
-        if not self.shards.all_done:
-            return False
-        try:
-            self._merge(targets)
-        except FileNotFoundError:
-            # another shard ended at the same moment, merged the same bytes, and cleaned up
-            if not self.complete:
-                raise
-        self._clean_up()
-        return True
+            shape = rows[name].shape
+            assert shape == (expected, *array.width), (name, shape, expected)
+        self.write({_file_name(name): _bytes(rows[name]) for name in self.types})
 
     def manifest(self) -> Dict[str, Any]:
         return layout.read_manifest(self.folder)
 
-    def _same_as(self, found: Dict[str, Any], what: str) -> None:
-        ours, theirs = _without_paths(self.header), _without_paths(found)
-        different = differences(ours, theirs, ours)
-        if different:
-            raise CacheError(
-                f"the cache {self.folder} {what} with something else: {'; '.join(different)}. "
-                "Repeat the command that made it, choose another --cache, or delete that folder."
-            )
+    # for the store
 
-    def _check_space(self) -> None:
+    def rows_in(self, batch: np.ndarray) -> int:
+        return int(self.lengths[batch].sum())
+
+    def settle_plan(self, plan: Optional[Sequence[np.ndarray]]) -> List[np.ndarray]:
+        return self.plan  # any process makes the same: its checksum is in the header
+
+    def found(self) -> Optional[Dict[str, Any]]:
+        return self.manifest() if (self.folder / self.RESULT).is_file() else super().found()
+
+    def comparable(self, header: Dict[str, Any]) -> Dict[str, Any]:
+        return _without_paths(header)
+
+    def check_room(self) -> None:
         """Twice the size: the shards, and what they are merged into."""
         self.folder.mkdir(parents=True, exist_ok=True)
         row = sum(array.row_bytes for array in self.types.values())
@@ -211,18 +142,20 @@ class CacheWriter:
                 "room, or take a smaller --top-k"
             )
 
-    # merging
+    def merge(self, targets: Callable[[int], np.ndarray]) -> None:
+        """The shards' rows in the order of sentences; the manifest last.
 
-    def _merge(self, targets: Callable[[int], np.ndarray]) -> None:
-        """The shards' rows in the order of sentences; the manifest last."""
-        shards = self._locate()
+        Args:
+            targets: the target symbols of a sentence, for the summary.
+        """
+        place = self._locate()
         checksums = {}
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
         for name in (*self.types, layout.OFFSETS):
             final = layout.array_file(self.folder, name)
             with all_or_nothing(final) as file:
                 value = 0
-                blocks = [offsets] if name == layout.OFFSETS else self._merged(name, shards)
+                blocks = [offsets] if name == layout.OFFSETS else self._merged(name, place)
                 for block in blocks:
                     value = zlib.crc32(_bytes(block), value)
                     file.write(_bytes(block))
@@ -231,23 +164,13 @@ class CacheWriter:
         manifest = {**self.header, "checksums": checksums, "summary": summary}
         layout.write_manifest(self.folder, manifest)
 
-    def _clean_up(self) -> None:
-        """Of a complete cache: the shards, and what a kill left of a merge."""
-        shutil.rmtree(self.folder / layout.PARTIAL, ignore_errors=True)
-        for file in self.folder.glob("*" + UNFINISHED):
-            with contextlib.suppress(OSError):
-                file.unlink()
-
     def _locate(self) -> np.ndarray:
         """For each sentence its shard and its first row there, (sentences, 2)."""
         place = np.zeros((len(self.lengths), 2), dtype=np.int64)
-        for i in range(self.shards.num_shards):
-            batches = self.all_batches[i :: self.shards.num_shards]
-            if batches:
-                order = np.concatenate(batches)
-                ends = np.cumsum(self.lengths[order])
-                place[order, 0] = i
-                place[order, 1] = ends - self.lengths[order]
+        for i, (_, sentences) in enumerate(self.sentences_of_shards()):
+            ends = np.cumsum(self.lengths[sentences])
+            place[sentences, 0] = i
+            place[sentences, 1] = ends - self.lengths[sentences]
         return place
 
     def _merged(self, name: str, place: np.ndarray) -> Iterator[np.ndarray]:
@@ -317,6 +240,10 @@ def _without_paths(header: Dict[str, Any]) -> Dict[str, Any]:
         return header
     kept = [{k: v for k, v in one.items() if k != "path"} for one in teachers]
     return {**header, "teachers": kept}
+
+
+def _file_name(array: str) -> str:
+    return layout.array_file(Path(), array).name
 
 
 def _bytes(block: np.ndarray) -> memoryview:

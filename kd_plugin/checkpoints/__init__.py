@@ -1,0 +1,42 @@
+"""Files that fairseq-train wrote, whoever ran it: opened safely, understood once, built in one way.
+
+Everything that a checkpoint is asked is a member of ``Checkpoint``.
+"""
+
+from .average import average
+from .build import DTYPES, build_model, parse_overrides, translation_task
+from .checkpoint import (
+    SECOND_COPIES,
+    TRANSLATION_TASKS,
+    Checkpoint,
+    CheckpointError,
+    count_parameters,
+    digest,
+    refuse_cut_short,
+)
+from .dictionaries import MISSING, Dictionaries, VocabularyError, index_map, is_padding, lacking
+from .roles import Role
+from .torchfile import allow_fairseq_globals
+
+__all__ = [
+    "DTYPES",
+    "MISSING",
+    "SECOND_COPIES",
+    "TRANSLATION_TASKS",
+    "Checkpoint",
+    "CheckpointError",
+    "Dictionaries",
+    "Role",
+    "VocabularyError",
+    "allow_fairseq_globals",
+    "average",
+    "build_model",
+    "count_parameters",
+    "digest",
+    "index_map",
+    "is_padding",
+    "lacking",
+    "parse_overrides",
+    "refuse_cut_short",
+    "translation_task",
+]

@@ -1,107 +1,393 @@
-"""Read fairseq checkpoints without running what is inside them; average and write them.
+"""A fairseq checkpoint: opened without running what is inside, and understood once for all.
 
 A checkpoint is a pickle, and a teacher is often somebody else's file. ``torchfile`` opens it
 without running what is inside; ``untrusted`` refuses a configuration that building the model would
-run.
+run. What is left of it is a ``Checkpoint``: nobody else takes such a file apart.
 """
 
 import contextlib
+import dataclasses
 import hashlib
-import importlib
+import logging
 import math
 import os
 import re
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
-from omegaconf import OmegaConf
+from fairseq import utils
+from fairseq.data import Dictionary
+from fairseq.models import FairseqEncoderDecoderModel
+from fairseq.tasks.translation import TranslationTask
+from omegaconf import OmegaConf, open_dict
+from torch import Tensor
 
 from ..errors import UserError
-from . import torchfile, untrusted
-from .torchfile import FAIRSEQ_GLOBALS, ForbiddenGlobal, local_module
+from . import build, dictionaries, torchfile, untrusted
+from .dictionaries import Dictionaries, VocabularyError
+from .roles import Role
+
+logger = logging.getLogger(__name__)
+
+# Tasks whose models translate from one of our dictionaries to another, and add no symbols to them
+TRANSLATION_TASKS = ("translation", "kd_translation")
 
 # fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
 # later versions refuse them
 SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$")
 
 _MOST_NAMES = 8  # of a weight that is tied
-
-# Since 2.6 torch.load has weights_only by default, with an allow-list that can name aliases.
-_TORCH_CHECKS_GLOBALS = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) >= (2, 6)
+_LANGUAGES = ("source_lang", "target_lang")
+_POSITIONS = ("max_source_positions", "max_target_positions")
+_NO_PARAMETERS = re.compile(r"_float_tensor$|coder\.version$")
+_TABLES = re.compile(
+    r"\.(embed_tokens|embed_positions|output_projection)\.|decoder\.(fc_out|fc3)\."
+)
 
 
 class CheckpointError(UserError):
     """A file that cannot be used as a fairseq checkpoint; the message says why and what to do."""
 
 
-def allow_fairseq_globals() -> None:
-    """Let ``torch.load`` open fairseq checkpoints where it refuses unknown globals (torch >= 2.6).
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint:
+    """A translation model as fairseq-train saved it. Make one with ``Checkpoint.open``.
 
-    Without this, even stock ``fairseq-generate`` and resuming fail there.
-    """
-    if not _TORCH_CHECKS_GLOBALS:
-        return
-    allowed: List[Any] = []
-    # a resumed rank receives the first one's checkpoint, its tensors replaced by placeholders
-    received = ("fairseq.distributed.utils", "_TensorPlaceholder")
-    for module, name in (*FAIRSEQ_GLOBALS, received):
-        try:
-            found = getattr(importlib.import_module(local_module(module)), name)
-            allowed.append((found, module + "." + name))
-        except (ImportError, AttributeError):
-            continue
-    dtypes = getattr(np, "dtypes", None)
-    allowed.extend(
-        value for name, value in sorted(vars(dtypes or object).items()) if name.endswith("DType")
-    )
-    torch.serialization.add_safe_globals(allowed)  # type: ignore[attr-defined]
-
-
-def read_checkpoint(path: str, trust: bool = False) -> Dict[str, Any]:
-    """Read a fairseq checkpoint (zip or legacy format) onto the CPU.
-
-    Args:
+    Attributes:
         path: the file.
-        trust: open it with the full pickle machinery, which runs whatever the file asks for.
+        role: what it is to the command at hand.
+        weights: by parameter name, on the CPU.
+        options: the model's configuration.
+        task_options: the task's configuration.
+        symbols: the source and target symbols that a student of ours saved in it; None in others.
+        updates: how many updates its training had done.
+    """
+
+    path: str
+    role: Role
+    weights: Dict[str, Tensor]
+    options: Dict[str, Any]
+    task_options: Dict[str, Any]
+    symbols: Optional[Tuple[List[str], List[str]]]
+    updates: int
+    _is_namespace: bool  # how fairseq keeps the options of architectures without a dataclass
+
+    @classmethod
+    def open(cls, path: str, role: Role, trust: bool = False) -> "Checkpoint":
+        """Read a fairseq checkpoint (zip or legacy format), without its optimizer's state.
+
+        Args:
+            path: the file.
+            role: what it is, for messages.
+            trust: open it with the full pickle machinery, which runs whatever the file asks for.
+
+        Raises:
+            CheckpointError: no such file, not a fairseq checkpoint, damaged, weights that are not
+                finite, or (unless trusted) a pickle that asks for anything beyond what fairseq
+                checkpoints hold. Nothing in the file has been executed then.
+        """
+        named = f"{role.name} {path}"
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{named}: no such checkpoint file")
+        advice = ""
+        if role.trust:
+            advice = (
+                " If you know where this file comes from and trust it, "
+                f"{role.trust} opens it all the same."
+            )
+        try:
+            opened = cls._of(path, role, _load(path, trust))
+            if not trust:
+                untrusted.refuse_code(opened.architecture, opened.options, opened.weights)
+            return opened
+        except CheckpointError:
+            raise
+        except torchfile.ForbiddenGlobal as error:
+            raise CheckpointError(
+                f"{named}: refused, because its pickle asks for {error}, which no fairseq "
+                f"checkpoint needs. Nothing was executed.{advice}"
+            ) from None
+        except untrusted.Refused as error:
+            raise CheckpointError(
+                f"{named}: refused, because {error}{advice if error.trustable else ''}"
+            ) from None
+        except Exception as error:  # nearly any, on a file that is something else
+            reason = str(error).split("\n")[0][:300]
+            raise CheckpointError(
+                f"{named}: cannot be read as a fairseq checkpoint; it is {_kind(path)} "
+                f"({type(error).__name__}: {reason})"
+            ) from error
+
+    @classmethod
+    def _of(cls, path: str, role: Role, state: Any) -> "Checkpoint":
+        """Take a saved state apart; what is used anywhere must be of the type that it should be."""
+        named = f"{role.name} {path}"
+        if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+            raise CheckpointError(
+                f"{named}: not a fairseq checkpoint: expected a dictionary with the model's "
+                f"weights under 'model', found {_contents(state)}"
+            )
+        model, task = _configurations(named, state)
+        opened = cls(
+            path=path,
+            role=role,
+            weights=_checked_weights(named, path, state["model"]),
+            options=dict(vars(model)) if isinstance(model, Namespace) else model,
+            task_options=dict(vars(task)) if isinstance(task, Namespace) else task,
+            symbols=_checked_symbols(state.get("task_state") or {}),
+            updates=_checked_updates(state.get("optimizer_history") or []),
+            _is_namespace=isinstance(model, Namespace),
+        )
+        opened._check_options()
+        return opened
+
+    def _check_options(self) -> None:
+        for language in self.languages:
+            if language is not None and not re.fullmatch(r"\w[\w@.+-]*", language):
+                raise ValueError(f"{language!r} is not the name of a language"[:200])
+        kinds = dict.fromkeys(_POSITIONS, int)
+        for part in (self.options, self.task_options):
+            for name, kind in {**kinds, "data": str, "_name": str, "arch": str}.items():
+                if not isinstance(part.get(name), (kind, type(None))):
+                    raise TypeError(f"its option {name} is a {type(part[name]).__name__}")
+
+    def __str__(self) -> str:
+        return f"{self.role.name} {self.path}"
+
+    @property
+    def architecture(self) -> Optional[str]:
+        """What fairseq builds; None in a trusted file that names nothing."""
+        return self.options.get("_name") or self.options.get("arch")
+
+    @property
+    def task(self) -> Optional[str]:
+        """The task that it was trained for."""
+        return self.task_options.get("_name") or self.task_options.get("task")
+
+    @property
+    def languages(self) -> Tuple[Optional[str], Optional[str]]:
+        """Source and target language; None where it names none."""
+        return self.languages_with({})
+
+    def languages_with(self, overrides: Mapping[str, Any]) -> Tuple[Any, Any]:
+        """Source and target language, where ``overrides`` may name them otherwise."""
+        source, target = [overrides.get(key, self.task_options.get(key)) for key in _LANGUAGES]
+        return source, target
+
+    @property
+    def data(self) -> Optional[str]:
+        """The (first) data folder that it was trained on, as it was named then."""
+        named = self.task_options.get("data")
+        return utils.split_paths(named)[0] if named else None
+
+    @property
+    def max_positions(self) -> Tuple[int, int]:
+        """Tokens of the longest source and target that its model takes."""
+        source, target = [
+            self.options.get(name) or self.task_options.get(name) or 1024 for name in _POSITIONS
+        ]
+        return source, target
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(w.dtype for w in self.weights.values() if w.is_floating_point())
+
+    def parameters(self) -> Tuple[int, int]:
+        """How many parameters it holds; see ``count_parameters``."""
+        return count_parameters(self.weights)
+
+    def with_weights(self, weights: Dict[str, Tensor]) -> "Checkpoint":
+        """The same with other weights."""
+        return dataclasses.replace(self, weights=weights)
+
+    def dictionaries(
+        self,
+        languages: Sequence[str],
+        data: Optional[str] = None,
+        overrides: Optional[Mapping[str, Any]] = None,
+        otherwise: Optional[Tuple[str, Dictionary, Dictionary]] = None,
+    ) -> Optional[Dictionaries]:
+        """The source and target dictionaries that the model was trained with.
+
+        From ``data``, or else from the checkpoint (of a student of ours), from beside it, or from
+        the data folder that it names.
+
+        Args:
+            languages: of a checkpoint that names none.
+            data: folder that the role's flag names.
+            overrides: may name the languages otherwise.
+            otherwise: whose dictionaries ("student", "data") to take, with a warning, if none are
+                found.
+
+        Returns:
+            None if none are found and there are none to take.
+
+        Raises:
+            VocabularyError: there are none in ``data``, or one cannot be read.
+        """
+        langs = [
+            own or other for own, other in zip(self.languages_with(overrides or {}), languages)
+        ]
+        files = " and ".join(f"dict.{lang}.txt" for lang in langs)
+        if data is not None:
+            found = dictionaries.read_folder(data, langs)
+            if found is None:
+                raise VocabularyError(f"{self.role.data or self} {data}: expected {files} there")
+            return Dictionaries(*found, "from " + data)
+        if self.symbols is not None:
+            try:
+                source, target = map(dictionaries.of_symbols, self.symbols)
+            except VocabularyError as error:
+                raise VocabularyError(
+                    f"{self}: its own list of symbols cannot be used: {error}."
+                    f"{self._advise_data()}"
+                ) from None
+            return Dictionaries(source, target, "from its checkpoint")
+        found = dictionaries.read_folder(os.path.dirname(os.path.abspath(self.path)), langs)
+        if found is not None:
+            return Dictionaries(*found, "from beside it")
+        found = dictionaries.read_folder(self.data, langs) if self.data else None
+        if found is not None and self.data:
+            if not os.path.isabs(self.data):
+                sure = f"; {self.role.data} says for sure" if self.role.data else ""
+                logger.warning(
+                    f"{self}: its checkpoint names the data folder {self.data}, which was found "
+                    f"relative to {os.getcwd()}. If it was trained in another place, that may be "
+                    f"other data{sure}"
+                )
+            return Dictionaries(*found, "from " + os.path.abspath(self.data))
+        if otherwise is None:
+            return None
+        owner, source, target = otherwise
+        logger.warning(
+            f"{self}: no {files} found beside it or in the data folder that it names, so its "
+            f"vocabulary is TAKEN TO BE THE {owner.upper()}'S and nothing could be verified."
+            f"{self._advise_data()}"
+        )
+        return Dictionaries(source, target, f"taken from the {owner}")
+
+    def _advise_data(self) -> str:
+        if self.role.data:
+            return f" {self.role.data} names the folder with the dict.*.txt it was trained with."
+        return " Put the dict.*.txt it was trained with beside it."
+
+    def check_sizes(self, found: Dictionaries) -> None:
+        """Its dictionaries must have as many symbols as it has embeddings.
+
+        Raises:
+            VocabularyError: they have not.
+        """
+        for side, key, symbols in (
+            ("source", "encoder.embed_tokens.weight", found.source),
+            ("target", "decoder.embed_tokens.weight", found.target),
+        ):
+            weight = self.weights.get(key)
+            if weight is not None and weight.size(0) != len(symbols):
+                raise VocabularyError(
+                    f"{self} has {weight.size(0)} {side} embeddings, but the dictionary "
+                    f"{found.origin} has {len(symbols)} symbols.{self._advise_data()}"
+                )
+
+    def translation_task(self, found: Dictionaries) -> TranslationTask:
+        """A task of its own to build it with, with its dictionaries."""
+        return build.translation_task(found.source, found.target, self.max_positions)
+
+    def build(self, task: Any, overrides: Optional[Mapping[str, Any]] = None) -> Any:
+        """Build its model and load its weights; in eval mode.
+
+        Args:
+            task: one with its dictionaries, as ``translation_task``. Not the student's.
+            overrides: options of the model to change; ``source_lang`` and ``target_lang`` may be
+                among them.
+
+        Raises:
+            CheckpointError: it cannot be built, or is not an encoder-decoder.
+        """
+        overrides = overrides or {}
+        unknown = set(overrides) - set(self.options) - set(_LANGUAGES)
+        if unknown:
+            flag = f"{self.role.overrides}: " if self.role.overrides else ""
+            raise CheckpointError(
+                f"{flag}the model of {self} has no option {', '.join(sorted(map(repr, unknown)))}"
+            )
+        changed = {key: value for key, value in overrides.items() if key in self.options}
+        try:
+            options: Any
+            if self._is_namespace:
+                options = Namespace(**{**self.options, **changed})
+            else:
+                options = OmegaConf.create(self.options)
+                with open_dict(options):
+                    options.update(changed)
+            model = build.build_model(options, self.weights, task)
+        except Exception as error:
+            advice = ""
+            if self.role.overrides:
+                advice = (
+                    " Options that changed since it was trained can be set with "
+                    f"{self.role.overrides}."
+                )
+            raise CheckpointError(
+                f"{self}: its model cannot be rebuilt with this fairseq "
+                f"({type(error).__name__}: {str(error)[:500]}).{advice}"
+            ) from error
+        if not isinstance(model, FairseqEncoderDecoderModel):
+            raise CheckpointError(
+                f"{self} is a {type(model).__name__}; expected an encoder-decoder translation model"
+            )
+        return model.eval()
+
+    def complete_options(self) -> Namespace:
+        """What building its model reads of its options, with defaults filled in.
+
+        Raises:
+            CheckpointError: this fairseq has no such architecture, or it has other options.
+        """
+        architecture = self.architecture
+        try:
+            return build.complete_options(str(architecture), self.options, self.max_positions)
+        except Exception as error:
+            if isinstance(error, KeyError) and error.args == (str(architecture),):
+                reason = f"this fairseq has no architecture {architecture!r}"
+            else:  # an option of another type than the architecture's
+                reason = f"its options are not those of {architecture} ({_described(error)})"
+            raise CheckpointError(f"{self}: {reason}") from error
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def count_parameters(weights: Mapping[str, Tensor]) -> Tuple[int, int]:
+    """How many parameters a model has; shared ones are counted once.
 
     Returns:
-        its dictionary; ``state["model"]`` holds the weights.
-
-    Raises:
-        CheckpointError: no such file, not a fairseq checkpoint, damaged, weights that are no
-            numbers, or (unless trusted) a pickle that asks for anything beyond what fairseq
-            checkpoints hold. Nothing in the file has been executed then.
+        all; and those outside the tables of the vocabulary and of positions: token and position
+        embeddings and the projection to the vocabulary, tied or not.
     """
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: no such checkpoint file")
-    try:
-        state = _load(path, trust)
-        _check(path, state)
-        if not trust:
-            config = section(state, "model")
-            arch = get(config, "_name") or get(config, "arch")
-            untrusted.refuse_code(arch, config, state["model"])
-    except CheckpointError:
-        raise
-    except ForbiddenGlobal as error:
-        raise CheckpointError(
-            f"{path}: refused, because its pickle asks for {error}, which no fairseq checkpoint "
-            "needs. Nothing was executed. If you know where this file comes from and trust it, "
-            "--trust-checkpoint (in training --teacher-trust-checkpoint) opens it all the same."
-        ) from None
-    except untrusted.Refused as error:
-        raise CheckpointError(f"{path}: refused, because {error}") from None
-    except Exception as error:  # nearly any, on a file that is something else
-        raise CheckpointError(
-            "{}: cannot be read as a fairseq checkpoint; it is {} ({}: {})".format(
-                path, _kind(path), type(error).__name__, str(error).split("\n")[0][:300]
-            )
-        ) from error
-    return state
+    total = rest = 0
+    tables: List[Tensor] = []
+    for name, tensor in weights.items():
+        if _NO_PARAMETERS.search(name):
+            continue
+        if _TABLES.search(name):
+            # what shares storage in the model may be a copy in the file
+            if any(tensor.shape == other.shape and tensor.equal(other) for other in tables):
+                continue
+            tables.append(tensor)
+        else:
+            rest += tensor.numel()
+        total += tensor.numel()
+    return total, rest
+
+
+def _load(path: str, trust: bool) -> Any:
+    if not trust:
+        return torchfile.read(path)
+    more = {"weights_only": False} if torchfile.TORCH_CHECKS_GLOBALS else {}
+    return torch.load(path, map_location="cpu", **more)
 
 
 def _kind(path: str) -> str:
@@ -117,100 +403,38 @@ def _kind(path: str) -> str:
     return "damaged, incomplete or something else"
 
 
-def _load(path: str, trust: bool) -> Any:
-    if not trust:
-        return torchfile.read(path)
-    more = {"weights_only": False} if _TORCH_CHECKS_GLOBALS else {}
-    return torch.load(path, map_location="cpu", **more)
-
-
-def _check(path: str, state: Any) -> None:
-    """That everything in it which is used anywhere is of the kind that it should be."""
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise CheckpointError(
-            f"{path}: not a fairseq checkpoint: expected a dictionary with the model's weights "
-            "under 'model', found "
-            f"{_contents(state)}"
-        )
-    args: Any = state.get("args")
-    cfg: Any = state.get("cfg")
-    if args is None and cfg is None:
-        raise CheckpointError(
-            f"{path}: holds weights but neither 'cfg' nor 'args', so the model cannot be rebuilt; "
-            "use a checkpoint that fairseq-train wrote"
-        )
-    if args is not None:
-        if not isinstance(args, Namespace):
-            raise TypeError(f"its 'args' are a {type(args).__name__}")
-        state["args"] = untrusted.Plain().of(args)
-        _modernise(state["args"])
-    else:
-        if OmegaConf.is_config(cfg):
-            cfg = OmegaConf.create(untrusted.Plain().of(OmegaConf.to_container(cfg)))
-            cfg = OmegaConf.to_container(cfg, resolve=True)
-        parts = {name: untrusted.Plain().of(cfg[name]) for name in ("model", "task")}
-        for name, part in parts.items():
-            if not isinstance(part, (dict, Namespace)):
-                raise TypeError(f"its {name} is a {type(part).__name__}")
-        state["cfg"] = {**cfg, **parts}
-    task = section(state, "task")
-    for name in ("source_lang", "target_lang"):
-        lang = get(task, name)
-        if lang is not None and not re.fullmatch(r"\w[\w@.+-]*", lang):
-            raise ValueError(f"{lang!r} is no name of a language"[:200])
-    kinds = {"max_source_positions": int, "max_target_positions": int, "data": str, "_name": str}
-    for part in (section(state, "model"), task):
-        for name, kind in {**kinds, "arch": str}.items():
-            if not isinstance(get(part, name), (kind, type(None))):
-                raise TypeError(f"its option {name} is a {type(get(part, name)).__name__}")
-    _check_weights(path, state)
-    history = state.get("optimizer_history") or []
-    if not all(isinstance(one.get("num_updates", 0), int) for one in history):
-        raise TypeError("its number of updates is none")
-    for side in symbols_in(state) or ():
-        if not all(type(symbol) is str for symbol in side):
-            raise TypeError("a symbol of its vocabulary is no text")
-        # no dictionary's file could hold it
-        if any("\n" in symbol or "\r" in symbol for symbol in side):
-            raise ValueError("a symbol of its vocabulary has more than one line")
-        "\n".join(side).encode("utf-8")
-
-
 def _contents(state: Any) -> str:
     if isinstance(state, dict):
         return f"the keys {sorted(map(str, state))[:8]}"
     return type(state).__name__
 
 
-def _check_weights(path: str, state: Dict[str, Any]) -> None:
-    weights = state["model"]
-    if not all(type(k) is str and isinstance(w, torch.Tensor) for k, w in weights.items()):
-        raise TypeError("something among its weights is no tensor")
-    if not any(weight.is_floating_point() for weight in weights.values()):
-        raise ValueError("it has no weights")
-    # tied ones are there under several names
-    claimed = sum(weight.numel() * weight.element_size() for weight in weights.values())
-    if claimed > _MOST_NAMES * os.path.getsize(path):
-        raise ValueError(f"its weights claim {claimed:,} bytes")
-    state["model"] = {k: w for k, w in weights.items() if not SECOND_COPIES.search(k)}
-    broken = [name for name, weight in state["model"].items() if not _finite(name, weight)]
-    if broken:
+def _configurations(named: str, state: Dict[str, Any]) -> Tuple[Any, Any]:
+    """Those of model and task, as a dictionary or ``Namespace`` of plain types each.
+
+    Old checkpoints hold one flat ``Namespace``, 'args', for both.
+    """
+    args: Any = state.get("args")
+    cfg: Any = state.get("cfg")
+    if args is None and cfg is None:
         raise CheckpointError(
-            f"{path}: {len(broken)} of its weights hold NaN or inf ({', '.join(broken[:3])}): the "
-            "training that wrote it diverged, or the file is damaged. Take an earlier checkpoint."
+            f"{named}: holds weights but neither 'cfg' nor 'args', so the model cannot be rebuilt; "
+            "use a checkpoint that fairseq-train wrote"
         )
-
-
-def _finite(name: str, weight: torch.Tensor) -> bool:
-    """Whether a weight has neither NaN nor +inf; a bias of -inf rules a symbol out."""
-    if name.endswith("_float_tensor"):  # kept for its dtype alone: memory nobody wrote to
-        return True
-    if not weight.is_floating_point() or not weight.numel():
-        return True
-    try:
-        return bool(weight.max() < math.inf)
-    except RuntimeError:  # of a kind that no model has, which building it will say
-        return True
+    if args is not None:
+        if not isinstance(args, Namespace):
+            raise TypeError(f"its 'args' are a {type(args).__name__}")
+        args = untrusted.Plain().of(args)
+        _modernise(args)
+        return args, args
+    if OmegaConf.is_config(cfg):
+        cfg = OmegaConf.create(untrusted.Plain().of(OmegaConf.to_container(cfg)))
+        cfg = OmegaConf.to_container(cfg, resolve=True)
+    model, task = [untrusted.Plain().of(cfg[name]) for name in ("model", "task")]
+    for name, part in (("model", model), ("task", task)):
+        if not isinstance(part, (dict, Namespace)):
+            raise TypeError(f"its configuration of the {name} is a {type(part).__name__}")
+    return model, task
 
 
 def _modernise(args: Namespace) -> None:
@@ -221,6 +445,60 @@ def _modernise(args: Namespace) -> None:
         args.task = "translation"
     if isinstance(getattr(args, "data", None), list) and args.data:
         args.data = args.data[0]
+
+
+def _checked_weights(named: str, path: str, weights: Dict[Any, Any]) -> Dict[str, Tensor]:
+    """The weights, without what only some versions of fairseq write."""
+    if not all(type(k) is str and isinstance(w, Tensor) for k, w in weights.items()):
+        raise TypeError("not all of its weights are tensors")
+    if not any(weight.is_floating_point() for weight in weights.values()):
+        raise ValueError("it has no weights")
+    # tied ones are there under several names
+    claimed = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    if claimed > _MOST_NAMES * os.path.getsize(path):
+        raise ValueError(f"its weights claim {claimed:,} bytes")
+    kept = {name: w for name, w in weights.items() if not SECOND_COPIES.search(name)}
+    broken = [name for name, weight in kept.items() if not _is_finite(name, weight)]
+    if broken:
+        raise CheckpointError(
+            f"{named}: {len(broken)} of its weights hold NaN or inf ({', '.join(broken[:3])}): the "
+            "training that wrote it diverged, or the file is damaged. Take an earlier checkpoint."
+        )
+    return kept
+
+
+def _is_finite(name: str, weight: Tensor) -> bool:
+    """Whether a weight has no NaN, inf or -inf; in a bias, -inf may rule a symbol out."""
+    if name.endswith("_float_tensor"):  # kept for its dtype alone: memory nobody wrote to
+        return True
+    if not weight.is_floating_point() or not weight.numel():
+        return True
+    rules_out = weight.dim() == 1 and name.endswith("bias")
+    try:
+        return bool(weight.max() < math.inf) and (rules_out or bool(weight.min() > -math.inf))
+    except RuntimeError:  # of a kind that no model has, which building it will say
+        return True
+
+
+def _checked_symbols(task_state: Any) -> Optional[Tuple[List[str], List[str]]]:
+    source, target = task_state.get("source_symbols"), task_state.get("target_symbols")
+    if not (source and target):
+        return None
+    for side in (source, target):
+        if not all(type(symbol) is str for symbol in side):
+            raise TypeError("a symbol of its vocabulary is not a string")
+        # no dictionary's file could hold it
+        if any("\n" in symbol or "\r" in symbol for symbol in side):
+            raise ValueError("a symbol of its vocabulary contains a line break")
+        "\n".join(side).encode("utf-8")
+    return list(source), list(target)
+
+
+def _checked_updates(history: Any) -> int:
+    updates = [one.get("num_updates", 0) for one in history]
+    if not all(isinstance(number, int) for number in updates):
+        raise TypeError("its number of updates is not an integer")
+    return int(updates[-1]) if updates else 0
 
 
 # What fairseq-train names its checkpoints besides checkpoint_last.pt
@@ -257,58 +535,6 @@ def _cut_short(path: str) -> bool:
     """Whether a zip archive, torch's format since 1.6, has no end."""
     with open(path, "rb") as file:
         return b"PK".startswith(file.read(2)) and not zipfile.is_zipfile(path)
-
-
-def section(state: Dict[str, Any], name: str) -> Any:
-    """``name`` ("model", "task", ...) of a checkpoint's configuration, old or new format.
-
-    Returns the flat ``Namespace`` of an ``args`` checkpoint, else whatever ``cfg`` has there
-    (mapping or Namespace).
-    """
-    args = state.get("args")
-    return args if args is not None else state["cfg"][name]
-
-
-def get(config: Any, name: str, default: Any = None) -> Any:
-    """A field of a ``section``, whatever its kind."""
-    if config is None:
-        return default
-    if isinstance(config, Namespace):
-        return getattr(config, name, default)
-    return config.get(name, default)
-
-
-def average(states: Sequence[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
-    """The mean of several checkpoints' weights, summed in float64, in the first one's dtypes.
-
-    Raises:
-        CheckpointError: they do not hold the same parameters in the same shapes.
-    """
-    shapes = [{name: tuple(p.shape) for name, p in state["model"].items()} for state in states]
-    for i, other in enumerate(shapes):
-        if other != shapes[0]:
-            names = sorted(
-                n for n in set(other) | set(shapes[0]) if other.get(n) != shapes[0].get(n)
-            )
-            raise CheckpointError(
-                f"checkpoints 1 and {i + 1} cannot be averaged, they differ in {len(names)} "
-                f"parameters: {', '.join(names[:5])}"
-            )
-    mean = OrderedDict()
-    for name, first in states[0]["model"].items():
-        if first.is_floating_point():
-            total = sum(state["model"][name].double() for state in states)
-            mean[name] = (total / len(states)).to(first.dtype)
-        else:
-            mean[name] = first
-    return mean
-
-
-def symbols_in(state: Dict[str, Any]) -> Optional[Tuple[List[str], List[str]]]:
-    """The (source, target) symbols that a student of this plugin saved in its checkpoint."""
-    saved = state.get("task_state") or {}
-    source, target = saved.get("source_symbols"), saved.get("target_symbols")
-    return (list(source), list(target)) if source and target else None
 
 
 def digest(path: str) -> str:

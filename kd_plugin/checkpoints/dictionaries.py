@@ -1,28 +1,38 @@
-"""Compare a teacher's vocabulary with a student's, symbol by symbol."""
+"""Dictionaries of checkpoints: read them, compare them, map one to another symbol by symbol."""
 
+import os
 import re
 from collections import Counter
-from typing import List, Optional, Sequence
+from typing import Container, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq.data import Dictionary
 
 from ..errors import UserError
+from .roles import Role
 
-# fairseq pads a dictionary to a multiple of 8 with these; they never occur in data
-_PADDING_SYMBOL = re.compile(r"madeupword\d{4,}$")
 MISSING = -1
+_TEACHER = Role("teacher")
+_PADDING_SYMBOL = re.compile(r"madeupword\d{4,}$")
 
 
 class VocabularyError(UserError):
     """A vocabulary that cannot be read, or two that cannot be mapped onto each other."""
 
 
+class Dictionaries(NamedTuple):
+    """What a model was trained with, and where that was found: "from DIR", say."""
+
+    source: Dictionary
+    target: Dictionary
+    origin: str
+
+
 def read(path: str) -> Dictionary:
-    """A ``dict.LANG.txt``.
+    """Read a ``dict.LANG.txt``.
 
     Raises:
-        VocabularyError: it is none.
+        VocabularyError: it is not one.
     """
     try:
         return Dictionary.load(path)
@@ -33,8 +43,63 @@ def read(path: str) -> Dictionary:
         ) from error
 
 
+def read_folder(folder: str, languages: Sequence[str]) -> Optional[Tuple[Dictionary, Dictionary]]:
+    """The source and target ``dict.LANG.txt`` of a folder; None if one is missing.
+
+    Raises:
+        VocabularyError: one cannot be read.
+    """
+    source, target = [os.path.join(folder, f"dict.{language}.txt") for language in languages]
+    if not (os.path.isfile(source) and os.path.isfile(target)):
+        return None
+    return read(source), read(target)
+
+
+def of_symbols(symbols: Sequence[str]) -> Dictionary:
+    """A dictionary from its list of symbols, special symbols first; one may occur twice.
+
+    Raises:
+        VocabularyError: the list does not begin with fairseq's special symbols.
+    """
+    dictionary = Dictionary()
+    if list(symbols[: dictionary.nspecial]) != dictionary.symbols:
+        raise VocabularyError(
+            "expected a list of symbols that begins with fairseq's special symbols "
+            f"{', '.join(dictionary.symbols)}; it begins with {_some(symbols, 4)}"
+        )
+    for symbol in symbols[dictionary.nspecial :]:
+        dictionary.add_symbol(symbol, overwrite=True)
+    return dictionary
+
+
+def is_padding(symbol: str) -> bool:
+    """Whether fairseq-preprocess added a symbol to round up a dictionary's size.
+
+    Such symbols (``madeupword0000``, ...) never occur in data, so no other vocabulary needs them.
+    """
+    return _PADDING_SYMBOL.match(symbol) is not None
+
+
+def lacking(symbols: Iterable[str], known: Container[str]) -> List[str]:
+    """The symbols that are not known, padding symbols aside."""
+    return [symbol for symbol in symbols if symbol not in known and not is_padding(symbol)]
+
+
+def difference(mine: Dictionary, other: Dictionary) -> str:
+    """Where another dictionary first differs from the data's; empty if it is the same."""
+    if mine.symbols == other.symbols:
+        return ""
+    for i, (a, b) in enumerate(zip(mine.symbols, other.symbols)):
+        if a != b:
+            return f"symbol {i} is {a!r} in the data and {b!r} there"
+    return f"it has {len(other)} symbols and the data's {len(mine)}; as far as both go, they agree"
+
+
 def index_map(
-    student: Sequence[str], teacher: Sequence[str], side: str = "target"
+    student: Sequence[str],
+    teacher: Sequence[str],
+    side: str = "target",
+    role: Role = _TEACHER,
 ) -> Optional[torch.Tensor]:
     """Where each student symbol stands in the teacher's vocabulary.
 
@@ -42,19 +107,20 @@ def index_map(
         student: symbols by student index, special symbols included.
         teacher: symbols by teacher index. It may hold more symbols than the student.
         side: "source" or "target", for messages.
+        role: of the checkpoint with the second vocabulary, for messages.
 
     Returns:
         None when the two are the same in the same order; otherwise int64 of shape
-        (len(student),): the teacher's index of each student symbol, ``MISSING`` for one of
-        fairseq's padding symbols (``madeupword0000``, ...) that the teacher lacks.
+        (len(student),): the teacher's index of each student symbol, ``MISSING`` for a padding
+        symbol that the teacher lacks.
 
     Raises:
-        VocabularyError: the teacher lacks a student symbol, or a symbol stands in one of two
-            differing vocabularies twice.
+        VocabularyError: the teacher lacks a student symbol, or one of two differing vocabularies
+            holds a symbol twice.
     """
     if list(student) == list(teacher):
         return None
-    for owner, symbols in (("student", student), ("teacher", teacher)):
+    for owner, symbols in (("student", student), (role.name, teacher)):
         twice = [symbol for symbol, n in Counter(symbols).items() if n > 1]
         if twice:
             raise VocabularyError(
@@ -62,25 +128,21 @@ def index_map(
                 f"({_some(twice)}), so it cannot be mapped to the other one, which differs from it"
             )
     position = {symbol: i for i, symbol in enumerate(teacher)}
-    lacking = [s for s in student if s not in position and not _PADDING_SYMBOL.match(s)]
-    if lacking:
+    unknown = lacking(student, position)
+    if unknown:
+        elsewhere = ""
+        if role.data:
+            elsewhere = f", or name the folder of the right dictionaries with {role.data}"
         raise VocabularyError(
-            "the teacher's {side} dictionary ({theirs} symbols) lacks {n} of the student's {ours}: "
-            "{some}. Word-level distillation needs a teacher that knows every {side} symbol of the "
-            "student: binarise the student's data with the teacher's dictionary "
-            "(fairseq-preprocess --srcdict/--tgtdict) and its subword model, or point "
-            "--teacher-data at the teacher's own dictionaries if these are not they. "
-            "Sequence-level distillation needs no shared vocabulary.".format(
-                side=side,
-                theirs=len(teacher),
-                n=len(lacking),
-                ours=len(student),
-                some=_some(lacking),
-            )
+            f"the {role.name}'s {side} dictionary ({len(teacher)} symbols) lacks {len(unknown)} of "
+            f"the student's {len(student)}: {_some(unknown)}. Word-level distillation needs a "
+            f"teacher that knows every {side} symbol of the student: binarise the student's data "
+            "with the teacher's dictionary (fairseq-preprocess --srcdict/--tgtdict) and its "
+            f"subword model{elsewhere}. Sequence-level distillation needs no shared vocabulary."
         )
     return torch.tensor([position.get(symbol, MISSING) for symbol in student], dtype=torch.long)
 
 
-def _some(symbols: List[str], n: int = 8) -> str:
+def _some(symbols: Sequence[str], n: int = 8) -> str:
     shown = ", ".join(repr(symbol) for symbol in symbols[:n])
     return shown + (", ..." if len(symbols) > n else "")

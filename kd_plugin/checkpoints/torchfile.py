@@ -60,6 +60,9 @@ FAIRSEQ_GLOBALS: Tuple[Tuple[str, str], ...] = (
     ("typing", "Any"),
 )
 
+# Since 2.6 torch.load has weights_only by default, with an allow-list that can name aliases.
+TORCH_CHECKS_GLOBALS = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) >= (2, 6)
+
 _LARGEST_PICKLE = 1 << 26  # without the tensors' numbers
 _MOST_DIMENSIONS = 16
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -69,10 +72,33 @@ class ForbiddenGlobal(Exception):
     """A pickle that asks for something that no fairseq checkpoint needs; which, is the message."""
 
 
-def local_module(module: str) -> str:
+def _local_module(module: str) -> str:
     """The name here of what numpy 2 renamed to ``numpy._core``, with a mere alias left behind."""
     names = ("numpy.core", "numpy._core")
     return module.replace(*(names if hasattr(np, "_core") else names[::-1]))
+
+
+def allow_fairseq_globals() -> None:
+    """Let ``torch.load`` open fairseq checkpoints where it refuses unknown globals (torch >= 2.6).
+
+    Without this, even stock ``fairseq-generate`` and resuming fail there.
+    """
+    if not TORCH_CHECKS_GLOBALS:
+        return
+    allowed: List[Any] = []
+    # a resumed rank receives the first one's checkpoint, its tensors replaced by placeholders
+    received = ("fairseq.distributed.utils", "_TensorPlaceholder")
+    for module, name in (*FAIRSEQ_GLOBALS, received):
+        try:
+            found = getattr(importlib.import_module(_local_module(module)), name)
+            allowed.append((found, module + "." + name))
+        except (ImportError, AttributeError):
+            continue
+    dtypes = getattr(np, "dtypes", None)
+    allowed.extend(
+        value for name, value in sorted(vars(dtypes or object).items()) if name.endswith("DType")
+    )
+    torch.serialization.add_safe_globals(allowed)  # type: ignore[attr-defined]
 
 
 def read(path: str) -> Any:
@@ -154,7 +180,7 @@ def _read_legacy(content: mmap.mmap) -> Any:
         return _Machine(content, storage).load()
 
     if next_object() != _LEGACY_MAGIC or next_object() != _LEGACY_VERSION:
-        raise ValueError("it is no file of torch.save")
+        raise ValueError("torch.save did not write it")
     if not next_object()["little_endian"]:
         raise ValueError("its numbers are not little-endian")
     whole = next_object()
@@ -193,7 +219,7 @@ def _tensor(
 ) -> Tensor:  # rest: requires_grad, hooks, and the flags of complex numbers
     numbers = (offset, *size, *stride)
     if not isinstance(storage, Tensor) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError("a tensor of another shape than tensors have")
+        raise ValueError("a tensor whose shape is malformed")
     if len(size) > _MOST_DIMENSIONS or math.prod(size) > storage.numel() or any(rest[2:]):
         raise ValueError("a tensor claims more numbers than its storage has")
     return storage.as_strided(size, stride, offset)
@@ -201,7 +227,7 @@ def _tensor(
 
 def _parameter(data: Tensor, *_: Any) -> Tensor:
     if not isinstance(data, Tensor):
-        raise ValueError("a parameter that is no tensor")
+        raise ValueError("a parameter that is not a tensor")
     return data
 
 
@@ -226,14 +252,14 @@ def _scalar(dtype: np.dtype, content: bytes) -> Any:
 def _array(kind: Any, shape: Any, code: Any) -> np.ndarray:
     """An empty array, which is filled by ``_fill``."""
     if kind is not np.ndarray or shape != (0,):
-        raise ValueError("an array of another kind")
+        raise ValueError("an array that is not empty when it is made")
     return np.ndarray((0,), np.int8)
 
 
 def _fill(array: np.ndarray, state: Tuple) -> None:
     _, shape, dtype, _, content = state
     if type(content) is not bytes or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError("an array of something else than numbers")
+        raise ValueError("an array that holds something other than numbers")
     if math.prod(shape) * _checked(dtype).itemsize != len(content):
         raise ValueError(f"an array claims {math.prod(shape)} numbers")
     array.__setstate__(state)
@@ -241,7 +267,7 @@ def _fill(array: np.ndarray, state: Tuple) -> None:
 
 def _checked(dtype: Any) -> np.dtype:
     if not isinstance(dtype, np.dtype) or dtype.hasobject or dtype.names is not None:
-        raise ValueError("an array of something else than numbers")
+        raise ValueError("an array that holds something other than numbers")
     return dtype
 
 
@@ -319,7 +345,7 @@ _FUNCTIONS = (_tensor, _parameter, _encode, _array, _scalar)
 
 class _Instructions(Dict[int, Any]):
     def __missing__(self, code: int) -> Any:
-        raise pickle.UnpicklingError(f"the instruction {code:#04x}, which no checkpoint has")
+        raise pickle.UnpicklingError(f"the instruction {code:#04x}, which no checkpoint contains")
 
 
 _USED = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
@@ -359,17 +385,17 @@ class _Machine(pickle._Unpickler):  # type: ignore[name-defined]
             return _STAND_INS[module, name]
         if (module, name) not in FAIRSEQ_GLOBALS:
             raise ForbiddenGlobal(f"{module}.{name}")
-        found = getattr(importlib.import_module(local_module(module)), name)
+        found = getattr(importlib.import_module(_local_module(module)), name)
         if (module, name) in _OBJECTS:
             self._classes.add(found)
         return found
 
-    def persistent_load(self, about: Any) -> Tensor:
-        what, kind, key, _, count, *view = about
+    def persistent_load(self, identifier: Any) -> Tensor:
+        what, kind, key, _, count, *view = identifier
         if what != "storage" or not isinstance(kind, _Storage) or view not in ([], [None]):
-            raise ValueError("a storage of another kind")
+            raise ValueError("a malformed storage")
         if type(key) is not str or type(count) is not int or count < 0:
-            raise ValueError("a storage of another kind")
+            raise ValueError("a malformed storage")
         return self._storage(key, kind.dtype, count * _item_size(kind.dtype))
 
     def load_reduce(self) -> None:
@@ -399,11 +425,11 @@ class _Machine(pickle._Unpickler):  # type: ignore[name-defined]
             _fill(target, state)
         elif isinstance(target, np.dtype):
             if state[:1] + state[2:] != (3, None, None, None, -1, -1, 0):
-                raise ValueError("an array of something else than numbers")
+                raise ValueError("an array that holds something other than numbers")
             target.__setstate__(state)  # type: ignore[attr-defined]
         elif type(target) is OrderedDict or type(target) in self._classes:
             if type(state) is not dict or not all(type(key) is str for key in state):
-                raise ValueError("attributes of another kind")
+                raise ValueError("malformed attributes")
             # omegaconf's classes complete what an earlier version has written
             restore = getattr(target, "__setstate__", target.__dict__.update)
             restore(state)

@@ -10,7 +10,7 @@ import re
 import resource
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Mapping, Tuple
 
 import numpy as np
 
@@ -29,7 +29,15 @@ _BUILDING = 1 << 32  # bytes for building a model, beyond some times its weights
 
 
 class Refused(Exception):
-    """A configuration that asks for more than a model; what, is the message."""
+    """A configuration that asks for more than a model; what, is the message.
+
+    Attributes:
+        trustable: whether such models exist, so that who trusts the file may want to use it.
+    """
+
+    def __init__(self, message: str, trustable: bool = False) -> None:
+        super().__init__(message)
+        self.trustable = trustable
 
 
 class Plain:
@@ -45,7 +53,7 @@ class Plain:
         if isinstance(value, str):
             # references in them may multiply, or ask for the environment
             if "${" in value and not re.fullmatch(r"\$\{[\w.]+\}", value):
-                raise ValueError(f"{value!r} in its configuration"[:200])
+                raise ValueError(f"its configuration refers to {value!r}"[:200])
             return str(value)
         if isinstance(value, np.generic):
             return value.item()
@@ -62,7 +70,7 @@ class Plain:
         return value
 
 
-def refuse_code(arch: Any, config: Any, weights: Dict[str, Any]) -> None:
+def refuse_code(arch: Any, options: Dict[str, Any], weights: Mapping[str, Any]) -> None:
     """Refuse a configuration that makes fairseq run something, or more than the file is worth.
 
     Raises:
@@ -77,23 +85,22 @@ def refuse_code(arch: Any, config: Any, weights: Dict[str, Any]) -> None:
     module = getattr(model, "__module__", "")  # other modules' are this user's own
     if module.startswith("fairseq.") and not BUILDABLE.match(module):
         raise Refused(
-            f"building its architecture {arch} evaluates, or opens, what the file says. If you "
-            "know where this file comes from and trust it, --trust-checkpoint (in training "
-            "--teacher-trust-checkpoint) uses it all the same."
+            f"building its architecture {arch} evaluates, or opens, what the file says.",
+            trustable=True,
         )
-    for name, value in _fields(config):
+    for name, value in _fields(options):
         if isinstance(value, str) and EVALUATED.match(name) and not _is_literal(value):
             raise Refused(
                 f"its option {name} is {repr(value):.200}, which building the model would "
                 "execute. Nothing was executed."
             )
         if name.endswith("layers") and isinstance(value, int) and value > len(weights):
-            raise ValueError(f"its option {name} is {value}, and it has {len(weights)} weights")
+            raise ValueError(f"its option {name} is {value}, but it has {len(weights)} weights")
 
 
-def _fields(config: Any) -> Iterator[Tuple[str, Any]]:
+def _fields(options: Any) -> Iterator[Tuple[str, Any]]:
     """All fields of a configuration, and of those within it."""
-    parts = vars(config) if isinstance(config, Namespace) else config
+    parts = vars(options) if isinstance(options, Namespace) else options
     for name, value in parts.items():
         yield name, value
         if isinstance(value, (dict, Namespace)):
@@ -120,7 +127,7 @@ def _length(node: Any) -> int:
 
 
 @contextlib.contextmanager
-def bounded_memory(weights: Dict[str, Any]) -> Iterator[None]:
+def bounded_memory(weights: Mapping[str, Any]) -> Iterator[None]:
     """While a checkpoint's model is built: its configuration may claim any size."""
     size = sum(weight.numel() * weight.element_size() for weight in weights.values())
     before = None

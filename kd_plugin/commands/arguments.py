@@ -1,4 +1,4 @@
-"""What the commands share in reading arguments."""
+"""What the commands share: reading arguments, refusing flags, and how they end."""
 
 import argparse
 import errno
@@ -6,13 +6,15 @@ import io
 import logging
 import os
 import sys
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional
 
 import torch
 from fairseq import options as fairseq_options
 from fairseq import utils
 
-_LONGEST = 4000  # characters of a message
+from ..errors import Faults, UserError, out_of_memory, printable
+
+INTERRUPTED = 130  # exit code, as of shells
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -24,31 +26,38 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+# Parsing
+
+
 def run_like_fairseq(
     prog: str,
     make_parser: Callable[[], argparse.ArgumentParser],
-    run: Callable[[Any], Any],
+    run: Callable[[argparse.Namespace], None],
     arguments: Optional[List[str]],
 ) -> int:
-    """The whole of a command that takes fairseq's flags, too; its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    accept_user_dir(arguments)
-    options = parse_like_fairseq(make_parser(), arguments)
-    return exit_code(prog, lambda: run(options))
+    """Parse the arguments of a command that also takes fairseq's flags, and run it.
+
+    Args:
+        arguments: of the command line; None for ``sys.argv``.
+
+    Returns:
+        the exit code.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def work() -> None:
+        accept_user_dir(given)
+        run(parse_like_fairseq(make_parser(), given))
+
+    return exit_code(prog, work)
 
 
-def add_trust(add: Callable[..., Any], **options: Any) -> None:
-    add(
-        "--trust-checkpoint",
-        action="store_true",
-        help="open checkpoints with the full pickle machinery, which runs whatever code they ask "
-        "for",
-        **options,
-    )
+def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) -> argparse.Namespace:
+    """Parse fairseq's flags, the task's included; unlike fairseq's own, --help shows these, too.
 
-
-def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) -> Any:
-    """Also the arguments of the task; unlike fairseq's own, --help shows these, too."""
+    Raises:
+        UserError: fairseq refuses a flag, or cannot import --user-dir.
+    """
     help_wanted = {"-h", "--help"} & set(arguments)
     if help_wanted:
         for action in parser._actions:
@@ -62,7 +71,12 @@ def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) ->
             parser.exit()
 
     rest = [argument for argument in arguments if argument not in help_wanted]
-    return fairseq_options.parse_args_and_arch(parser, rest, modify_parser=modify)
+    try:
+        return fairseq_options.parse_args_and_arch(parser, rest, modify_parser=modify)
+    except FileNotFoundError as error:  # fairseq's has the path alone
+        raise UserError(f"--user-dir: no such folder: {error}") from error
+    except (ValueError, ImportError) as error:
+        raise UserError(f"fairseq refuses these arguments: {error}") from error
 
 
 def accept_user_dir(arguments: List[str]) -> None:
@@ -76,25 +90,59 @@ def accept_user_dir(arguments: List[str]) -> None:
         utils.import_user_module.memo = imported | {folder}
 
 
-def shard_of_process(options: Any) -> Tuple[int, int, int]:
-    """Number of shards, this one's, and the GPU: of the flags, or of torchrun or srun.
+def add_trust(add: Callable[..., Any], **options: Any) -> None:
+    add(
+        "--trust-checkpoint",
+        action="store_true",
+        help="open checkpoints with the full pickle machinery, which runs whatever code they ask "
+        "for",
+        **options,
+    )
+
+
+class Shard(NamedTuple):
+    """Which part of the work this process does, and on which GPU."""
+
+    num_shards: int
+    shard_id: int
+    device_id: int
+
+
+def shard_of_process(options: Any) -> Shard:
+    """The shard of fairseq's flags or, without them, the rank that torchrun or srun gives.
 
     A batch script that SLURM runs has no step; only what it starts with srun has.
+
+    Raises:
+        UserError: a rank in the environment is not a number.
     """
-    shards, shard, device = options.num_shards, options.shard_id, options.device_id
+    found = Shard(options.num_shards, options.shard_id, options.device_id)
     for names in (
         ("WORLD_SIZE", "RANK", "LOCAL_RANK"),
         ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     ):
-        if shards == 1 and all(name in os.environ for name in names):
-            shards, shard, device = [int(os.environ[name]) for name in names]
+        if found.num_shards == 1 and all(name in os.environ for name in names):
+            try:
+                found = Shard(*(int(os.environ[name]) for name in names))
+            except ValueError as error:
+                raise UserError(
+                    f"the environment's {', '.join(names)}: expected integers ({error})"
+                ) from None
     gpus = torch.cuda.device_count()
-    return shards, shard, device % gpus if gpus else 0
+    return found._replace(device_id=found.device_id % gpus if gpus else 0)
 
 
-def useless_for_decoding(options: Any) -> List[str]:
-    """What is wrong with flags of fairseq-generate that none of our commands can do."""
-    without = {
+# Refusing
+
+
+def refuse_unsupported(options: Any, faults: Faults) -> None:
+    """Note flags of ``fairseq-generate`` that our commands do not support, and impossible values.
+
+    Args:
+        options: parsed by fairseq's parser for generation.
+        faults: what is wrong is added.
+    """
+    unsupported = {
         "lm_path": None,
         "replace_unk": None,
         "constraints": None,
@@ -105,59 +153,84 @@ def useless_for_decoding(options: Any) -> List[str]:
         "results_path": None,
         "iter_decode_with_beam": 1,
     }
-    faults = [
-        f"--{name.replace('_', '-')} cannot be used here"
-        for name, default in without.items()
-        if getattr(options, name, default) not in (default, None)
-    ]
-    if getattr(options, "amp", False):
-        faults.append("--amp is for training: take --fp16, --bf16 or neither")
-    if len(utils.split_paths(options.data or "")) > 1:
-        faults.append("DATA: one folder, not several")
-    return faults
-
-
-def exit_code(prog: str, work: Callable[[], Any], goes_on: bool = True) -> int:
-    """Do a command's work; what can go wrong with a user's files and flags is one line.
-
-    Args:
-        goes_on: where it stopped, if it is run again.
-    """
-    _log_like_fairseq()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
-    try:
-        work()
-        return 0
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        message = str(error)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        kept = ". What is written is kept: run the same command again to go on."
-        message = f"{error}{kept if full and goes_on else ''}"
-    except MemoryError:
-        message = "there is not enough memory"
-    except KeyboardInterrupt:
-        advice = "run the same command again to go on" if goes_on else "interrupted"
-        print(f"{prog}: {advice}", file=sys.stderr)
-        return 130
-    print(f"{prog}: {_printable(message)}", file=sys.stderr)
-    return 1
-
-
-def _printable(text: str) -> str:
-    """What a file's content in a message could do to a terminal, escaped."""
-    text = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    for name, default in unsupported.items():
+        value = getattr(options, name, default)
+        faults.check(value in (default, None), f"{_flag(name)} cannot be used here")
+    faults.check(
+        not getattr(options, "amp", False), "--amp is for training: give --fp16, --bf16 or neither"
+    )
+    folders = utils.split_paths(options.data or "")
+    faults.check(len(folders) <= 1, "DATA: expected one folder, got several")
+    at_least(
+        *(options, faults, 1),
+        *("beam", "nbest", "max_tokens", "batch_size", "required_batch_size_multiple"),
     )
 
 
+def at_least(options: Any, faults: Faults, lowest: int, *names: str) -> None:
+    """Note which of these flags, unless None, are below ``lowest``."""
+    for name in names:
+        value = getattr(options, name, None)
+        faults.check(
+            value is None or value >= lowest, f"{_flag(name)} must be {lowest} or more, got {value}"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# Ending
+
+
+def exit_code(prog: str, work: Callable[[], Any], *, resumable: bool = True) -> int:
+    """Do a command's work; what a user can put right is told in one sentence on stderr.
+
+    Args:
+        work: raises ``UserError`` or ``OSError`` for what is wrong with files, flags or data.
+            Any other exception is a mistake of ours: it passes, so that Python shows its
+            traceback and exits with 1.
+        resumable: whether the same command, run again, goes on where it stopped.
+
+    Returns:
+        0, 1 after an error, 130 after Ctrl-C.
+    """
+    try:
+        _log_like_fairseq()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+        work()
+        return 0
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        if full and resumable:
+            message += ". What is written is kept: run the same command again to go on."
+    except (MemoryError, RuntimeError) as error:
+        reason = out_of_memory(error)
+        if reason is None:
+            raise
+        message = reason
+    except KeyboardInterrupt:
+        advice = "run the same command again to go on" if resumable else "interrupted"
+        print(f"{prog}: {advice}", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{prog}: {printable(message)}", file=sys.stderr)
+    return 1
+
+
 def _log_like_fairseq() -> None:
+    level = os.environ.get("LOGLEVEL", "INFO").upper()
+    if not isinstance(logging.getLevelName(level), int):
+        raise UserError(
+            f"LOGLEVEL={level}: expected DEBUG, INFO, WARNING, ERROR or CRITICAL in the environment"
+        )
     logging.basicConfig(
         format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
-        level=os.environ.get("LOGLEVEL", "INFO").upper(),
+        level=level,
         force=True,
     )
     for noisy in ("hydra", "fairseq.data.data_utils", "fairseq.tasks.fairseq_task"):

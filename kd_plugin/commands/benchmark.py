@@ -20,13 +20,12 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_f
 from tqdm import tqdm
 
 from .. import benchmark
-from ..criterion import KDLabelSmoothedCrossEntropyCriterionConfig
-from ..plan import CRITERION
+from ..checkpoints import DTYPES
+from ..flags import CRITERION, KDLabelSmoothedCrossEntropyCriterionConfig
 from ..tasks.translation import KDTranslationConfig
 from .arguments import Help, accept_user_dir, exit_code
 
 PROG = "fairseq-kd-benchmark"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -73,7 +72,7 @@ def _sizes(text: str) -> List[int]:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    return exit_code(PROG, lambda: run(arguments), goes_on=False)
+    return exit_code(PROG, lambda: run(arguments), resumable=False)
 
 
 def run(arguments: List[str]) -> None:

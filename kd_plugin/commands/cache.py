@@ -2,18 +2,16 @@
 
 import argparse
 import sys
-from typing import Any, Callable, List, Optional
+from typing import List, Optional
 
-import torch
 from fairseq import options as fairseq_options
-from fairseq import tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from omegaconf import open_dict
 
-from ..cache import CacheError, fill, summary_lines
-from ..files import FileError
-from ..teachers.run import TeacherError
-from .arguments import Help, add_trust, run_like_fairseq
+from .. import cache, decoding
+from ..cache import CacheError
+from ..checkpoints import parse_overrides
+from ..errors import Faults
+from .arguments import Help, add_trust, run_like_fairseq, shard_of_process
 
 PROG = "fairseq-kd-cache"
 
@@ -44,60 +42,25 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    temperatures = _temperatures(options.temperatures)
     _refuse(options)
     cfg = convert_namespace_to_omegaconf(options)
-    with open_dict(cfg):
-        cfg.task.teacher_checkpoint_path = cfg.common_eval.path
-        cfg.task.teacher_overrides = cfg.common_eval.model_overrides
-    utils.import_user_module(cfg.common)
-    task = _read(cfg.task.data, tasks.setup_task, cfg.task)
-
-    cuda = torch.cuda.is_available() and not cfg.common.cpu
-    if cuda:
-        torch.cuda.set_device(cfg.distributed_training.device_id)
-    dtype = torch.float32
-    if cfg.common.fp16 or cfg.common.bf16:
-        dtype = torch.float16 if cfg.common.fp16 else torch.bfloat16
-    if dtype == torch.float16 and not cuda:
-        raise TeacherError("--fp16 needs a GPU; on a CPU take --bf16 or neither")
-    teacher = task.open_teacher(torch.device("cuda" if cuda else "cpu"), dtype)
-
-    max_tokens, max_sentences = cfg.dataset.max_tokens, cfg.dataset.batch_size
-    if max_tokens is None and max_sentences is None:
-        max_tokens = 12000  # as fairseq-generate
-    about_teacher = teacher.describe()
-    for number, subset in enumerate(cfg.dataset.gen_subset.split(",")):
-        # as training reads it: together with train1, train2, ...
-        combine = subset == cfg.dataset.train_subset or (
-            subset == "valid" and cfg.dataset.combine_valid_subsets
+    shard = shard_of_process(options)
+    device, dtype = decoding.placement(cfg, shard.device_id)
+    max_tokens, max_sentences = decoding.batch_limits(cfg)
+    cache.make(
+        cache.Asked(
+            cfg=cfg,
+            folder=options.cache,
+            k=options.top_k,
+            temperatures=_temperatures(options.temperatures),
+            device=device,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            max_sentences=max_sentences,
+            num_shards=shard.num_shards,
+            shard_id=shard.shard_id,
         )
-        _read(cfg.task.data, task.load_dataset, subset, combine=combine)
-        if number == 0:
-            task.probe(teacher, subset)
-        complete, writer = fill(
-            task,
-            teacher,
-            subset,
-            options.cache,
-            options.top_k,
-            temperatures,
-            about_teacher,
-            max_tokens,
-            max_sentences,
-            cfg.dataset.num_workers,
-            cfg.dataset.num_shards,
-            cfg.dataset.shard_id,
-            combine,
-        )
-        if complete:
-            print("\n".join(summary_lines(writer.manifest(), writer.folder)), flush=True)
-        else:
-            print(
-                f"{writer.folder}: shard {writer.shards.shard_id} of {writer.shards.num_shards} "
-                "is done; the last one to end merges them",
-                flush=True,
-            )
+    )
 
 
 def _refuse(options: argparse.Namespace) -> None:
@@ -107,29 +70,27 @@ def _refuse(options: argparse.Namespace) -> None:
         "teacher_overrides": "--model-overrides",
         "teacher_cache": "--cache",
     }
-    faults = [
-        f"instead of --{name.replace('_', '-')} give {flag}"
-        for name, flag in instead.items()
-        if getattr(options, name, None) not in (None, "{}")
-    ]
-    if not options.path:
-        faults.append("--path: expected the teacher's checkpoint, or several with ':' between")
-    if options.task != "kd_translation":
-        faults.append("--task must be kd_translation, whatever the teacher was trained with")
-    if getattr(options, "amp", False):
-        faults.append("--amp is for training: take --fp16, --bf16 or neither")
-    if faults:
-        raise CacheError("; ".join(faults))
-
-
-def _read(data: str, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-    """What fairseq raises when the data is not what it expects is a bare Exception or worse."""
-    try:
-        return work(*arguments, **more)
-    except FileError:
-        raise
-    except Exception as error:
-        raise CacheError(f"{data}: the data cannot be read: {error or repr(error)}") from error
+    faults = Faults()
+    for name, flag in instead.items():
+        faults.check(
+            getattr(options, name, None) in (None, "{}"),
+            f"instead of --{name.replace('_', '-')} give {flag}",
+        )
+    faults.check(
+        options.path, "--path: expected the teacher's checkpoint, or several with ':' between"
+    )
+    faults.check(
+        options.task == "kd_translation",
+        "--task must be kd_translation, whatever the teacher was trained with",
+    )
+    faults.check(
+        not getattr(options, "amp", False), "--amp is for training: give --fp16, --bf16 or neither"
+    )
+    with faults.collecting():
+        parse_overrides(options.model_overrides, "--model-overrides")
+    with faults.collecting():
+        _temperatures(options.temperatures)
+    faults.raise_if_any(CacheError)
 
 
 def _temperatures(text: str) -> List[float]:

@@ -18,16 +18,18 @@ from fairseq import utils
 from fairseq.data import Dictionary, data_utils
 from sentencepiece import SentencePieceProcessor
 
-from ..checkpoints.checkpoint import average, digest, get, read_checkpoint, section
+from ..checkpoints import Checkpoint, Role, average, count_parameters, digest
 from ..decoding import DataBin
-from ..export import models as export
+from ..export import ctranslate2 as to_ctranslate2
+from ..export import fairseq as to_fairseq
 from ..export import verify as verification
-from ..export.models import RECORD, ExportError
+from ..export.ctranslate2 import QUANTIZATIONS, RECORD
+from ..export.fairseq import ExportError
 from ..files import temporary, write_json
-from ..teachers.run import find_dictionaries
 from .arguments import Help, add_trust, exit_code
 
 PROG = "fairseq-kd-export"
+ROLE = Role("model", "--trust-checkpoint", "--data")
 logger = logging.getLogger("kd_plugin.export")
 
 
@@ -45,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--format", default="fairseq", choices=("fairseq", "ctranslate2"), help="whose it will be")
     add(
         "--quantization",
-        choices=export.QUANTIZATIONS,
+        choices=QUANTIZATIONS,
         help="of CTranslate2's weights (default: float32)",
     )
     add(
@@ -95,32 +97,32 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     options = make_parser().parse_args(arguments)
-    return exit_code(PROG, lambda: run(options), goes_on=False)
+    return exit_code(PROG, lambda: run(options), resumable=False)
 
 
 def run(options: argparse.Namespace) -> None:
     paths: List[str] = utils.split_paths(options.path)
     output = Path(options.output)
     _refuse(options, paths, output)
-    path = paths[-1]
-    states = [read_checkpoint(name, options.trust_checkpoint) for name in paths]
-    state = states[-1]
-    to_ctranslate2 = options.format == "ctranslate2"
-    if to_ctranslate2:
-        export.check_ctranslate2(path, state)
-    if options.average:
-        state = {**state, "model": average(states)}
-        logger.info(f"averaged {len(states)} checkpoints")
-    langs = _languages(options, path, state)
-    data, source, target = _dictionaries(options, path, state, langs)
-    stock = export.stock_state(path, state, source, target, langs)
+    if len(paths) > 1:
+        checkpoint = average(paths, ROLE, options.trust_checkpoint)
+        logger.info(f"averaged {len(paths)} checkpoints")
+    else:
+        checkpoint = Checkpoint.open(paths[0], ROLE, options.trust_checkpoint)
+    if options.format == "ctranslate2":
+        to_ctranslate2.check(checkpoint)
+    langs = _languages(options, checkpoint)
+    data, source, target = _dictionaries(options, checkpoint, langs)
+    stock = to_fairseq.stock_state(checkpoint, source, target, langs)
     if options.max_positions:
-        stock = export.shortened(stock, options.max_positions)
-    with _text(options, path, data, stock) as text, _replacing(output, options.overwrite) as new:
-        if to_ctranslate2:
-            record = _write_ctranslate2(options, paths, state, stock, text, new)
+        stock = to_fairseq.shortened(stock, options.max_positions)
+    with _text(options, checkpoint, data, stock) as text, _replacing(
+        output, options.overwrite
+    ) as new:
+        if options.format == "ctranslate2":
+            record = _write_ctranslate2(options, paths, checkpoint, stock, text, new)
         else:
-            record = _write_stock(options, path, state, stock, text, new)
+            record = _write_stock(options, checkpoint, stock, text, new)
     if text is None:
         logger.warning(f"{output} is UNVERIFIED: nobody has compared it with {options.path}")
     print("\n".join([f"exported {output}", *record]), flush=True)
@@ -174,36 +176,35 @@ def _refuse(options: argparse.Namespace, paths: List[str], output: Path) -> None
         raise ExportError("; ".join(faults))
 
 
-def _languages(options: argparse.Namespace, path: str, state: Dict[str, Any]) -> Tuple[str, str]:
-    found = export.languages(state)
+def _languages(options: argparse.Namespace, checkpoint: Checkpoint) -> Tuple[str, str]:
+    found = checkpoint.languages
     if not all(found):  # fairseq-train had them from the data's file names, and told nobody
-        folders = utils.split_paths(options.data or get(section(state, "task"), "data") or "")
-        if folders and os.path.isdir(folders[0]):
-            found = data_utils.infer_language_pair(folders[0])
-    langs = options.source_lang or found[0], options.target_lang or found[1]
-    if not all(langs):
-        raise ExportError(f"{path} names no languages: say --source-lang and --target-lang")
-    return langs
+        folder = options.data or checkpoint.data
+        if folder and os.path.isdir(folder):
+            found = data_utils.infer_language_pair(folder)
+    source, target = options.source_lang or found[0], options.target_lang or found[1]
+    if not (source and target):
+        raise ExportError(f"{checkpoint} names no languages: say --source-lang and --target-lang")
+    return source, target
 
 
 def _dictionaries(
-    options: argparse.Namespace, path: str, state: Dict[str, Any], langs: Tuple[str, str]
+    options: argparse.Namespace, checkpoint: Checkpoint, langs: Tuple[str, str]
 ) -> Tuple[Optional[DataBin], Dictionary, Dictionary]:
     """The data to verify on, if there are any, and the model's dictionaries."""
-    found = find_dictionaries(path, state, *langs)
+    found = checkpoint.dictionaries(langs)
     data = None
-    named = utils.split_paths(get(section(state, "task"), "data") or "")
     if options.data:
         data = DataBin(options.data, *langs)
-    elif named and not options.no_verify:
+    elif checkpoint.data and not options.no_verify:
         # what is missing there is told when it is needed
         with contextlib.suppress(ValueError):
-            data = DataBin(named[0], *langs)
+            data = DataBin(checkpoint.data, *langs)
     if found is None:
         if data is None:
             raise ExportError(
                 "{}: its dictionaries were found nowhere; --data DIR names a folder with "
-                "dict.{}.txt and dict.{}.txt".format(path, *langs)
+                "dict.{}.txt and dict.{}.txt".format(checkpoint, *langs)
             )
         return data, data.source, data.target
     source, target, origin = found
@@ -211,16 +212,19 @@ def _dictionaries(
         for lang, mine, other in zip(langs, (source, target), (data.source, data.target)):
             if mine.symbols != other.symbols:
                 raise ExportError(
-                    f"{path}: dict.{lang}.txt in {data.folder} ({len(other)} symbols) is not the "
-                    f"model's, {origin} ({len(mine)} symbols); --data names a data-bin that was "
-                    "made with the model's dictionaries"
+                    f"{checkpoint}: dict.{lang}.txt in {data.folder} ({len(other)} symbols) is not "
+                    f"the model's, {origin} ({len(mine)} symbols); --data names a data-bin "
+                    "that was made with the model's dictionaries"
                 )
     return data, source, target
 
 
 @contextlib.contextmanager
 def _text(
-    options: argparse.Namespace, path: str, data: Optional[DataBin], stock: Dict[str, Any]
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    data: Optional[DataBin],
+    stock: Dict[str, Any],
 ) -> Iterator[Optional[verification.Text]]:
     """The sentences to verify on; None if that is not wanted."""
     if options.no_verify:
@@ -228,8 +232,8 @@ def _text(
         return
     if data is None:
         raise ExportError(
-            f"no data to prove the export on: {path} names no data-bin that is there. --data DIR "
-            "names one; --no-verify exports without a proof"
+            f"no data to prove the export on: {checkpoint} names no data-bin that is there. "
+            "--data DIR names one; --no-verify exports without a proof"
         )
     count = options.verify_sentences
     if count is None:
@@ -258,7 +262,7 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield new
         if output.exists() and not overwrite:
-            raise ExportError(f"{output} has come into being meanwhile")
+            raise ExportError(f"{output} already exists: another process has made it")
         if output.is_dir():
             old = temporary(output)
             os.replace(output, old)
@@ -274,7 +278,7 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _size(stock: Dict[str, Any], files: List[Path]) -> str:
-    total, rest = export.parameters(stock)
+    total, rest = count_parameters(stock["model"])
     return (
         f"| {total:,} parameters, {rest:,} without embeddings, "
         f"{sum((file.stat().st_size for file in files)):,} bytes"
@@ -283,16 +287,15 @@ def _size(stock: Dict[str, Any], files: List[Path]) -> str:
 
 def _write_stock(
     options: argparse.Namespace,
-    path: str,
-    state: Dict[str, Any],
+    checkpoint: Checkpoint,
     stock: Dict[str, Any],
     text: Optional[verification.Text],
     new: Path,
 ) -> List[str]:
-    export.write(stock, new)
+    to_fairseq.write(stock, new)
     lines = [_size(stock, [new])]
     if text is not None:
-        difference = verification.compare_with_stock(path, state, text, new, options.beam)
+        difference = verification.compare_with_stock(checkpoint, text, new, options.beam)
         lines.append(
             f"| verified in stock fairseq: {text.sentences} sentences of {options.gen_subset} "
             f"translated the same (beam {options.beam}), scores within {difference:.1g} per token"
@@ -303,24 +306,24 @@ def _write_stock(
 def _write_ctranslate2(
     options: argparse.Namespace,
     paths: List[str],
-    state: Dict[str, Any],
+    checkpoint: Checkpoint,
     stock: Dict[str, Any],
     text: Optional[verification.Text],
     new: Path,
 ) -> List[str]:
     import ctranslate2
 
-    path, quantization = paths[-1], options.quantization or "float32"
-    logger.info(f"converting {path} to {quantization}")
-    export.convert(path, stock, new, quantization)
+    quantization = options.quantization or "float32"
+    logger.info(f"converting {checkpoint} to {quantization}")
+    to_ctranslate2.convert(checkpoint, stock, new, quantization)
     if options.spm:
         shutil.copyfile(options.spm, str(new / "spm.model"))
     task = stock["cfg"]["task"]
     langs = task["source_lang"], task["target_lang"]
-    readme = export.readme(langs, quantization, bool(options.spm), RECORD)
+    readme = to_ctranslate2.readme(langs, quantization, bool(options.spm), RECORD)
     (new / "README.md").write_text(readme, encoding="utf-8")
     lines = [_size(stock, sorted(new.iterdir()))]
-    total, rest = export.parameters(stock)
+    total, rest = count_parameters(stock["model"])
     positions = _max_positions(stock)
     record: Dict[str, Any] = {
         "source_lang": langs[0],
@@ -337,7 +340,7 @@ def _write_ctranslate2(
     }
     if text is not None:
         found = verification.compare_with_ctranslate2(
-            *(path, state, stock, text, new, quantization, options.beam, _detokenise(options))
+            *(checkpoint, stock, text, new, quantization, options.beam, _detokenise(options))
         )
         found.update(subset=text.subset, beam=options.beam, remove_bpe=_symbol(options))
         record["verification"] = found

@@ -14,8 +14,8 @@ from fairseq import options as fairseq_options
 from sacrebleu.metrics import BLEU
 
 from .. import report
-from ..files import FileError
-from .arguments import Help, add_trust, run_like_fairseq, useless_for_decoding
+from ..errors import Faults, UserError
+from .arguments import Help, add_trust, at_least, refuse_unsupported, run_like_fairseq
 
 PROG = "fairseq-kd-report"
 
@@ -101,6 +101,8 @@ def run(options: argparse.Namespace) -> None:
             models=models,
             teacher=report.pick(models, options.teacher, "--teacher", ("teacher",)),
             baseline=report.pick(models, options.baseline, "--baseline", ("baseline", "plain")),
+            options=options,
+            output=options.output,
             beam=options.beam,
             greedy=options.greedy,
             repeats=options.repeats,
@@ -111,49 +113,43 @@ def run(options: argparse.Namespace) -> None:
             logs=report.named(options.logs, "--logs", "FILE"),
             examples=options.examples,
             trust=options.trust_checkpoint,
-        ),
-        options,
-        options.output,
-        options.overwrite,
+            overwrite=options.overwrite,
+        )
     )
     print(report.summary(made), flush=True)
     print(f"The report is {os.path.join(options.output, 'report.html')}", flush=True)
     failed = [model["name"] for model in made["models"] if model["error"]]
     if failed:
-        raise FileError(
+        raise UserError(
             f"{len(failed)} of {len(models)} models failed ({', '.join(failed)}); the report says "
             "why"
         )
 
 
 def _refuse(options: Any) -> None:
-    faults = useless_for_decoding(options)
-    if options.path:
-        faults.append(f"instead of --path give --models NAME={options.path}")
-    if options.nbest != 1:
-        faults.append("--nbest: the likeliest translation is what is judged")
-    for flag in ("repeats", "beam"):
-        if getattr(options, flag) < 1:
-            faults.append(f"--{flag} must be 1 or more")
-    if options.examples < 0:
-        faults.append("--examples must be 0 or more")
-    if options.significance_samples is not None and options.significance_samples < 1:
-        faults.append("--significance-samples must be 1 or more")
-    if options.task != "translation":
-        faults.append("--task must be translation, whatever the models were trained with")
-    if options.model_overrides not in (None, "{}"):
-        faults.append("--model-overrides cannot be used here")
+    faults = Faults()
+    refuse_unsupported(options, faults)
+    faults.check(not options.path, f"instead of --path give --models NAME={options.path}")
+    faults.check(options.nbest <= 1, "--nbest: only the best translation is judged")
+    at_least(options, faults, 1, "repeats", "significance_samples")
+    at_least(options, faults, 0, "examples")
+    faults.check(
+        options.task == "translation",
+        "--task must be translation, whatever the models were trained with",
+    )
+    faults.check(options.model_overrides in (None, "{}"), "--model-overrides cannot be used here")
     try:
         BLEU(tokenize=options.bleu_tokenize)
     except (KeyError, RuntimeError, ImportError) as error:
-        faults.append(
+        faults.add(
             f"--bleu-tokenize {options.bleu_tokenize}: expected one of "
             f"{', '.join(BLEU.TOKENIZERS)} ({' '.join(str(error).split())})"
         )
-    if options.reference and not os.path.isfile(options.reference):
-        faults.append(f"--reference {options.reference}: no such file")
-    if faults:
-        raise FileError("; ".join(faults))
+    faults.check(
+        options.reference is None or os.path.isfile(options.reference),
+        f"--reference {options.reference}: no such file",
+    )
+    faults.raise_if_any()
 
 
 if __name__ == "__main__":

@@ -13,12 +13,23 @@ from fairseq.data import data_utils
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import DictConfig
 
-from ..checkpoints.checkpoint import digest
+from ..checkpoints import digest
 from ..files import FileError, temporary
 from . import databin
 from .databin import DataBin
 
+# Of a batch, where neither --max-tokens nor --batch-size is given; as fairseq-generate
+DEFAULT_MAX_TOKENS = 12000
+
 logger = logging.getLogger(__name__)
+
+
+def batch_limits(cfg: Any) -> Tuple[Optional[int], Optional[int]]:
+    """Most tokens and most sentences of a batch that fairseq's configuration asks for."""
+    max_tokens, max_sentences = cfg.dataset.max_tokens, cfg.dataset.batch_size
+    if max_tokens is None and max_sentences is None:
+        max_tokens = DEFAULT_MAX_TOKENS
+    return max_tokens, max_sentences
 
 
 class Corpus(NamedTuple):
@@ -56,6 +67,12 @@ class Corpus(NamedTuple):
                 f"{', '.join(more)} with it: binarise them into one, or run again with "
                 f"--gen-subset {more[0]} and another --output"
             )
+        if references is not None and len(references) != len(source):
+            raise FileError(
+                f"{data.folder}: {subset} has {len(source)} sentences in {data.langs[0]} and "
+                f"{len(references)} in {data.langs[1]}: binarise both sides again, from files with "
+                "as many lines"
+            )
         if isinstance(task, TranslationTask) and references is not None:
             task.load_dataset(subset)
             dataset = task.dataset(subset)
@@ -66,7 +83,13 @@ class Corpus(NamedTuple):
 
     @classmethod
     def of_text(
-        cls, task: Any, data: DataBin, text: str, to_subwords: Callable[[str], str], prefix: Path
+        cls,
+        task: Any,
+        data: DataBin,
+        text: str,
+        *,
+        to_subwords: Callable[[str], str],
+        prefix: Path,
     ) -> "Corpus":
         """Source sentences, one per line.
 
@@ -102,7 +125,7 @@ def _binarise(
                 writer.add(tokens)
                 unknown += int(tokens.eq(data.source.unk()).sum())
         if writer.sentences == 0:
-            raise FileError(f"--source-text {text}: it has no line")
+            raise FileError(f"--source-text {text}: expected at least one line, found none")
         databin.warn_of_unknown(unknown, writer.tokens, text)
         writer.close()
         for end in (".bin", ".idx"):  # without the second one there is none
@@ -146,18 +169,20 @@ def plan(
     task: Any,
     corpus: Corpus,
     max_positions: Sequence[Any],
-    max_tokens: Optional[int],
-    max_sentences: Optional[int],
-    required_multiple: int,
-    seed: int,
+    *,
+    max_tokens: Optional[int] = None,
+    max_sentences: Optional[int] = None,
+    required_multiple: int = 1,
+    seed: int = 1,
 ) -> List[np.ndarray]:
     """The batches of fairseq-generate, in its order; sentences that are too long are left out.
 
     Args:
         max_positions: of each model.
+        max_tokens, max_sentences: most of a batch.
 
     Raises:
-        FileError: one is longer than a batch may be, or fairseq leaves out others, too.
+        FileError: a sentence is longer than a batch may be, or fairseq leaves out others, too.
     """
     limits = utils.resolve_max_positions(task.max_positions(), *max_positions)
     # a column for the source, and one for references if the dataset has them
@@ -193,7 +218,7 @@ def plan(
 def describe(
     data: DataBin, subset: str, source_text: Optional[str], task_cfg: Any
 ) -> Dict[str, Any]:
-    """What hypotheses depend on, of the data: contents, not paths."""
+    """What hypotheses depend on in the data: contents, not paths."""
     names = {path.name: path for path in data.dictionary_files()}
     if source_text is None:
         names.update({path.name: path for path in data.splits().get(subset, [])})
@@ -212,7 +237,7 @@ def describe(
 
 
 def describe_text(cfg: Any) -> Dict[str, Any]:
-    """How text and subwords hang together: of models, contents, not paths."""
+    """What turns text into subwords and back: contents of models, not their paths."""
     found: Dict[str, Any] = {"remove_bpe": cfg.common_eval.post_process}
     for name in ("bpe", "tokenizer"):
         part = cfg[name]

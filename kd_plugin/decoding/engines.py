@@ -6,9 +6,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Deque, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
+import torch
 from fairseq import utils
 from torch import Tensor
 
+from ..errors import UserError
 from ..files import FileError
 
 
@@ -22,6 +24,15 @@ class Hypothesis(NamedTuple):
 
 # Of one batch: the n best of each sentence, by its id
 NBest = Dict[int, List[Hypothesis]]
+
+
+def threads() -> int:
+    """Threads that torch computes with (``OMP_NUM_THREADS`` sets them), at most one per core."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS, Windows
+        cores = os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), cores))
 
 
 class FairseqEngine:
@@ -39,7 +50,10 @@ class FairseqEngine:
         self.task, self.models, self.generation, self.seed = task, models, generation, seed
         self.cuda = next(models[0].parameters()).is_cuda
         more = {"lm_model": None, "lm_weight": generation.lm_weight}
-        self.generator = task.build_generator(models, generation, extra_gen_cls_kwargs=more)
+        try:
+            self.generator = task.build_generator(models, generation, extra_gen_cls_kwargs=more)
+        except (ValueError, AssertionError) as error:
+            raise _refused("fairseq's generator", error) from error
         strip = getattr(self.generator, "symbols_to_strip_from_output", {self.generator.eos})
         self.strip = {*strip, self.generator.eos, task.target_dictionary.bos()}
 
@@ -47,7 +61,7 @@ class FairseqEngine:
         """The n-best lists of collated batches, one after the other.
 
         Raises:
-            RuntimeError: for some sentence the models give no probabilities.
+            UserError: for some sentence the models give no probabilities.
         """
         for sample in batches:
             if self.generation.sampling:
@@ -60,6 +74,8 @@ class FairseqEngine:
                 found = self.task.inference_step(self.generator, self.models, sample)
             except AssertionError as error:  # of a sentence that no symbol has a probability for
                 raise _no_translation(ids, f"fairseq's generator: {error}") from error
+            except ValueError as error:  # of flags that it looks at only now
+                raise _refused("fairseq's generator", error) from error
             yield {
                 i: [self._read(one, longest) for one in nbest[: self.generation.nbest]]
                 for i, nbest in zip(ids, found)
@@ -74,12 +90,14 @@ class FairseqEngine:
 
     def _read(self, found: Dict[str, Any], longest: int) -> Hypothesis:
         tokens, symbols = found["tokens"].tolist(), self.task.target_dictionary.symbols
-        words = [symbols[token] for token in tokens if token not in self.strip]
-        return Hypothesis(" ".join(words), float(found["score"]), len(tokens) <= longest)
+        subwords = [symbols[token] for token in tokens if token not in self.strip]
+        return Hypothesis(" ".join(subwords), float(found["score"]), len(tokens) <= longest)
 
 
 class CTranslate2Engine:
     """CTranslate2, as many batches at a time as there are workers.
+
+    On a CPU there are as many workers as fairseq would have threads, so that speeds compare.
 
     Args:
         task: a translation task with the teacher's dictionaries.
@@ -95,8 +113,9 @@ class CTranslate2Engine:
         task: Any,
         model: Path,
         generation: Any,
+        *,
         device: str,
-        device_index: int,
+        device_index: int = 0,
         compute_type: str,
         max_positions: int,
     ) -> None:
@@ -104,8 +123,8 @@ class CTranslate2Engine:
 
         self.task, self.generation, self.max_positions = task, generation, max_positions
         cpu = device == "cpu"
-        # A CPU does more with a single-threaded worker per core, and with what fits its caches
-        self.workers = len(os.sched_getaffinity(0)) if cpu else 1
+        # a CPU does more with a single-threaded worker per core, and with what fits its caches
+        self.workers = threads() if cpu else 1
         self.split = {"max_batch_size": 512, "batch_type": "tokens"} if cpu else {}
         try:
             self.translator = ctranslate2.Translator(
@@ -147,19 +166,22 @@ class CTranslate2Engine:
                 "sampling_topp": g.sampling_topp if g.sampling_topp > 0 else 1.0,
                 "sampling_temperature": g.temperature,
             }
-        return self.translator.translate_batch(
-            sources,
-            asynchronous=True,
-            return_scores=True,
-            return_end_token=True,
-            length_penalty=0 if g.unnormalized else g.lenpen,
-            no_repeat_ngram_size=g.no_repeat_ngram_size,
-            max_decoding_length=longest + 1,
-            min_decoding_length=max(g.min_len, 1),
-            max_input_length=0,
-            **self.split,
-            **how,
-        )
+        try:
+            return self.translator.translate_batch(
+                sources,
+                asynchronous=True,
+                return_scores=True,
+                return_end_token=True,
+                length_penalty=0 if g.unnormalized else g.lenpen,
+                no_repeat_ngram_size=g.no_repeat_ngram_size,
+                max_decoding_length=longest + 1,
+                min_decoding_length=max(g.min_len, 1),
+                max_input_length=0,
+                **self.split,
+                **how,
+            )
+        except ValueError as error:
+            raise _refused("CTranslate2", error) from error
 
     def _end(self, ids: List[int], results: Sequence[Any]) -> NBest:
         dictionary = self.task.target_dictionary
@@ -181,9 +203,14 @@ class CTranslate2Engine:
         return found
 
 
-def _no_translation(ids: Sequence[int], why: str) -> RuntimeError:
+def _refused(engine: str, error: Exception) -> FileError:
+    """The error of flags that contradict each other, in the words of what decodes."""
+    return FileError(f"{engine} refuses the flags of the search: {error}")
+
+
+def _no_translation(ids: Sequence[int], why: str) -> UserError:
     """The error of a model that finds nothing probable, though any sentence has a likeliest one."""
-    return RuntimeError(
+    return UserError(
         "no translation with any probability for one or more of the sentences with ids "
         f"{sorted(ids)} ({why}): the model gives NaN or inf there, or can never end a sentence. "
         "Try a wider precision (without --fp16 or --compute-type)."

@@ -1,16 +1,15 @@
-"""Teachers that translate: any task, any vocabulary, checked against the data they will read."""
+"""Models that translate: any task, any vocabulary, checked against the data they will read."""
 
 import logging
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from fairseq import tasks
-from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationTask
 
-from ..checkpoints import checkpoint
+from ..checkpoints import DTYPES, Checkpoint, Role, VocabularyError
+from ..checkpoints.dictionaries import difference
 from ..files import FileError
-from ..teachers.run import TeacherError, build_model, check_sizes, find_dictionaries
 
 logger = logging.getLogger(__name__)
 
@@ -19,17 +18,15 @@ def placement(cfg: Any, device_id: int) -> Tuple[torch.device, torch.dtype]:
     """Where fairseq's flags have models run, and in which precision.
 
     Raises:
-        FileError: in one that the device has not.
+        FileError: in one that the device does not have.
     """
     cuda = torch.cuda.is_available() and not cfg.common.cpu
     if cfg.common.fp16 and not cuda:
         raise FileError("--fp16 needs a GPU; on a CPU take --bf16 or neither")
     if cuda:
         torch.cuda.set_device(device_id)
-    dtype = torch.float32
-    if cfg.common.fp16 or cfg.common.bf16:
-        dtype = torch.float16 if cfg.common.fp16 else torch.bfloat16
-    return torch.device("cuda", device_id) if cuda else torch.device("cpu"), dtype
+    precision = "fp16" if cfg.common.fp16 else "bf16" if cfg.common.bf16 else "fp32"
+    return torch.device("cuda", device_id) if cuda else torch.device("cpu"), DTYPES[precision]
 
 
 def set_up_task(cfg: Any) -> Any:
@@ -60,73 +57,65 @@ _TO_DISTIL = (
 )
 
 
-def read_teachers(
+def open_checkpoints(
     paths: Sequence[str],
     task: Any,
-    overrides: Dict[str, Any],
-    trust: bool,
+    role: Role,
+    *,
+    overrides: Optional[Mapping[str, Any]] = None,
+    trust: bool = False,
     otherwise: str = _TO_DISTIL,
-) -> List[Tuple[str, Dict[str, Any]]]:
-    """Read checkpoints whose dictionaries are the task's.
+) -> List[Checkpoint]:
+    """Open checkpoints whose dictionaries must be the task's.
 
     Args:
-        otherwise: what to do if they are not.
+        task: that has read the data.
+        role: what they are, for messages.
+        overrides: options of their models to change; may name their languages otherwise.
+        trust: open them with the full pickle machinery.
+        otherwise: what to do if the dictionaries are others.
 
     Raises:
-        TeacherError: they are not; CheckpointError: a file cannot be read.
+        VocabularyError: they are; CheckpointError: a file cannot be used.
     """
     found = []
     for path in paths:
-        state = checkpoint.read_checkpoint(path, trust)
+        checkpoint = Checkpoint.open(path, role, trust)
         # other tasks add language symbols to the dictionaries' files
         if isinstance(task, TranslationTask):
-            _check_dictionaries(path, state, task, overrides, otherwise)
-        found.append((path, state))
+            _check_dictionaries(checkpoint, task, overrides or {}, otherwise)
+        found.append(checkpoint)
     return found
 
 
 def _check_dictionaries(
-    path: str, state: Dict[str, Any], task: Any, overrides: Dict[str, Any], otherwise: str
+    checkpoint: Checkpoint, task: Any, overrides: Mapping[str, Any], otherwise: str
 ) -> None:
     langs = (task.cfg.source_lang, task.cfg.target_lang)
-    trained = checkpoint.section(state, "task")
-    theirs = [
-        overrides.get(key, checkpoint.get(trained, key)) for key in ("source_lang", "target_lang")
-    ]
-    if theirs == [langs[1], langs[0]]:
+    theirs = checkpoint.languages_with(overrides)
+    if theirs == langs[::-1]:
         logger.warning(
-            "teacher {} WAS TRAINED TO TRANSLATE FROM {} TO {}, not from {} to {}: if that is not "
-            "meant, swap --source-lang and --target-lang".format(path, *theirs, *langs)
+            "{} WAS TRAINED TO TRANSLATE FROM {} TO {}, not from {} to {}: if that is not "
+            "meant, swap --source-lang and --target-lang".format(checkpoint, *theirs, *langs)
         )
     ours = (task.source_dictionary, task.target_dictionary)
-    found = find_dictionaries(path, state, *langs, overrides=overrides)
-    if found is None:
-        check_sizes(path, state, *ours, "of the data")
-        return
-    for side, mine, theirs in zip(("source", "target"), ours, found):
-        different = _differing(mine, theirs)
+    found = checkpoint.dictionaries(langs, overrides=overrides, otherwise=("data", *ours))
+    assert found is not None  # there are the data's
+    for side, mine, own in zip(("source", "target"), ours, found):
+        different = difference(mine, own)
         if different:
-            raise TeacherError(
-                f"teacher {path}: its {side} dictionary ({found[2]}, {len(theirs)} symbols) is "
+            raise VocabularyError(
+                f"{checkpoint}: its {side} dictionary ({found.origin}, {len(own)} symbols) is "
                 f"not the data's ({len(mine)} symbols); {different}. {otherwise} If the "
                 "dictionaries found are not its own, put those beside the checkpoint."
             )
-    check_sizes(path, state, *ours, "of the data")
+    checkpoint.check_sizes(found)
 
 
-def _differing(mine: Dictionary, theirs: Dictionary) -> str:
-    if mine.symbols == theirs.symbols:
-        return ""
-    for i, (a, b) in enumerate(zip(mine.symbols, theirs.symbols)):
-        if a != b:
-            return f"number {i} is {a!r} in the data and {b!r} there"
-    return "one is the beginning of the other"
-
-
-def build_teachers(
-    states: Sequence[Tuple[str, Dict[str, Any]]],
+def build_models(
+    checkpoints: Sequence[Checkpoint],
     task: Any,
-    overrides: Dict[str, Any],
+    overrides: Mapping[str, Any],
     cfg: Any,
     device: torch.device,
     dtype: torch.dtype,
@@ -137,9 +126,8 @@ def build_teachers(
     symbols into one matrix product only then, and decoding takes a third longer otherwise.
     """
     models = []
-    for path, state in states:
-        model = build_model(path, state, task, overrides)
-        model = model.to(device=device, dtype=dtype)
+    for checkpoint in checkpoints:
+        model = checkpoint.build(task, overrides).to(device=device, dtype=dtype)
         model.prepare_for_inference_(cfg)
         models.append(model)
     return models

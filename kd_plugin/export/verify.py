@@ -12,14 +12,15 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tu
 
 import torch
 from fairseq.dataclass.configs import GenerationConfig
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 from sacrebleu.metrics import BLEU
 
 from .. import decoding
+from ..checkpoints import Checkpoint, translation_task
 from ..decoding import databin
 from ..files import FileError, passing_folder
-from .models import ExportError, convert
+from .ctranslate2 import convert
+from .fairseq import ExportError
 
 logger = logging.getLogger(__name__)
 
@@ -80,26 +81,21 @@ class Text(NamedTuple):
             for i in range(min(len(side), sentences or len(side))):
                 writer.add(side[i])
             writer.close()
-        task = TranslationTask(
-            TranslationConfig(
-                data=str(folder),
-                source_lang=data.langs[0],
-                target_lang=data.langs[1],
-                left_pad_source=True,
-                left_pad_target=False,
-                max_source_positions=max_positions[0],
-                max_target_positions=max_positions[1],
-                train_subset="train",
-                dataset_impl=None,
-                required_seq_len_multiple=1,
-            ),
-            data.source,
-            data.target,
+        task = translation_task(
+            *(data.source, data.target, max_positions),
+            data=str(folder),
+            source_lang=data.langs[0],
+            target_lang=data.langs[1],
+            left_pad_source=True,
+            left_pad_target=False,
+            train_subset="train",
+            dataset_impl=None,
+            required_seq_len_multiple=1,
         )
         if data.side(subset, data.langs[0]) is None:
             decoding.Corpus.of_subset(task, data, subset)  # names what there is
         corpus = decoding.Corpus.of_subset(task, decoding.DataBin(str(folder), *data.langs), subset)
-        batches = decoding.plan(task, corpus, [max_positions], _MAX_TOKENS, None, 1, 1)
+        batches = decoding.plan(task, corpus, [max_positions], max_tokens=_MAX_TOKENS)
         if not batches:
             raise FileError(f"{data.folder}, {subset}: no sentence to verify with")
         return cls(folder, subset, task, corpus, batches)
@@ -115,11 +111,11 @@ class Text(NamedTuple):
         return sum(map(len, self.batches))
 
 
-def build(path: str, state: Dict[str, Any], text: Text, beam: int) -> Any:
+def build(checkpoint: Checkpoint, text: Text, beam: int) -> Any:
     """The checkpoint's model, in float32 on the CPU, as fairseq-generate prepares it."""
     cfg = Namespace(generation=_generation(beam))
     device = torch.device("cpu")
-    return decoding.build_teachers([(path, state)], text.task, {}, cfg, device, torch.float32)[0]
+    return decoding.build_models([checkpoint], text.task, {}, cfg, device, torch.float32)[0]
 
 
 def _generation(beam: int) -> Any:
@@ -135,13 +131,11 @@ def by_fairseq(model: Any, text: Text, beam: int) -> Dict[int, decoding.Hypothes
     return translations(decoding.FairseqEngine(text.task, [model], _generation(beam), 1), text)
 
 
-def compare_with_stock(
-    path: str, state: Dict[str, Any], text: Text, exported: Path, beam: int
-) -> float:
+def compare_with_stock(checkpoint: Checkpoint, text: Text, exported: Path, beam: int) -> float:
     """Translations of the export by stock fairseq, in a process that has never seen the plugin.
 
     Args:
-        path, state: the checkpoint, which is opened here and with the plugin.
+        checkpoint: translates here, in this process.
 
     Returns:
         the largest difference of two scores, in nats per token.
@@ -149,8 +143,8 @@ def compare_with_stock(
     Raises:
         ExportError: they are not the checkpoint's.
     """
-    logger.info(f"translating {text.sentences} sentences with {path}")
-    expected = by_fairseq(build(path, state, text, beam), text, beam)
+    logger.info(f"translating {text.sentences} sentences with {checkpoint}")
+    expected = by_fairseq(build(checkpoint, text, beam), text, beam)
     logger.info("translating them with the export, in stock fairseq without the plugin")
     source, target = text.corpus.data.langs
     command = [
@@ -267,8 +261,7 @@ def bleu(
 
 
 def compare_with_ctranslate2(
-    path: str,
-    state: Dict[str, Any],
+    checkpoint: Checkpoint,
     stock: Dict[str, Any],
     text: Text,
     folder: Path,
@@ -279,7 +272,6 @@ def compare_with_ctranslate2(
     """A conversion has to be right to rounding in float32; what quantization costs is measured.
 
     Args:
-        path, state: the checkpoint.
         stock: what was converted.
         folder: the conversion.
 
@@ -294,17 +286,22 @@ def compare_with_ctranslate2(
         longest = stock["cfg"]["model"]["max_target_positions"]
         generation = _generation(beam)
         return decoding.CTranslate2Engine(
-            text.task, model, generation, "cpu", 0, "default", longest
+            text.task,
+            model,
+            generation,
+            device="cpu",
+            compute_type="default",
+            max_positions=longest,
         )
 
-    logger.info(f"scoring {text.sentences} references with {path} and CTranslate2")
-    model = build(path, state, text, beam)
+    logger.info(f"scoring {text.sentences} references with {checkpoint} and CTranslate2")
+    model = build(checkpoint, text, beam)
     expected = reference_scores(model, text)
     with passing_folder(folder) as passing:
         exact = folder
         if quantization != "float32":
             exact = Path(passing) / "float32"
-            convert(path, stock, exact)
+            convert(checkpoint, stock, exact)
         largest, _ = compare_token_scores(expected, engine(exact).translator, text)
     if not largest <= CTRANSLATE2_TOLERANCE:
         raise ExportError(
@@ -320,7 +317,7 @@ def compare_with_ctranslate2(
                 quantization, compute_type
             )
         )
-    logger.info(f"translating {text.sentences} sentences with {path} and CTranslate2")
+    logger.info(f"translating {text.sentences} sentences with {checkpoint} and CTranslate2")
     differences = compare_token_scores(expected, converted.translator, text)
     systems = [by_fairseq(model, text, beam), translations(converted, text)]
     (before, after), signature = bleu(systems, text, detokenise)

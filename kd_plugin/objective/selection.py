@@ -149,6 +149,11 @@ class ScoreQueue:
         self._quantiles: Dict[float, float] = {}  # of these scores, where already computed
         self._observed: List[Tensor] = []
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it has seen no token yet: nothing was observed, nothing was loaded."""
+        return not self.scores.numel() and not self._observed
+
     def above_quantile(self, scores: Tensor, q: float) -> Optional[Tensor]:
         """Which scores exceed the queue's q-quantile (linear interpolation); None when empty."""
         if not self.scores.numel():

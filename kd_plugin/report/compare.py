@@ -1,8 +1,8 @@
 """Where a student still differs from its teacher, token by token on the references.
 
-Both read the reference up to each token and say what they expect next. Their distributions, at
-temperature 1 and in the data's vocabulary, are compared on the reference's tokens, the end of
-sentence included.
+Both read the reference up to each token and predict the next. Their distributions, at temperature
+1 and in the data's vocabulary, are compared at every token of the reference, the end of sentence
+included.
 """
 
 import math
@@ -14,19 +14,19 @@ from fairseq.data import Dictionary
 
 from ..objective.answer import rows_ahead, rows_at_once
 from ..objective.divergences import forward_kl
-from ..teachers.run import Teacher
+from ..teachers import Teacher
 
 
 class Tokens(NamedTuple):
-    """One value for each target token: arrays of the same length, in bits where they are losses.
+    """Arrays with one value for each target token, all of shape (n,); losses are in bits.
 
     Attributes:
-        sentence: its number in the data.
+        sentence: index of its sentence in the data.
         position: in its sentence, from 1.
-        symbol: the reference's.
-        student_nll, teacher_nll: of the reference.
+        symbol: the reference's, as an index of the dictionary.
+        student_nll, teacher_nll: negative log-likelihood of the reference.
         kl: KL(teacher || student).
-        entropy: of the teacher.
+        entropy: of the teacher's distribution.
         student_best, teacher_best: the likeliest symbols.
     """
 
@@ -47,21 +47,21 @@ class Tokens(NamedTuple):
 @torch.no_grad()
 def compare(
     teacher: Teacher,
-    students: Sequence[Teacher],
+    student: Teacher,
     batches: Iterable[Dict[str, Any]],
     dictionary: Dictionary,
-) -> List[Tokens]:
-    """Run the teacher and all students on the same batches.
+) -> Tokens:
+    """Run a teacher and a student on the same batches.
 
     Args:
-        teacher, students: models whose vocabularies are mapped to the data's.
+        teacher, student: on one device, with vocabularies mapped to the data's.
         batches: collated, in the data's indices, with references.
         dictionary: the data's, of the target.
 
     Returns:
-        of each student, its tokens in the order of the batches.
+        all tokens of the references, in the order of the batches.
     """
-    parts: List[List[Tuple[torch.Tensor, ...]]] = [[] for _ in students]
+    parts: List[Tuple[torch.Tensor, ...]] = []
     step = rows_ahead(teacher.device) * rows_at_once(teacher.device, len(dictionary))
     like = torch.zeros((), device=teacher.device)
     for batch in batches:
@@ -72,34 +72,37 @@ def compare(
         position = real.cumsum(1)[real]
         sentence = batch["id"].to(target.device)[sentence]
         references = target[real]
-        taught = teacher(batch["net_input"])
-        said = [student(batch["net_input"]) for student in students]
+        teacher_answer, student_answer = [model(batch["net_input"]) for model in (teacher, student)]
         for start in range(0, len(rows), step):
             chunk = slice(start, start + step)
             reference = references[chunk]
-            p = taught.rows(rows[chunk], like)
-            for found, signal in zip(parts, said):
-                q = signal.rows(rows[chunk], like)
-                found.append(
-                    (
-                        sentence[chunk],
-                        position[chunk],
-                        reference,
-                        q.nll(reference) / math.log(2),
-                        p.nll(reference) / math.log(2),
-                        forward_kl(p.plain, q.plain)[0] / math.log(2),
-                        p.entropy() / math.log(2),
-                        q.best(),
-                        p.best(),
-                    )
+            p = teacher_answer.rows(rows[chunk], like)
+            q = student_answer.rows(rows[chunk], like)
+            parts.append(
+                (
+                    sentence[chunk],
+                    position[chunk],
+                    reference,
+                    q.nll(reference) / math.log(2),
+                    p.nll(reference) / math.log(2),
+                    forward_kl(p.plain, q.plain)[0] / math.log(2),
+                    p.entropy() / math.log(2),
+                    q.best(),
+                    p.best(),
                 )
-    return [
-        Tokens(*(torch.cat(columns).cpu().numpy() for columns in zip(*found))) for found in parts
-    ]
+            )
+    return Tokens(*(torch.cat(columns).cpu().numpy() for columns in zip(*parts)))
 
 
 class Bucket(NamedTuple):
-    """The tokens of a kind, and what is true of them on average."""
+    """Tokens of one kind, and their averages; None where there are no tokens.
+
+    Attributes:
+        label: what they have in common.
+        tokens: how many.
+        agreement: the share for which the likeliest symbols of both models are the same.
+        kl, nll, teacher_nll: in bits per token; nll is the student's.
+    """
 
     label: str
     tokens: int
@@ -123,7 +126,7 @@ class Bucket(NamedTuple):
         )
 
 
-# Upper ends of the buckets; one more holds the rest
+# Upper ends of the buckets, inclusive; one more holds the rest
 _COUNTS = (0, 9, 99, 999, 9999)
 _POSITIONS = (1, 2, 4, 8, 16, 32, 64)
 _LENGTHS = (5, 10, 20, 40, 80)
@@ -131,25 +134,28 @@ _ENTROPIES = (0.1, 0.5, 1.0, 2.0, 4.0)
 
 
 def buckets(tokens: Tokens, counts: np.ndarray, end: int) -> Dict[str, List[Bucket]]:
-    """Agreement, KL and nll by kinds of tokens; kinds without any token are left out.
+    """Tokens by frequency and position of the token, length of the sentence, teacher's entropy.
 
     Args:
         counts: how often each symbol occurs in training, (V,).
-        end: the end of sentence, a kind of its own among the frequencies.
+        end: index of the end of sentence, which gets a bucket of its own among the frequencies.
+
+    Returns:
+        by these four kinds, the buckets that hold any token.
     """
     lengths = np.zeros(int(tokens.sentence.max(initial=0)) + 1, dtype=np.int64)
     np.add.at(lengths, tokens.sentence, 1)
     is_end = tokens.symbol == end
-    frequency = _cut(tokens.only(~is_end), counts[tokens.symbol[~is_end]], _COUNTS, 0, "{:,}")
+    frequency = _split(tokens.only(~is_end), counts[tokens.symbol[~is_end]], _COUNTS, 0, "{:,}")
     return {
-        "frequency": frequency + _some(Bucket.of("end of sentence", tokens.only(is_end))),
-        "position": _cut(tokens, tokens.position, _POSITIONS, 1, "{}"),
-        "length": _cut(tokens, lengths[tokens.sentence], _LENGTHS, 1, "{}"),
-        "entropy": _cut(tokens, tokens.entropy, _ENTROPIES, 0, "{:g}", whole=False),
+        "frequency": frequency + _unless_empty(Bucket.of("end of sentence", tokens.only(is_end))),
+        "position": _split(tokens, tokens.position, _POSITIONS, 1, "{}"),
+        "length": _split(tokens, lengths[tokens.sentence], _LENGTHS, 1, "{}"),
+        "entropy": _split(tokens, tokens.entropy, _ENTROPIES, 0, "{:g}", whole=False),
     }
 
 
-def _cut(
+def _split(
     tokens: Tokens,
     values: np.ndarray,
     ends: Sequence[float],
@@ -157,7 +163,12 @@ def _cut(
     write: str,
     whole: bool = True,
 ) -> List[Bucket]:
-    """Buckets whose values, ``least`` or more, are above the last end and up to the next."""
+    """Buckets of tokens by one value each, at least ``least``; bucket i goes up to ``ends[i]``.
+
+    Args:
+        write: format of the ends in labels.
+        whole: whether values are integers.
+    """
     found: List[Bucket] = []
     number = np.searchsorted(np.asarray(ends), values, side="left")
     for i in range(len(ends) + 1):
@@ -168,11 +179,11 @@ def _cut(
             label = write.format(low)
         else:
             label = f"{write.format(low)} to {write.format(ends[i])}"
-        found += _some(Bucket.of(label, tokens.only(number == i)))
+        found += _unless_empty(Bucket.of(label, tokens.only(number == i)))
     return found
 
 
-def _some(bucket: Bucket) -> List[Bucket]:
+def _unless_empty(bucket: Bucket) -> List[Bucket]:
     return [bucket] if bucket.tokens else []
 
 

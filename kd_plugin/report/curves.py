@@ -9,33 +9,37 @@ from ..files import FileError
 
 # the student alone, its distance from the teacher, and how often the two agree
 FIELDS = ("nll_loss", "kd_loss", "agreement")
-# what stdout has before a line of progress, and a --log-file has not
-_TAG = re.compile(r"^.*?\| (?:train_inner|train|valid) \| ")
+TRAIN = "train"
+# what stdout has before a line of progress, and a --log-file has not: time, level and logger
+_PREFIX = re.compile(r"^.*?\| [A-Z]+ \| [^|]+ \| ")
+_VALIDATION = re.compile(r"\| valid on '([^']+)' subset \|")
+_UPDATES = "_num_updates"
 # "nll_loss 6.16 |" of a summary, "nll_loss=6.16," of the lines between
 _PAIR = re.compile(r"(?:^|[|, ])([a-z_]+)[= ]([-+.\deE]+|nan|inf)(?= *(?:[|,]|$))")
 Curve = List[Tuple[int, float]]
 
 
 def read_curves(path: str) -> Dict[str, Dict[str, Curve]]:
-    """What a log of fairseq-train says over updates.
+    """The training and validation curves in a log of fairseq-train.
 
     Args:
         path: what it printed, or its ``--log-file``; ``--log-format`` json, simple or tqdm.
 
     Returns:
-        by "train" and "valid", and by field of ``FIELDS``, pairs of update and value. Updates that
-        a resumed training did again count as it did them last.
+        pairs of update and value, by subset and by field of ``FIELDS``. The subsets are "train",
+        "valid", and whatever else ``--valid-subset`` named; the first two are always there. Of
+        updates that were done twice, before and after a training was resumed, the later value.
 
     Raises:
-        FileError: it cannot be read, or no such log.
+        FileError: it cannot be read, or is no such log.
     """
-    curves: Dict[str, Dict[str, Curve]] = {"train": {}, "valid": {}}
+    curves: Dict[str, Dict[str, Curve]] = {TRAIN: {}, "valid": {}}
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                subset, values = _read(_TAG.sub("", line.strip()))
+                subset, values = _read(_PREFIX.sub("", line.strip()))
                 if subset is not None:
-                    _add(curves[subset], values)
+                    _add(curves.setdefault(subset, {}), values)
     except OSError as error:
         raise FileError(f"--logs: {path} cannot be read ({error.strerror})") from None
     if not any(curves.values()):
@@ -56,23 +60,28 @@ def _add(curves: Dict[str, Curve], values: Dict[str, float]) -> None:
 
 
 def _read(text: str) -> Tuple[Optional[str], Dict[str, float]]:
-    """The subset that a line of progress is about, if it is one, and its numbers.
+    """The subset of a line of progress, None for any other line, and its numbers.
 
-    An epoch's average over train is none: it would stand at its end, among values of some updates
-    each.
+    An epoch's average over train is left out: it would stand at the epoch's end, among values
+    that are each of a few updates.
     """
     if text.startswith("{"):
         try:
             values = _numbers(dict(json.loads(text)).items())
         except (ValueError, RecursionError):
             return None, {}
-        if "valid_num_updates" in values:
-            return "valid", {k[len("valid_") :]: v for k, v in values.items() if "valid_" in k}
-        return "train", values
-    if "| valid on 'valid' subset |" in text:
-        return "valid", _numbers(_PAIR.findall(text))
+        for name in values:
+            if name.endswith(_UPDATES):  # fairseq puts the subset before each name
+                subset = name[: -len(_UPDATES)]
+                prefix = subset + "_"
+                own = {k[len(prefix) :]: v for k, v in values.items() if k.startswith(prefix)}
+                return (None, {}) if subset == TRAIN else (subset, own)
+        return TRAIN, values
+    validation = _VALIDATION.search(text)
+    if validation:
+        return validation.group(1), _numbers(_PAIR.findall(text))
     if re.match(r"epoch \d+:", text):
-        return "train", _numbers(_PAIR.findall(text))
+        return TRAIN, _numbers(_PAIR.findall(text))
     return None, {}
 
 

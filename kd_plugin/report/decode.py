@@ -1,7 +1,8 @@
-"""Let models translate, each in a process of its own, in turns: what they say, how fast, how large.
+"""Decode a test set with several models: their translations, speed, size and memory.
 
-A process of its own, so that one model's memory is not another's, and one that fails, or is killed,
-takes none of the others with it. In turns, so that a machine that slows down slows all of them.
+Each model has a process of its own, so that its memory can be measured, and so that one that fails
+or is killed does not take the others with it. They decode in turns, so that a machine that slows
+down slows all of them.
 """
 
 import contextlib
@@ -14,10 +15,11 @@ import resource
 import signal
 import sys
 import time
+import traceback
 import uuid
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
 from fairseq import utils
@@ -26,47 +28,47 @@ from omegaconf import open_dict
 from tqdm import tqdm
 
 from .. import decoding
+from ..checkpoints import Role, lacking
 from ..decoding.databin import words
-from ..export.models import parameters, read_record, symbols_of
+from ..errors import UserError, out_of_memory
+from ..export.ctranslate2 import read_record, symbols_of
 from ..files import FileError, read_json, write_json
-from .systems import CTRANSLATE2, Model, System
+from .systems import CTRANSLATE2, Model, System, role_of
 
 _OTHER_DICTIONARIES = "Name a data-bin made with its own dictionaries: --model-data NAME=DIR."
-
-
 NUMBERS = ("parameters", "parameters_without_embeddings", "bytes", "file_bytes")  # of a model
 
 
-class Said(NamedTuple):
+class Pass(NamedTuple):
     """One pass of a system over the data.
 
     Attributes:
-        text: by sentence; None where a sentence is longer than the model reads.
+        translations: running text, by sentence; None for one that is longer than the model takes.
         tokens: target symbols, ends of sentence included.
         seconds: from batches of source symbols to target symbols.
     """
 
-    text: List[Optional[str]]
+    translations: List[Optional[str]]
     tokens: int
     seconds: float
 
 
 class Measured:
-    """What is known of one model, kept in a file from pass to pass.
+    """What has been measured of one model, kept in a file from pass to pass.
 
     Attributes:
-        about: facts about the model.
-        said: by beam, its translations.
+        facts: sizes and precision of the model; the keys are ``NUMBERS`` and "precision".
+        translations: by beam, running text of each sentence.
         tokens: by beam, their number.
         seconds: by beam, of each pass.
         memory: bytes at the peak of decoding beyond what the process held before it.
-        runs: of which runs of the command the passes are.
+        runs: identifiers of the runs of the command that the passes are of.
     """
 
     def __init__(self, path: Path, settings: Dict[str, Any]) -> None:
         self._path, self._settings = path, settings
-        self.about: Dict[str, Any] = {}
-        self.said: Dict[int, List[Optional[str]]] = {}
+        self.facts: Dict[str, Any] = {}
+        self.translations: Dict[int, List[Optional[str]]] = {}
         self.tokens: Dict[int, int] = {}
         self.seconds: Dict[int, List[float]] = {}
         self.memory = 0
@@ -78,58 +80,66 @@ class Measured:
         if found.get("settings") != self._settings:
             return  # another model by the same name; it is measured anew
         try:
-            for beam, text in found["said"].items():
-                self.said[int(beam)] = text
+            for beam, translations in found["said"].items():
+                self.translations[int(beam)] = translations
                 self.tokens[int(beam)] = int(found["tokens"][beam])
                 self.seconds[int(beam)] = [float(s) for s in found["seconds"][beam]]
-            self.about, self.memory, self.runs = found["about"], found["memory"], found["runs"]
+            self.facts, self.memory, self.runs = found["about"], found["memory"], found["runs"]
             self._check()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise FileError(f"{self._path} is damaged: delete it") from None
 
     def _check(self) -> None:
-        lines = [line for text in self.said.values() for line in text]
-        numbers = [self.memory, *(self.about[name] or 0 for name in NUMBERS)]
+        lines = [line for translations in self.translations.values() for line in translations]
+        numbers = [self.memory, *(self.facts[name] or 0 for name in NUMBERS)]
         if not (
             all(line is None or type(line) is str for line in lines)
             and all(0 < s < math.inf for seconds in self.seconds.values() for s in seconds)
             and all(type(number) is int and number >= 0 for number in numbers)
             and all(type(run) is str for run in self.runs)
-            and isinstance(self.about["precision"], (str, type(None)))
+            and isinstance(self.facts["precision"], (str, type(None)))
         ):
-            raise ValueError("something of another kind")
+            raise ValueError("a value of another type, or out of range")
 
     def passes(self, beam: int) -> int:
         return len(self.seconds.get(beam, ()))
 
-    def add(self, beam: int, said: Said, run: str) -> None:
-        self.said.setdefault(beam, said.text)
-        self.tokens.setdefault(beam, said.tokens)
-        self.seconds.setdefault(beam, []).append(said.seconds)
+    def add(self, beam: int, done: Pass, run: str) -> None:
+        self.translations.setdefault(beam, done.translations)
+        self.tokens.setdefault(beam, done.tokens)
+        self.seconds.setdefault(beam, []).append(done.seconds)
         if run not in self.runs:
             self.runs.append(run)
         self.write()
 
     def write(self) -> None:
-        names = ("about", "said", "tokens", "seconds", "memory", "runs")
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(
-            self._path,
-            {"settings": self._settings, **{name: getattr(self, name) for name in names}},
-        )
+        content = {
+            "settings": self._settings,
+            "about": self.facts,
+            "said": self.translations,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "memory": self.memory,
+            "runs": self.runs,
+        }
+        write_json(self._path, content)
 
 
 def measure(
     systems: Sequence[System],
     measured: Dict[str, Measured],
+    *,
+    teacher: Model,
     options: Namespace,
     repeats: int,
 ) -> Dict[str, str]:
-    """Let every system translate ``repeats`` times, going on where an interruption left off.
+    """Let every system decode the data ``repeats`` times; goes on where an interruption left off.
 
     Args:
-        systems: what is judged.
-        measured: by model's name; what is found out is added.
+        systems: models and beams to measure.
+        measured: by model's name; results are added.
+        teacher: the model that messages call so.
         options: fairseq-generate's, parsed.
 
     Returns:
@@ -144,26 +154,33 @@ def measure(
         if measured[system.model.name].passes(system.beam) <= number
     ]
     workers: Dict[str, _Worker] = {}
+
+    @contextlib.contextmanager
+    def noting_failure(name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileError as error:
+            failures[name] = str(error)
+            workers.pop(name).stop()  # its memory is free for the others
+
     try:
         for model in dict.fromkeys(system.model for _, system in missing):
-            print(f"opening {model.name}", flush=True)
-            workers[model.name] = _Worker(model, options)
-        for name, worker in workers.items():
-            try:
-                measured[name].about = worker.about()
-            except FileError as error:
-                failures[name] = str(error)
+            workers[model.name] = _Worker(model, role_of(model, teacher), options)
+        # one after the other: opening a checkpoint takes more memory than decoding with its model
+        for name in list(workers):
+            print(f"opening {name}", flush=True)
+            with noting_failure(name):
+                measured[name].facts = workers[name].open()
         for number, system in missing:
             name = system.model.name
             if name in failures:
                 continue
-            what = f"{name}, beam {system.beam}, {number + 1} of {repeats}"
-            try:
-                measured[name].add(system.beam, workers[name].decode(system.beam, what), run)
-            except FileError as error:
-                failures[name] = str(error)
-        for name in workers:
-            if name not in failures:
+            description = f"{name}, beam {system.beam}, {number + 1} of {repeats}"
+            with noting_failure(name):
+                done = workers[name].decode(system.beam, description)
+                measured[name].add(system.beam, done, run)
+        for name in list(workers):
+            with noting_failure(name):
                 measured[name].memory = max(workers[name].memory(), measured[name].memory)
                 measured[name].write()
     finally:
@@ -172,44 +189,51 @@ def measure(
     return failures
 
 
-class _Worker:
-    """A process that holds one model."""
+_OPEN, _MEMORY = "open", "memory"  # what a worker is asked, or to decode with a beam
 
-    def __init__(self, model: Model, options: Namespace) -> None:
+
+class _Worker:
+    """A process for one model."""
+
+    def __init__(self, model: Model, role: Role, options: Namespace) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, model, options), daemon=True)
-        # Ctrl-C is for the one who asks, who then stops this one
+        self._process = context.Process(
+            target=_serve, args=(theirs, model, role, options), daemon=True
+        )
+        # Ctrl-C is for the parent, which then stops its workers
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._process.start()
         signal.signal(signal.SIGINT, before)
         theirs.close()
 
-    def about(self) -> Dict[str, Any]:
-        return self._answer()
+    def open(self) -> Dict[str, Any]:
+        """Open the model; its facts, as in ``Measured``."""
+        self._send(_OPEN)
+        return self._receive()
 
-    def decode(self, beam: int, what: str) -> Said:
-        with tqdm(desc=what, unit="sentences", mininterval=1, leave=False) as progress:
-            self._ask(beam)
-            return self._answer(progress)
+    def decode(self, beam: int, description: str) -> Pass:
+        with tqdm(desc=description, unit="sentences", mininterval=1, leave=False) as progress:
+            self._send(beam)
+            return self._receive(progress)
 
     def memory(self) -> int:
-        self._ask(None)
-        return self._answer()
+        self._send(_MEMORY)
+        return self._receive()
 
-    def _ask(self, question: Optional[int]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the answer will say so
-            self._pipe.send(question)
+    def _send(self, request: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # _receive will say so
+            self._pipe.send(request)
 
-    def _answer(self, progress: Any = None) -> Any:
+    def _receive(self, progress: Any = None) -> Any:
         while True:
             try:
                 kind, content = self._pipe.recv()
             except (EOFError, ConnectionResetError):
                 self._process.join()
                 raise FileError(
-                    f"its process ended with exit code {self._process.exitcode}: was it killed, "
-                    "for want of memory perhaps?"
+                    f"its process ended with exit code {self._process.exitcode}; the system may "
+                    "have killed it for lack of memory"
                 ) from None
             if kind == "failed":
                 raise FileError(content)
@@ -225,25 +249,37 @@ class _Worker:
         self._pipe.close()
 
 
-def _serve(pipe: Any, model: Model, options: Namespace) -> None:
-    """What a worker's process does: answers until it is stopped."""
+def _serve(pipe: Any, model: Model, role: Role, options: Namespace) -> None:
+    """What a worker's process does: answer requests until it is stopped."""
     logging.disable(logging.INFO)  # it would tear the progress bar
+    decoder: Any = None
     try:
-        decoder = _Decoder(model, options)
-        pipe.send(("answer", decoder.about))
         while True:
-            beam = pipe.recv()  # None asks for the memory
-            pipe.send(("answer", decoder.memory() if beam is None else decoder.decode(beam, pipe)))
+            request = pipe.recv()
+            if request == _OPEN:
+                decoder = _Decoder(model, role, options)
+                answer = decoder.facts
+            elif request == _MEMORY:
+                answer = decoder.memory()
+            else:
+                answer = decoder.decode(request, pipe)
+            pipe.send(("answer", answer))
     except EOFError:
         pass
+    except (UserError, OSError) as error:
+        pipe.send(("failed", str(error)))
     except Exception as error:
-        pipe.send(("failed", str(error).strip() or type(error).__name__))
+        reason = out_of_memory(error)
+        if reason is None:  # a mistake of ours
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+        pipe.send(("failed", reason))
 
 
 class _Decoder:
-    """A model with the data it translates."""
+    """A model with the data that it decodes."""
 
-    def __init__(self, model: Model, options: Namespace) -> None:
+    def __init__(self, model: Model, role: Role, options: Namespace) -> None:
         cfg = configuration(options, model)
         utils.import_user_module(cfg.common)
         self.device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
@@ -267,7 +303,7 @@ class _Decoder:
                 )
             ]
             files = [file for file in self.model.iterdir() if file.is_file()]
-            self.about = {
+            self.facts = {
                 "parameters": record.get("parameters"),
                 "parameters_without_embeddings": record.get("parameters_without_embeddings"),
                 "bytes": (self.model / "model.bin").stat().st_size,
@@ -275,37 +311,44 @@ class _Decoder:
                 "precision": record.get("quantization"),
             }
         else:
-            states = decoding.read_teachers(
-                model.paths, self.task, {}, options.trust_checkpoint, _OTHER_DICTIONARIES
+            checkpoints = decoding.open_checkpoints(
+                model.paths,
+                self.task,
+                role,
+                trust=options.trust_checkpoint,
+                otherwise=_OTHER_DICTIONARIES,
             )
-            totals, inner = zip(*(parameters(state) for _, state in states))
-            self.about = {
+            totals, inner = zip(*(checkpoint.parameters() for checkpoint in checkpoints))
+            self.facts = {
                 "parameters": sum(totals),
                 "parameters_without_embeddings": sum(inner),
                 # without the optimizer state that training's checkpoints hold
-                "bytes": sum(n * _bytes_each(state) for n, (_, state) in zip(totals, states)),
+                "bytes": sum(
+                    n * torch.empty(0, dtype=checkpoint.dtype).element_size()
+                    for n, checkpoint in zip(totals, checkpoints)
+                ),
                 "file_bytes": sum(Path(path).stat().st_size for path in model.paths),
                 "precision": str(dtype).replace("torch.", ""),
             }
-            self.model = decoding.build_teachers(states, self.task, {}, cfg, self.device, dtype)
+            self.model = decoding.build_models(checkpoints, self.task, {}, cfg, self.device, dtype)
             self.positions = [one.max_positions() for one in self.model]
-            del states
+            del checkpoints
         self.device_index = cfg.distributed_training.device_id
         plan = decoding.plan(
             self.task,
             corpus,
             self.positions,
-            cfg.dataset.max_tokens,
-            cfg.dataset.batch_size,
-            cfg.dataset.required_batch_size_multiple,
-            cfg.common.seed,
+            max_tokens=cfg.dataset.max_tokens,
+            max_sentences=cfg.dataset.batch_size,
+            required_multiple=cfg.dataset.required_batch_size_multiple,
+            seed=cfg.common.seed,
         )
         dataset = corpus.dataset
         self.batches = [dataset.collater([dataset[int(i)] for i in batch]) for batch in plan]
         gc.collect()
         _forget_peak()
 
-    def decode(self, beam: int, pipe: Any) -> Said:
+    def decode(self, beam: int, pipe: Any) -> Pass:
         engine = self._engine(beam)
         found: Dict[int, str] = {}
         start = time.perf_counter()
@@ -313,7 +356,7 @@ class _Decoder:
             found.update({i: hypotheses[0].subwords for i, hypotheses in nbest.items()})
             pipe.send(("progress", (len(nbest), self.sentences)))
         seconds = time.perf_counter() - start
-        return Said(
+        return Pass(
             [self.to_text(found[i]) if i in found else None for i in range(self.sentences)],
             sum(len(words(subwords)) + 1 for subwords in found.values()),
             seconds,
@@ -328,23 +371,18 @@ class _Decoder:
                 self.task,
                 self.model,
                 generation,
-                self.device.type,
-                self.device_index,
-                "default",
-                self.positions[0][1],
+                device=self.device.type,
+                device_index=self.device_index,
+                compute_type="default",
+                max_positions=self.positions[0][1],
             )
         return decoding.FairseqEngine(self.task, self.model, generation, self.seed)
 
     def memory(self) -> int:
-        """Of a GPU, what torch allocated there at most."""
+        """Bytes at the peak of decoding; on a GPU, what torch allocated there at most."""
         if self.device.type == "cuda" and not isinstance(self.model, Path):
             return torch.cuda.max_memory_allocated()
         return max(_peak() - self._memory_before, 0)
-
-
-def _bytes_each(state: Dict[str, Any]) -> int:
-    weights = (tensor for tensor in state["model"].values() if tensor.is_floating_point())
-    return next(weights).element_size()
 
 
 def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
@@ -352,31 +390,29 @@ def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
     own = copy.deepcopy(options)
     if model is not None:
         own.data, own.path = model.data, model.path
-    if own.max_tokens is None and own.batch_size is None:
-        own.max_tokens = 12000  # as fairseq-generate
-    return convert_namespace_to_omegaconf(own)
+    cfg = convert_namespace_to_omegaconf(own)
+    with open_dict(cfg):
+        cfg.dataset.max_tokens, cfg.dataset.batch_size = decoding.batch_limits(cfg)
+    return cfg
 
 
 def check_vocabulary(model: Model, task: Any) -> None:
-    """A CTranslate2 model must know the data's symbols.
+    """A CTranslate2 model must have all of the data's symbols.
 
     Raises:
-        FileError: it has others.
+        FileError: it lacks some.
     """
     for side, dictionary, theirs in zip(
         ("source", "target"),
         (task.source_dictionary, task.target_dictionary),
         symbols_of(Path(model.path)),
     ):
-        lacking = [
-            symbol
-            for i, symbol in enumerate(dictionary.symbols)
-            if symbol not in theirs and i != dictionary.pad() and "madeupword" not in symbol
-        ]
-        if lacking:
+        pad = dictionary.pad_word
+        unknown = lacking((symbol for symbol in dictionary.symbols if symbol != pad), theirs)
+        if unknown:
             raise FileError(
-                f"{model.path}: its {side} vocabulary lacks {len(lacking)} symbols of the data "
-                f"({', '.join(map(repr, lacking[:5]))}, ...). {_OTHER_DICTIONARIES}"
+                f"{model.path}: its {side} vocabulary lacks {len(unknown)} symbols of the data "
+                f"({', '.join(map(repr, unknown[:5]))}, ...). {_OTHER_DICTIONARIES}"
             )
 
 

@@ -9,13 +9,16 @@ import matplotlib
 matplotlib.use("Agg")  # no screen is needed
 
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 from matplotlib.transforms import Bbox  # noqa: E402
+
+from .curves import TRAIN  # noqa: E402
 
 Styles = Dict[str, Dict[str, Any]]  # of each model, the same in all pictures
 # Told apart also by readers who see fewer colours (Okabe & Ito 2008), and by their marks
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 _MARKS = "osD^vPX*"
+_DASHES = ("-", "--", ":", "-.")
 _KINDS = {
     "frequency": "times the token occurs in training",
     "position": "position in the sentence",
@@ -30,19 +33,19 @@ _FIELDS = {
 
 
 def draw(report: Dict[str, Any]) -> Dict[str, bytes]:
-    """All pictures that the report has something for, as PNG files by their names."""
+    """PNG files by name: all pictures for which the report has content."""
     names = [model["name"] for model in report["models"]]
     styles = {name: _style(i) for i, name in enumerate(dict.fromkeys([*names, *report["curves"]]))}
     drawn = {}
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        pictures: List[Tuple[str, Any, Callable[[Any, Styles], Any]]] = [
+        pictures: List[Tuple[str, Any, Callable[[Any, Styles], Any]]] = [  # name, content, plot
             ("quality-speed.png", [s for s in report["systems"] if s["scores"]], _quality_speed),
             ("curves.png", report["curves"], _curves),
             ("differences.png", report["differences"], _differences),
         ]
-        for name, of, work in pictures:
-            if of:
-                figure, file = work(of, styles), io.BytesIO()
+        for name, content, plot in pictures:
+            if content:
+                figure, file = plot(content, styles), io.BytesIO()
                 # without the version, so that the same report is the same file
                 figure.savefig(file, dpi=120, metadata={"Software": None})
                 plt.close(figure)
@@ -77,8 +80,7 @@ def _quality_speed(systems: List[Dict[str, Any]], styles: Styles) -> Any:
 
 
 def _plain_numbers(axis: Any) -> None:
-    from matplotlib.ticker import LogLocator
-
+    """Label a logarithmic axis with 1, 2, 5, 10 ... instead of powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -116,30 +118,42 @@ def _label_points(figure: Any, axes: Any, systems: List[Dict[str, Any]]) -> None
 
 
 def _curves(curves: Dict[str, Any], styles: Styles) -> Any:
+    """A panel for each field: a colour for each log, a line style for each validation subset."""
     fields = [
         field
         for field in _FIELDS
-        if any(field in curve[subset] for curve in curves.values() for subset in curve)
+        if any(field in curve for log in curves.values() for curve in log.values())
     ]
+    subsets = list(
+        dict.fromkeys(
+            subset
+            for log in curves.values()
+            for subset, curve in log.items()
+            if curve
+            if subset != TRAIN
+        )
+    )
     figure, all_axes = plt.subplots(
         1, len(fields), figsize=(4.2 * len(fields), 3.6), constrained_layout=True, squeeze=False
     )
+    handles: Dict[str, Any] = {}
     for field, axes in zip(fields, all_axes[0]):
-        for name, curve in curves.items():
-            colour = styles[name]["color"]
-            for subset, style in (
-                ("train", {"alpha": 0.3}),
-                ("valid", {"label": name.replace("$", r"\$")}),  # no formula
-            ):
-                points = curve[subset].get(field)
+        for name, log in curves.items():
+            style = {"color": styles[name]["color"], "linewidth": 1.5}
+            if log[TRAIN].get(field):
+                axes.plot(*zip(*log[TRAIN][field]), alpha=0.3, **style)
+            for subset, dashes in zip(subsets, itertools.cycle(_DASHES)):
+                points = log.get(subset, {}).get(field)
                 if points:
-                    axes.plot(*zip(*points), color=colour, linewidth=1.5, **style)
+                    label = name if len(subsets) == 1 else f"{name}, {subset}"
+                    (line,) = axes.plot(*zip(*points), linestyle=dashes, **style)
+                    handles.setdefault(label.replace("$", r"\$"), line)  # no formula
         axes.set_xlabel("updates")
         axes.set_ylabel(_FIELDS[field])
         axes.grid(alpha=0.25)
-    handles, names = all_axes[0][0].get_legend_handles_labels()
     if handles:
-        all_axes[0][0].legend(handles, names, frameon=False, title="valid (pale: train)")
+        title = f"{subsets[0] if len(subsets) == 1 else 'validation'} (pale: train)"
+        all_axes[0][0].legend(handles.values(), handles.keys(), frameon=False, title=title)
     return figure
 
 
@@ -152,7 +166,7 @@ def _differences(differences: Dict[str, Any], styles: Styles) -> Any:
         sharex="row",
         sharey="col",
     )
-    for (kind, about), row in zip(_KINDS.items(), all_axes):
+    for (kind, label), row in zip(_KINDS.items(), all_axes):
         labels = list(
             dict.fromkeys(b["label"] for d in differences.values() for b in d["by"][kind])
         )
@@ -164,7 +178,7 @@ def _differences(differences: Dict[str, Any], styles: Styles) -> Any:
                 axes.plot(at, values, markersize=5, label=name, **styles[name])
             axes.set_xticks(range(len(labels)))
             axes.set_xticklabels(labels, rotation=30, ha="right", fontsize=8)
-            axes.set_xlabel(about)
+            axes.set_xlabel(label)
             axes.grid(alpha=0.25)
             axes.set_title(title, fontsize=10)
     for axes in all_axes[0]:

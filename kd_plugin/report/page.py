@@ -1,6 +1,6 @@
-"""The report in words: Markdown and one self-contained HTML page, of what its JSON says.
+"""The report as Markdown and as one HTML page, which needs no scripts and nothing from outside.
 
-Both are functions of the JSON's content alone. The page needs no scripts and nothing from outside.
+Both are functions of the content of ``report.json`` alone.
 """
 
 import base64
@@ -9,25 +9,35 @@ import re
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 _NONE = "–"
+_OVERVIEW, _COST = "At a glance", "Cost"  # the tables that pictures follow
 _TITLES = {
-    "frequency": "By how often the token occurs in training",
-    "position": "By position in the sentence",
-    "length": "By length of the reference",
-    "entropy": "By the teacher's entropy, in bits",
+    "frequency": "by how often the token occurs in training",
+    "position": "by position in the sentence",
+    "length": "by length of the reference",
+    "entropy": "by the teacher's entropy, in bits",
 }
 _CAPTIONS = {
-    "quality-speed.png": "Quality against speed: up and to the right is better.",
-    "curves.png": "Training, as the logs have it.",
+    "quality-speed.png": "Quality against speed. Up and to the right is better.",
+    "curves.png": "Training curves from the logs.",
     "differences.png": "Where students differ from the teacher: divergence (0 is best) and "
     "agreement (1 is best).",
 }
 
 
 class Table(NamedTuple):
+    """A table of the report, with what stands below it.
+
+    Attributes:
+        notes: sentences; ``failures`` are those that a reader must not miss.
+        level: of its heading.
+    """
+
     title: str
     header: List[str]
     rows: List[List[str]]
     notes: List[str] = []
+    failures: List[str] = []
+    level: int = 2
 
 
 def _number(value: Optional[float], form: str) -> str:
@@ -68,13 +78,10 @@ def _overview(report: Dict[str, Any]) -> Table:
         )
     header = ["model", "BLEU", "speed-up", "MB", "of the teacher's BLEU", "chrF2", "parameters",
         "sentences/s"]  # fmt: skip
-    return Table("At a glance", header, rows, _failures(report))
-
-
-def _failures(report: Dict[str, Any]) -> List[str]:
-    return [
+    failures = [
         f"{model['name']} failed: {model['error']}" for model in report["models"] if model["error"]
     ]
+    return Table(_OVERVIEW, header, rows, failures=failures)
 
 
 def _quality(report: Dict[str, Any]) -> Table:
@@ -99,15 +106,15 @@ def _quality(report: Dict[str, Any]) -> Table:
     notes = [
         f"{report['sentences']:,} sentences of {report['subset']}, "
         f"{'-'.join(report['languages'])}, against {report['references']}.",
-        f"p: {report['significance']} against {report['baseline']}. TER is better when lower; "
-        "length is the translations' over the references'.",
+        f"p: {report['significance']} against {report['baseline']}. A lower TER is better. "
+        "Length is that of the translations divided by that of the references.",
         *("sacreBLEU: " + signature for signature in report["signatures"].values()),
     ]  # fmt: skip
     for system in report["systems"]:
         if system["scores"] and system["left_out"]:
             notes.append(
                 f"{system['name']}: {system['left_out']} sentences are longer than the model "
-                "reads, and count as not translated."
+                "accepts and count as not translated."
             )
     return Table("Quality", [*header, "length"], rows, notes)
 
@@ -146,16 +153,19 @@ def _cost(report: Dict[str, Any]) -> Table:
         "model", "runs in", "precision", "parameters", "without embeddings", "MB", "file MB",
         "sentences/s", "quartiles", "tokens/s", "peak memory MB", "speed-up",
     ]  # fmt: skip
+    threads = report["threads"]
     notes = [
-        f"Speed: medians of {report['repeats']} passes, all models in turns, on "
-        f"{report['device']}, {report['threads']} threads; from batches of source symbols to "
-        "target symbols.",
-        "MB: the model alone, without optimizer state or vocabulary; file MB: all that is there. "
-        "Peak memory: of decoding, beyond what the process held before the model was opened.",
-        f"Speed-up: sentences/s over those of {report['teacher']}, beam {report['beam']}.",
+        f"Speed: the median of {report['repeats']} passes, in which the models take turns, on "
+        f"{report['device']} with {threads} thread{'' if threads == 1 else 's'}. "
+        "The time runs from batches of source symbols to target symbols.",
+        "MB: the model alone, without optimizer state or vocabulary; file MB: everything in its "
+        "files. Peak memory: while decoding, beyond what the process held before it opened the "
+        "model.",
+        f"Speed-up: sentences/s divided by those of {report['teacher']} with beam "
+        f"{report['beam']}.",
         *report["notes"],
     ]
-    return Table("Cost", header, rows, notes)
+    return Table(_COST, header, rows, notes)
 
 
 def _difference(name: str, difference: Dict[str, Any]) -> Iterator[Table]:
@@ -173,24 +183,24 @@ def _difference(name: str, difference: Dict[str, Any]) -> Iterator[Table]:
         ["", *columns],
         [row("all", difference["all"])],
         [
-            "Both read the reference and say what comes next, at each of its tokens. Agreement is "
-            "the share of tokens where their likeliest symbols are the same; KL and nll are in "
-            "bits per token."
+            "Both read the reference and predict each of its tokens. Agreement is the share of "
+            "tokens for which their likeliest symbols are the same; KL and nll are in bits per "
+            "token."
         ],
     )
     for kind, title in _TITLES.items():
         rows = [row(bucket["label"], bucket) for bucket in difference["by"][kind]]
-        yield Table(f"{name}: {title[0].lower() + title[1:]}", ["", *columns], rows)
+        yield Table(f"{name}: {title}", ["", *columns], rows, level=3)
 
 
 def markdown(report: Dict[str, Any]) -> str:
-    """The report's tables, and its pictures by name."""
+    """The report's tables, with links to its pictures."""
     parts = ["# Teacher and students"]
     for table in _tables(report):
         parts.append("## " + _md(table.title))
         parts.append(_markdown_table(table))
-        parts += [_md(note) for note in table.notes]
-        if table.title == "At a glance":
+        parts += [_md(note) for note in (*table.failures, *table.notes)]
+        if table.title == _OVERVIEW:
             parts += [f"![{_CAPTIONS[name]}]({name})" for name in report["pictures"]]
     parts += [_md(note) for note in _not_compared(report)]
     return "\n\n".join(parts) + "\n"
@@ -203,12 +213,12 @@ def _markdown_table(table: Table) -> str:
 
 
 def summary(report: Dict[str, Any]) -> str:
-    """The first table, for a terminal."""
+    """The first table, to print on a terminal."""
     return _markdown_table(_overview(report))
 
 
 def _md(text: str) -> str:
-    """Text that cannot end a table's cell, and is neither HTML nor a link."""
+    """Escape text so that it cannot end a table's cell, and is neither HTML nor a link."""
     text = html.escape(text, quote=False)
     return " ".join(re.sub(r"([|\[`])", r"\\\1", text).split())
 
@@ -251,7 +261,11 @@ dt { color: var(--pale); } dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
-    """One HTML page with the pictures, PNG files by name, in it."""
+    """One HTML page.
+
+    Args:
+        pictures: PNG files by name, which the page embeds.
+    """
     e = html.escape
     title = f"Teacher and students: {report['subset']} of {'-'.join(report['languages'])}"
     parts = [
@@ -262,24 +276,21 @@ def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
         f"<h1>{e(title)}</h1>",
     ]
     for table in _tables(report):
-        level = "h3" if ": by " in table.title else "h2"
-        parts.append("<{0}>{1}</{0}>".format(level, e(table.title)))
+        parts.append(f"<h{table.level}>{e(table.title)}</h{table.level}>")
         parts.append(_html_table(table))
-        parts += [
-            f"<p class=\"{'failed' if table.title == 'At a glance' else 'note'}\">{e(note)}</p>"
-            for note in table.notes
-        ]
+        parts += [f'<p class="failed">{e(failure)}</p>' for failure in table.failures]
+        parts += [f'<p class="note">{e(note)}</p>' for note in table.notes]
         # the first two belong to all models, the third to what follows
-        if table.title == "At a glance":
+        if table.title == _OVERVIEW:
             parts += [_picture(*one) for one in pictures.items() if one[0] != "differences.png"]
-        elif table.title == "Cost" and "differences.png" in pictures:
+        elif table.title == _COST and "differences.png" in pictures:
             parts.append(_picture("differences.png", pictures["differences.png"]))
     for name, difference in report["differences"].items():
         parts.append(f"<h2>Sentences where {e(name)} is farthest from its teacher</h2>")
         parts.append(
-            '<p class="note">Each token of the reference, the redder the larger the divergence, '
-            "with its KL in bits. Below a token, where they differ: what the teacher (T) and the "
-            "student (S) expected.</p>"
+            '<p class="note">Each token of the reference with its KL in bits: the redder, the '
+            "larger. Where the two disagree, what the teacher (T) and the student (S) predicted "
+            "stands below.</p>"
         )
         parts += [
             _sentence(sentence, "" if i else " open")
@@ -296,10 +307,8 @@ def _html_table(table: Table) -> str:
         f"<tr>{''.join(('<td>{}</td>'.format(html.escape(cell)) for cell in row))}</tr>"
         for row in table.rows
     )
-    return (
-        "<div "
-        f'class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    return f'<div class="wide"><table>{body}</table></div>'
 
 
 def _picture(name: str, png: bytes) -> str:
@@ -312,7 +321,7 @@ def _picture(name: str, png: bytes) -> str:
 
 def _sentence(sentence: Dict[str, Any], opened: str) -> str:
     e = html.escape
-    said = "".join(
+    texts = "".join(
         f"<dt>{label}</dt><dd dir=\"auto\">{e(sentence[key] or '')}</dd>"
         for label, key in (
             ("source", "source"),
@@ -328,7 +337,7 @@ def _sentence(sentence: Dict[str, Any], opened: str) -> str:
         '<span dir="auto">{}</span></summary><dl>{}</dl>'
         '<div class="tokens">{}</div></details>'.format(
             *(opened, sentence["number"], sentence["kl"], e(sentence["reference"] or "")),
-            *(said, tokens),
+            *(texts, tokens),
         )
     )
 

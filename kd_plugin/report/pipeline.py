@@ -7,7 +7,7 @@ import math
 import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -15,23 +15,24 @@ from fairseq import utils
 from omegaconf import OmegaConf
 
 from .. import decoding
+from ..checkpoints import Checkpoint
 from ..decoding import databin
+from ..errors import UserError
 from ..files import (
     UNFINISHED,
-    FileError,
     all_or_nothing,
     differences,
     locked,
     read_json,
     write_json,
 )
-from ..teachers.run import Student, Teacher
+from ..teachers import Student, Teacher, TeacherSettings
 from ..timing import Quartiles
 from . import compare, page
 from .curves import read_curves
 from .decode import NUMBERS, Measured, configuration, measure
 from .score import METRICS, TESTS, score
-from .systems import CTRANSLATE2, Model, System
+from .systems import CTRANSLATE2, Model, System, role_of
 
 _SETTINGS, _MEASURED, _TRANSLATIONS = "settings.json", "measured", "translations"
 _PAGES = ("report.md", "report.html", "report.json")
@@ -40,23 +41,30 @@ _COUNTED = 500_000  # sentences of the training set, to tell rare tokens from co
 
 
 class Asked(NamedTuple):
-    """What the report is to be about.
+    """A report to make.
 
     Attributes:
-        models: what is judged.
+        models: the models to judge.
         teacher: the model that the others are students of.
         baseline: the model that significance is tested against.
+        options: fairseq-generate's, parsed; the test set, the search and the device are theirs.
+        output: folder to write: ``report.json``, ``.md``, ``.html``, PNG files, ``translations``.
         beam: of the search; with ``greedy``, beam 1 beside it.
         repeats: passes over the data that are timed.
-        reference: file with the raw references; None are the data-bin's own.
-        logs: fairseq-train's, by name.
+        reference: file with the raw references; None for those of the data-bin.
+        tokenize: BLEU's, as sacrebleu's ``--tokenize``.
+        test, samples: of significance: one of ``TESTS``, and how many samples it draws.
+        logs: files of fairseq-train's logs, by name.
         examples: how many sentences to show of each student.
         trust: open checkpoints with the full pickle machinery.
+        overwrite: replace a report of other settings in ``output``.
     """
 
     models: Sequence[Model]
     teacher: Model
     baseline: Model
+    options: Namespace
+    output: str
     beam: int = 5
     greedy: bool = False
     repeats: int = 3
@@ -67,60 +75,66 @@ class Asked(NamedTuple):
     logs: Dict[str, str] = {}
     examples: int = 10
     trust: bool = False
+    overwrite: bool = False
 
     def systems(self) -> List[System]:
         beams = [self.beam, *([1] if self.greedy and self.beam != 1 else [])]
         return [System(model, beam, beam == self.beam) for model in self.models for beam in beams]
 
 
-class _Data(NamedTuple):
-    """The test set as fairseq reads it, and as text."""
+class _TestSet(NamedTuple):
+    """The test set as fairseq reads it, and as text.
+
+    Attributes:
+        binarised: whether the data-bin has references, which models are compared on.
+    """
 
     cfg: Any
     task: Any
     corpus: decoding.Corpus
     source: List[str]
-    binarised: Optional[List[str]]  # references out of the data-bin
     references: List[str]
+    binarised: bool
 
 
-def make(asked: Asked, options: Namespace, output: str, overwrite: bool) -> Dict[str, Any]:
+class _Results(NamedTuple):
+    """What there is to report on.
+
+    Attributes:
+        measured: by model's name.
+        failures: why a model failed, by its name.
+    """
+
+    asked: Asked
+    data: _TestSet
+    measured: Dict[str, Measured]
+    failures: Dict[str, str]
+
+    def translations(self, system: System) -> List[Optional[str]]:
+        return self.measured[system.model.name].translations[system.beam]
+
+    def systems(self) -> List[System]:
+        """Those of models that did not fail."""
+        return [s for s in self.asked.systems() if s.model.name not in self.failures]
+
+
+def make(asked: Asked) -> Dict[str, Any]:
     """Judge all models and write the report; goes on where an interruption left off.
-
-    Args:
-        options: fairseq-generate's, parsed.
-        output: folder to write: ``report.json``, ``.md``, ``.html``, PNG files, ``translations``.
-        overwrite: replace what this command made there with other settings.
 
     Returns:
         what ``report.json`` holds.
 
     Raises:
-        FileError: something does not fit, or every model fails; earlier results stay.
+        UserError: something does not fit, or every model fails; earlier results stay.
     """
     curves = {name: read_curves(path) for name, path in asked.logs.items()}
-    data = _read(asked, options)
-    folder = Path(output)
-    settings = _settings(asked, data)
-    lock = _prepare(folder, settings, overwrite)
-    # of other settings than an earlier report's, which stays until there is another
+    data = _read(asked)
+    folder = Path(asked.output)
+    settings = _settings(data)
+    lock = _prepare(folder, settings, asked.overwrite)
+    # each set of settings has its folder: the results of an earlier report stay until the end
     kept = folder / _MEASURED / _digest(settings)
-    measured = {
-        model.name: Measured(kept / (model.name + ".json"), {**settings, **_about(model, data)})
-        for model in asked.models
-    }
-    failures = measure(asked.systems(), measured, options, asked.repeats)
-    for model in asked.models:
-        found = len(next(iter(measured[model.name].said.values()), ()))
-        if model.name not in failures and found != len(data.references):
-            failures[model.name] = (
-                f"{model.data} has {found} sentences, the references {len(data.references)}"
-            )
-    if len(failures) == len(asked.models):
-        raise FileError(
-            "no model could be judged: "
-            + "; ".join(f"{name}: {why}" for name, why in failures.items())
-        )
+    results = _measure(asked, data, settings, kept)
     report: Dict[str, Any] = {
         "format": "kd_plugin report",
         "version": 1,
@@ -134,13 +148,13 @@ def make(asked: Asked, options: Namespace, output: str, overwrite: bool) -> Dict
         "device": settings["device"],
         "threads": settings["threads"],
         "repeats": asked.repeats,
-        "notes": _notes(asked, data, measured, failures),
-        **_judge(asked, data, measured, failures),
+        "notes": _notes(results),
+        **_judge(results),
         "curves": curves,
     }
-    report["differences"], report["not_compared"] = _differences(asked, data, measured, failures)
+    report["differences"], report["not_compared"] = _differences(results)
     _write(report, folder)
-    _write_translations(asked, measured, failures, folder)
+    _write_translations(results, folder)
     for path in (folder / _MEASURED).iterdir():
         if path != kept:
             shutil.rmtree(path)
@@ -149,54 +163,49 @@ def make(asked: Asked, options: Namespace, output: str, overwrite: bool) -> Dict
     return report
 
 
-def _digest(settings: Dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+# The test set, and what its translations depend on
 
 
-def _read(asked: Asked, options: Namespace) -> _Data:
-    cfg = configuration(options)
+def _read(asked: Asked) -> _TestSet:
+    cfg = configuration(asked.options)
     utils.import_user_module(cfg.common)
     task = decoding.set_up_task(cfg)
     bins = decoding.DataBin(cfg.task.data, task.cfg.source_lang, task.cfg.target_lang)
     corpus = decoding.Corpus.of_subset(task, bins, cfg.dataset.gen_subset)
     to_text, _ = decoding.text_functions(task, cfg)
-    source = [to_text(databin.decode(bins.source, t.tolist())) for t in _each(corpus.source)]
-    binarised = None
-    if corpus.references is not None:
-        binarised = [
-            to_text(databin.decode(bins.target, t.tolist())) for t in _each(corpus.references)
-        ]
+
+    def texts(sentences: Any, dictionary: Any) -> List[str]:
+        indices = (sentences[i].tolist() for i in range(len(sentences)))
+        return [to_text(databin.decode(dictionary, own)) for own in indices]
+
+    source = texts(corpus.source, bins.source)
     if asked.reference is not None:
-        references = _lines(asked.reference)
+        references = _read_lines(asked.reference)
         if len(references) != len(source):
-            raise FileError(
+            raise UserError(
                 f"--reference {asked.reference}: expected {len(source)} lines, as many as "
                 f"{cfg.dataset.gen_subset} has sentences; got {len(references)}"
             )
-    elif binarised is not None:
-        references = binarised
+    elif corpus.references is not None:
+        references = texts(corpus.references, bins.target)
     else:
-        raise FileError(
+        raise UserError(
             f"{cfg.task.data} has no {task.cfg.target_lang} references: give a file with "
             "--reference"
         )
-    return _Data(cfg, task, corpus, source, binarised, references)
+    return _TestSet(cfg, task, corpus, source, references, corpus.references is not None)
 
 
-def _each(sentences: Any) -> Any:
-    return (sentences[i] for i in range(len(sentences)))
-
-
-def _lines(path: str) -> List[str]:
+def _read_lines(path: str) -> List[str]:
     try:
         # only \n ends a line, as for fairseq
         with open(path, encoding="utf-8", newline="\n") as file:
             return [line.rstrip("\r\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"--reference {path} cannot be read ({error})") from None
+        raise UserError(f"--reference {path} cannot be read ({error})") from None
 
 
-def _settings(asked: Asked, data: _Data) -> Dict[str, Any]:
+def _settings(data: _TestSet) -> Dict[str, Any]:
     """All that translations, and how long they take, depend on beside the model."""
     cfg = data.cfg
     device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
@@ -217,40 +226,48 @@ def _settings(asked: Asked, data: _Data) -> Dict[str, Any]:
     }
 
 
-def _about(model: Model, data: _Data) -> Dict[str, Any]:
+def _model_settings(model: Model, data: _TestSet) -> Dict[str, Any]:
+    """What its translations depend on beside that: its files, and its own data-bin's."""
     own = {}
-    if _is_other(model, data):
+    if _has_own_data(model, data):
         bins = decoding.DataBin(model.data, *data.corpus.data.langs)
         own = decoding.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
     return {"model": model.fingerprint(), "model_data": own}
 
 
-def _is_other(model: Model, data: _Data) -> bool:
-    """Whether a model reads a data-bin of its own."""
+def _has_own_data(model: Model, data: _TestSet) -> bool:
     return Path(model.data).resolve() != data.corpus.data.folder.resolve()
 
 
+def _digest(settings: Dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
-    """Make the folder and hold it; refuse one that holds something else."""
+    """Make the folder and lock it.
+
+    Raises:
+        UserError: it holds a report of other settings, or files of somebody else.
+    """
     if folder.exists() and not folder.is_dir():
-        raise FileError(f"--output {folder}: expected a folder, found a file")
+        raise UserError(f"--output {folder}: expected a folder, found a file")
     folder.mkdir(parents=True, exist_ok=True)
     lock = locked(folder / ".lock")
     if (folder / _SETTINGS).is_file():
         found = read_json(folder / _SETTINGS)
         different = differences(settings, found, settings)
         if different and not overwrite:
-            raise FileError(
+            raise UserError(
                 f"--output {folder} holds a report made with other settings: "
                 f"{'; '.join(different)}. Choose another folder; --overwrite would replace it."
             )
     else:
         ours = {".lock", _MEASURED}
-        if (folder / _MEASURED).is_dir():  # the settings, which come last, did not come
+        if (folder / _MEASURED).is_dir():  # killed before the settings, which come last
             ours |= {_TRANSLATIONS, *_PICTURES, *_PAGES}
         names = {path.name for path in folder.iterdir()} - ours
         if not all(name.endswith(UNFINISHED) for name in names):
-            raise FileError(
+            raise UserError(
                 f"--output {folder} holds files that this command did not write: choose another "
                 "folder"
             )
@@ -259,36 +276,69 @@ def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
     return lock
 
 
-def _notes(
-    asked: Asked, data: _Data, measured: Dict[str, Measured], failures: Dict[str, str]
-) -> List[str]:
-    good = [one for name, one in measured.items() if name not in failures]
+# Quality and cost
+
+
+def _measure(asked: Asked, data: _TestSet, settings: Dict[str, Any], kept: Path) -> _Results:
+    """Decode with every model.
+
+    Args:
+        kept: folder of what has been measured with these settings.
+
+    Raises:
+        UserError: all of them failed.
+    """
+    measured = {
+        model.name: Measured(
+            kept / (model.name + ".json"), {**settings, **_model_settings(model, data)}
+        )
+        for model in asked.models
+    }
+    failures = measure(
+        asked.systems(),
+        measured,
+        teacher=asked.teacher,
+        options=asked.options,
+        repeats=asked.repeats,
+    )
+    for model in asked.models:
+        found = len(next(iter(measured[model.name].translations.values()), ()))
+        if model.name not in failures and found != len(data.references):
+            failures[model.name] = (
+                f"{model.data} has {found} sentences, the references {len(data.references)}"
+            )
+    if len(failures) == len(asked.models):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise UserError("no model could be judged: " + reasons)
+    return _Results(asked, data, measured, failures)
+
+
+def _notes(results: _Results) -> List[str]:
+    asked = results.asked
+    good = [one for name, one in results.measured.items() if name not in results.failures]
     notes = []
     if len({run for one in good for run in one.runs}) > 1:
-        notes.append("Not all passes are of the same run of the command, so not all were in turns.")
+        notes.append(
+            "The passes come from several runs of the command, so they did not all take turns: "
+            "speeds compare less well."
+        )
     if any(len(seconds) > asked.repeats for one in good for seconds in one.seconds.values()):
-        notes.append(f"Of some models there were more passes than {asked.repeats}.")
-    text = decoding.describe_text(data.cfg)
-    said = (line for one in good for line in one.said.get(asked.beam, ()) if line)
-    if not any(text.values()) and any("\u2581" in line or "@@ " in line for line in said):
+        notes.append(f"Some models were timed in more than {asked.repeats} passes.")
+    text = decoding.describe_text(results.data.cfg)
+    lines = (line for one in good for line in one.translations.get(asked.beam, ()) if line)
+    if not any(text.values()) and any("\u2581" in line or "@@ " in line for line in lines):
         notes.append(
             "The translations are in SUBWORDS, so scores mean nothing: was --remove-bpe forgotten?"
         )
     return notes
 
 
-def _judge(
-    asked: Asked,
-    data: _Data,
-    measured: Dict[str, Measured],
-    failures: Dict[str, str],
-) -> Dict[str, Any]:
+def _judge(results: _Results) -> Dict[str, Any]:
     """Scores and costs of all that did not fail."""
-    systems = asked.systems()
+    asked = results.asked
     texts = {
-        system: [text or "" for text in measured[system.model.name].said[system.beam]]
-        for system in systems
-        if system.model.name not in failures
+        system: [text or "" for text in results.translations(system)]
+        for system in results.systems()
     }
     baseline = next(
         (system for system in texts if system.main and system.model == asked.baseline),
@@ -296,78 +346,52 @@ def _judge(
     )
     scores, signatures = score(
         {system.name: lines for system, lines in texts.items()},
-        data.references,
-        baseline.name,
-        asked.tokenize,
-        asked.test,
-        asked.samples,
+        results.data.references,
+        baseline=baseline.name,
+        tokenize=asked.tokenize,
+        test=asked.test,
+        samples=asked.samples,
     )
     rows = [
-        _row(system, measured[system.model.name], scores)
+        _row(system, results, scores[system.name])
         if system in texts
         else {"name": system.name, "model": system.model.name, "beam": system.beam, "scores": None}
-        for system in systems
+        for system in asked.systems()
     ]
-    teacher = next((row for row in rows if row["name"] == asked.teacher.name), None)
-    for row in rows:
-        if row["scores"] is None:
-            continue
-        row["kept"] = row["speedup"] = None
-        if teacher and teacher["scores"]:
-            best = teacher["scores"]["BLEU"]["score"]
-            row["kept"] = row["scores"]["BLEU"]["score"] / best if best else None
-            row["speedup"] = (
-                row["sentences_per_second"]["median"] / teacher["sentences_per_second"]["median"]
-            )
+    _add_ratios(rows, asked.teacher)
     return {
         "baseline": baseline.name,
         "significance": f"{TESTS[asked.test]}, {asked.samples:,} samples",
         "signatures": signatures,
-        "models": [
-            {
-                "name": model.name,
-                "kind": model.kind,
-                "path": model.path,
-                "error": failures.get(model.name),
-                **{key: measured[model.name].about.get(key) for key in (*NUMBERS, "precision")},
-                "peak_memory_bytes": measured[model.name].memory or None,
-            }
-            for model in asked.models
-        ],
+        "models": [_model(model, results) for model in asked.models],
         "systems": rows,
     }
 
 
-def _write_translations(
-    asked: Asked, measured: Dict[str, Measured], failures: Dict[str, str], folder: Path
-) -> None:
-    (folder / _TRANSLATIONS).mkdir(exist_ok=True)
-    names = set()
-    for system in asked.systems():
-        if system.model.name not in failures:
-            name = f"{system.model.name}{'' if system.main else '.greedy'}.txt"
-            names.add(name)
-            lines = measured[system.model.name].said[system.beam]
-            with all_or_nothing(folder / _TRANSLATIONS / name) as file:
-                file.write("".join((line or "") + "\n" for line in lines).encode("utf-8"))
-    for path in (folder / _TRANSLATIONS).glob("*.txt"):
-        if path.name not in names:
-            path.unlink()  # of a model that is no longer asked for
+def _model(model: Model, results: _Results) -> Dict[str, Any]:
+    measured = results.measured[model.name]
+    return {
+        "name": model.name,
+        "kind": model.kind,
+        "path": model.path,
+        "error": results.failures.get(model.name),
+        **{key: measured.facts.get(key) for key in (*NUMBERS, "precision")},
+        "peak_memory_bytes": measured.memory or None,
+    }
 
 
-def _row(system: System, measured: Measured, scores: Dict[str, Any]) -> Dict[str, Any]:
-    own = scores[system.name]
-    seconds, said = measured.seconds[system.beam], measured.said[system.beam]
-    translated = sum(text is not None for text in said)
-    tokens = measured.tokens[system.beam]
+def _row(system: System, results: _Results, scores: Dict[str, Any]) -> Dict[str, Any]:
+    measured, translations = results.measured[system.model.name], results.translations(system)
+    seconds, tokens = measured.seconds[system.beam], measured.tokens[system.beam]
+    translated = sum(text is not None for text in translations)
     return {
         "name": system.name,
         "model": system.model.name,
         "beam": system.beam,
-        "scores": {metric: own[metric] for metric in METRICS},
-        "length_ratio": own["length_ratio"],
-        "identical": own["identical"],
-        "left_out": len(said) - translated,
+        "scores": {metric: scores[metric] for metric in METRICS},
+        "length_ratio": scores["length_ratio"],
+        "identical": scores["identical"],
+        "left_out": len(translations) - translated,
         "seconds": seconds,
         "tokens": tokens,
         "sentences_per_second": Quartiles.of([translated / s for s in seconds])._asdict(),
@@ -375,74 +399,142 @@ def _row(system: System, measured: Measured, scores: Dict[str, Any]) -> Dict[str
     }
 
 
-def _differences(
-    asked: Asked, data: _Data, measured: Dict[str, Measured], failures: Dict[str, str]
-) -> Tuple[Dict[str, Any], Dict[str, str]]:
-    """Of each student that can be compared with the teacher; and why the others cannot."""
+def _add_ratios(rows: Sequence[Dict[str, Any]], teacher: Model) -> None:
+    """To each row its share of the teacher's BLEU ("kept") and its speed-up over the teacher."""
+
+    def bleu(row: Dict[str, Any]) -> float:
+        return row["scores"]["BLEU"]["score"]
+
+    def speed(row: Dict[str, Any]) -> float:
+        return row["sentences_per_second"]["median"]
+
+    judged = [row for row in rows if row["scores"]]
+    best = next((row for row in judged if row["name"] == teacher.name), None)
+    for row in judged:
+        row["kept"] = bleu(row) / bleu(best) if best and bleu(best) else None
+        row["speedup"] = speed(row) / speed(best) if best else None
+
+
+# Differences from the teacher
+
+
+def _differences(results: _Results) -> Tuple[Dict[str, Any], Dict[str, str]]:
+    """Compare each student with the teacher, one after the other: two models are held at a time.
+
+    Returns:
+        by student, the differences; and by model, why it cannot be compared.
+    """
+    asked, data = results.asked, results.data
     students = [model for model in asked.models if model != asked.teacher]
-    why: Dict[str, str] = {}
-    opened: Dict[str, Teacher] = {}
-    for model in [asked.teacher, *students]:
-        if model.name in failures:
-            why[model.name] = "it failed"
-        elif model.kind == CTRANSLATE2:
-            why[model.name] = "CTranslate2 tells no distributions"
-        elif _is_other(model, data):
-            why[model.name] = "it has a vocabulary of its own"
-        elif data.binarised is None:
-            why[model.name] = "the data-bin has no references"
-        else:
-            try:
-                opened[model.name] = _open(model, data, asked)
-            except ValueError as error:
-                why[model.name] = str(error)
-    if asked.teacher.name in why:
-        reason = f"nothing can be compared with {asked.teacher.name}: {why[asked.teacher.name]}"
-        return {}, {model.name: reason for model in students}
-    teacher = opened.pop(asked.teacher.name)
-    if not opened:
-        return {}, why
-    plan = decoding.plan(
-        data.task,
-        data.corpus,
-        [model.max_positions() for model in (teacher, *opened.values())],
-        data.cfg.dataset.max_tokens,
-        data.cfg.dataset.batch_size,
-        1,
-        data.cfg.common.seed,
+    reasons: Dict[str, str] = {}
+
+    def unless_refused(model: Model, work: Callable[[Model, _Results], Any]) -> Any:
+        try:
+            return work(model, results)
+        except UserError as error:
+            reasons[model.name] = str(error)
+            return None
+
+    limits = {model: unless_refused(model, _max_positions) for model in [asked.teacher, *students]}
+    students = [model for model in students if model.name not in reasons]
+    teacher = None
+    if students and asked.teacher.name not in reasons:
+        teacher = unless_refused(asked.teacher, _open)
+    if asked.teacher.name in reasons:
+        reason = f"the teacher cannot be compared: {reasons[asked.teacher.name]}"
+        return {}, {model.name: reason for model in asked.models if model != asked.teacher}
+    found: Dict[str, Any] = {}
+    if teacher is None:
+        return found, reasons
+    plan = _plan(data, [limits[model] for model in [asked.teacher, *students]])
+    counts, dataset = _counts(data), data.corpus.dataset
+    for model in students:
+        student = unless_refused(model, _open)
+        if student is not None:
+            batches = (dataset.collater([dataset[int(i)] for i in batch]) for batch in plan)
+            dictionary = data.task.target_dictionary
+            tokens = compare.compare(teacher, student, batches, dictionary)
+            found[model.name] = _difference(model, tokens, counts, results)
+        del student  # before the next one is opened
+    return found, reasons
+
+
+def _max_positions(model: Model, results: _Results) -> Tuple[int, int]:
+    """Longest source and target, in tokens, that all its checkpoints take.
+
+    Raises:
+        UserError: it gives no distributions, or not over the data's vocabulary.
+    """
+    if model.name in results.failures:
+        raise UserError("it failed")
+    if model.kind == CTRANSLATE2:
+        raise UserError("CTranslate2 gives no distributions")
+    if _has_own_data(model, results.data):
+        raise UserError("it has a vocabulary of its own")
+    if not results.data.binarised:
+        raise UserError("the data-bin has no references")
+    asked = results.asked
+    source, target = zip(
+        *(
+            Checkpoint.open(path, role_of(model, asked.teacher), asked.trust).max_positions
+            for path in model.paths
+        )
     )
-    dataset, dictionary = data.corpus.dataset, data.task.target_dictionary
-    batches = (dataset.collater([dataset[int(i)] for i in batch]) for batch in plan)
-    found = compare.compare(teacher, list(opened.values()), batches, dictionary)
-    counts = _counts(data)
-    said = measured[asked.teacher.name].said[asked.beam]
-    return {
-        name: {
-            "all": compare.Bucket.of("all", tokens)._asdict(),
-            "by": {
-                kind: [bucket._asdict() for bucket in own]
-                for kind, own in compare.buckets(tokens, counts, dictionary.eos()).items()
-            },
-            "farthest": [
-                _sentence(i, tokens, data, said[i], measured[name].said[asked.beam][i])
-                for i in compare.farthest(tokens, asked.examples)
-            ],
-        }
-        for name, tokens in zip(opened, found)
-    }, why
+    return min(source), min(target)
 
 
-def _open(model: Model, data: _Data, asked: Asked) -> Teacher:
-    device, dtype = decoding.placement(data.cfg, data.cfg.distributed_training.device_id)
-    task = data.task
+def _open(model: Model, results: _Results) -> Teacher:
+    """A model that gives distributions over the data's vocabulary."""
+    cfg, task = results.data.cfg, results.data.task
+    device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
     fit = Student(
         task.source_dictionary, task.target_dictionary, task.cfg.source_lang, task.cfg.target_lang
     )
-    return Teacher.open(model.paths, fit, trust=asked.trust).place(device, dtype)
+    asked = results.asked
+    settings = TeacherSettings(model.paths, trust=asked.trust, role=role_of(model, asked.teacher))
+    return Teacher.open(settings, fit).place(device, dtype)
 
 
-def _counts(data: _Data) -> np.ndarray:
-    """How often each target symbol occurs in training; in the dictionary's words, if need be."""
+def _plan(data: _TestSet, limits: Sequence[Tuple[int, int]]) -> List[np.ndarray]:
+    """Batches of the test set, as sentence numbers; without what is too long for one of the models.
+
+    Args:
+        limits: longest source and target of each model.
+    """
+    return decoding.plan(
+        data.task,
+        data.corpus,
+        limits,
+        max_tokens=data.cfg.dataset.max_tokens,
+        max_sentences=data.cfg.dataset.batch_size,
+        required_multiple=1,
+        seed=data.cfg.common.seed,
+    )
+
+
+def _difference(
+    model: Model, tokens: compare.Tokens, counts: np.ndarray, results: _Results
+) -> Dict[str, Any]:
+    asked, data = results.asked, results.data
+    buckets = compare.buckets(tokens, counts, data.task.target_dictionary.eos())
+    teacher, student = [
+        results.measured[name].translations[asked.beam] for name in (asked.teacher.name, model.name)
+    ]
+    return {
+        "all": compare.Bucket.of("all", tokens)._asdict(),
+        "by": {kind: [bucket._asdict() for bucket in own] for kind, own in buckets.items()},
+        "farthest": [
+            _sentence(i, tokens, data, teacher[i], student[i])
+            for i in compare.farthest(tokens, asked.examples)
+        ],
+    }
+
+
+def _counts(data: _TestSet) -> np.ndarray:
+    """How often each target symbol occurs in training, (V,).
+
+    Without a training set there, as the dictionary's file has it.
+    """
     dictionary, bins = data.task.target_dictionary, data.corpus.data
     train = bins.side("train", bins.langs[1])
     if train is None:
@@ -454,7 +546,7 @@ def _counts(data: _Data) -> np.ndarray:
 
 
 def _sentence(
-    i: int, tokens: compare.Tokens, data: _Data, teacher: Optional[str], student: Optional[str]
+    i: int, tokens: compare.Tokens, data: _TestSet, teacher: Optional[str], student: Optional[str]
 ) -> Dict[str, Any]:
     own = tokens.only(tokens.sentence == i)
     symbols = data.task.target_dictionary.symbols
@@ -477,6 +569,9 @@ def _sentence(
     }
 
 
+# Files
+
+
 def _write(report: Dict[str, Any], folder: Path) -> None:
     from .draw import draw  # no process that decodes needs matplotlib
 
@@ -485,9 +580,9 @@ def _write(report: Dict[str, Any], folder: Path) -> None:
     texts = {
         "report.md": page.markdown(report),
         "report.html": page.page(report, pictures),
-        "report.json": json.dumps(_plain(report), indent=1, ensure_ascii=False),
+        "report.json": json.dumps(_without_infinities(report), indent=1, ensure_ascii=False),
     }
-    # a file's name may be no text
+    # file names need not be UTF-8
     written = {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
     content = {**pictures, **written}
     # all are written before the first is renamed: on a full disk an earlier report stays whole
@@ -501,10 +596,24 @@ def _write(report: Dict[str, Any], folder: Path) -> None:
             (folder / name).unlink()  # of an earlier report
 
 
-def _plain(value: Any) -> Any:
-    """Without numbers that JSON has no word for."""
+def _without_infinities(value: Any) -> Any:
+    """``value`` with None for the numbers that JSON cannot write: infinities and NaN."""
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _without_infinities(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return [_without_infinities(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_translations(results: _Results, folder: Path) -> None:
+    (folder / _TRANSLATIONS).mkdir(exist_ok=True)
+    names = set()
+    for system in results.systems():
+        name = f"{system.model.name}{'' if system.main else '.greedy'}.txt"
+        names.add(name)
+        with all_or_nothing(folder / _TRANSLATIONS / name) as file:
+            lines = results.translations(system)
+            file.write("".join((line or "") + "\n" for line in lines).encode("utf-8"))
+    for path in (folder / _TRANSLATIONS).glob("*.txt"):
+        if path.name not in names:
+            path.unlink()  # of a model that is no longer asked for

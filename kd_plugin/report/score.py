@@ -13,12 +13,13 @@ _RESAMPLES = 1000  # of the confidence intervals, as sacrebleu --confidence
 def score(
     translations: Dict[str, List[str]],
     references: Sequence[str],
+    *,
     baseline: str,
     tokenize: str,
     test: str,
     samples: int,
 ) -> Tuple[Dict[str, Dict[str, Any]], Dict[str, str]]:
-    """Corpus scores of several systems, and how sure their difference from a baseline is.
+    """Corpus scores of several systems, and the significance of their difference from a baseline.
 
     Args:
         translations: running text by system, as many lines as there are references.
@@ -26,7 +27,7 @@ def score(
             Riezler & Maxwell 2005 for approximate randomisation).
         tokenize: BLEU's, as sacrebleu's ``--tokenize``.
         test: one of ``TESTS``.
-        samples: of the test.
+        samples: how many the test draws.
 
     Returns:
         by system and metric ``score``, the ``mean`` and half-width ``ci`` of its 95% interval, the

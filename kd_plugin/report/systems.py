@@ -1,4 +1,4 @@
-"""What is judged: models by name, each a checkpoint, an ensemble, or a CTranslate2 folder."""
+"""The models to judge, by name: each a checkpoint, an ensemble, or a CTranslate2 folder."""
 
 import hashlib
 import os
@@ -8,15 +8,15 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from fairseq import utils
 
-from ..checkpoints.checkpoint import digest
-from ..files import FileError
+from ..checkpoints import Role, digest
+from ..errors import Faults, UserError
 
 FAIRSEQ, CTRANSLATE2 = "fairseq", "ctranslate2"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 
 
 class Model(NamedTuple):
-    """A model that is judged.
+    """A model to judge.
 
     Attributes:
         name: in tables and pictures.
@@ -34,7 +34,7 @@ class Model(NamedTuple):
 
     @property
     def paths(self) -> List[str]:
-        """Its checkpoints; of a folder, itself."""
+        """Its checkpoints, or the folder itself."""
         return [self.path] if self.kind == CTRANSLATE2 else list(utils.split_paths(self.path))
 
     def fingerprint(self) -> str:
@@ -45,12 +45,22 @@ class Model(NamedTuple):
         return hashlib.sha256(" ".join(map(digest, files)).encode()).hexdigest()
 
 
+def role_of(model: Model, teacher: Model) -> Role:
+    """What messages call a model's checkpoints, and the flags that they advise."""
+    name = "teacher" if model == teacher else "student"
+    return Role(name, trust="--trust-checkpoint", data="--model-data")
+
+
 class System(NamedTuple):
-    """A model decoding in one way; a row of the tables."""
+    """A model with a beam; a row of the tables.
+
+    Attributes:
+        main: whether it decodes with the beam of ``--beam``, rather than greedily beside it.
+    """
 
     model: Model
     beam: int
-    main: bool  # with the beam that was asked for, not the greedy search beside it
+    main: bool
 
     @property
     def name(self) -> str:
@@ -61,48 +71,50 @@ def named(pairs: Sequence[str], flag: str, what: str) -> Dict[str, str]:
     """``NAME=VALUE`` arguments as a dictionary.
 
     Raises:
-        FileError: one is something else, or a name stands twice; all faults in one message.
+        UserError: one has another form, or a name occurs twice; all faults in one message.
     """
     found: Dict[str, str] = {}
-    faults = []
+    faults = Faults()
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not (name and equals and value):
-            faults.append(f"expected NAME={what}, got {pair!r}")
-        elif name in found:
-            faults.append(f"the name {name!r} stands there twice")
-        else:
+            faults.add(f"expected NAME={what}, got {pair!r}")
+        elif faults.check(name not in found, f"the name {name!r} occurs twice"):
             found[name] = value
-    if faults:
-        raise FileError(f"{flag}: {'; '.join(faults)}")
+    faults.raise_if_any(prefix=f"{flag}: ")
     return found
 
 
 def read_models(pairs: Sequence[str], data: str, own_data: Sequence[str]) -> List[Model]:
-    """The models of ``--models``, and where ``--model-data`` has their dictionaries.
+    """The models of ``--models``, with the data-bins that ``--model-data`` gives some of them.
+
+    Args:
+        data: data-bin of the others.
 
     Raises:
-        FileError: a name or a file is wrong; all faults in one message.
+        UserError: a name or a file is wrong; all faults in one message.
     """
     paths = named(pairs, "--models", "CHECKPOINT")
     folders = named(own_data, "--model-data", "DATA-BIN")
-    faults = [f"--model-data: no model is named {n!r}" for n in folders if n not in paths]
+    faults = Faults()
+    for name in folders:
+        faults.check(name in paths, f"--model-data: no model is named {name!r}")
     models = [Model(name, path, folders.get(name, data)) for name, path in paths.items()]
     for model in models:
-        if not _NAME.fullmatch(model.name) or model.name.endswith(".greedy"):
-            faults.append(
-                f"{model.name!r} cannot be a model's name, which is also a file's: expected "
-                "letters, digits and . _ + -, the first a letter or digit, not .greedy at the end"
-            )
-        if model.kind == CTRANSLATE2 and not (Path(model.path) / "model.bin").is_file():
-            faults.append(
-                f"{model.name}: {model.path} is a folder without model.bin, so no CTranslate2 model"
-            )
-        exists = os.path.isdir if model.kind == CTRANSLATE2 else os.path.isfile
-        missing = [path for path in model.paths if not exists(path)]
-        faults += [f"{model.name}: no such file {path}" for path in missing]
-    if faults:
-        raise FileError("; ".join(faults))
+        faults.check(
+            _NAME.fullmatch(model.name) and not model.name.endswith(".greedy"),
+            f"{model.name!r} cannot be a model's name, which is also a file's: expected letters, "
+            "digits and . _ + -, the first a letter or digit, not .greedy at the end",
+        )
+        is_folder = model.kind == CTRANSLATE2
+        faults.check(
+            not is_folder or (Path(model.path) / "model.bin").is_file(),
+            f"{model.name}: {model.path} is a folder without model.bin, so not a CTranslate2 model",
+        )
+        for path in model.paths:
+            exists = os.path.isdir(path) if is_folder else os.path.isfile(path)
+            faults.check(exists, f"{model.name}: no such file {path}")
+    faults.raise_if_any()
     return models
 
 
@@ -110,12 +122,12 @@ def pick(models: Sequence[Model], wanted: Optional[str], flag: str, usual: Seque
     """The model that a flag names; by default the one with a usual name, or the first.
 
     Raises:
-        FileError: there is none of that name.
+        UserError: there is no model of that name.
     """
     by_name = {model.name: model for model in models}
     for name in [wanted] if wanted else usual:
         if name in by_name:
             return by_name[name]
     if wanted:
-        raise FileError(f"{flag} {wanted}: no model is named so, but {', '.join(by_name)}")
+        raise UserError(f"{flag} {wanted}: the models are named {', '.join(by_name)}")
     return models[0]

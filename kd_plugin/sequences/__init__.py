@@ -1,19 +1,23 @@
 """Sequence-level distillation: data that say what the teacher says (Kim & Rush 2016)."""
 
-from .choice import METRICS, Filters
+from .choice import METRICS, SELECTORS, Choice, choose
+from .filters import Filters
 from .hypotheses import HypothesisStore
-from .pipeline import Choice, Output, Student, alone, choose, converted, decode, summary_lines
+from .output import Output, summary_lines
+from .pipeline import ENGINES, Asked, make
+from .student import Student
 
 __all__ = [
+    "ENGINES",
     "METRICS",
+    "SELECTORS",
+    "Asked",
     "Choice",
     "Filters",
     "HypothesisStore",
     "Output",
     "Student",
-    "alone",
     "choose",
-    "converted",
-    "decode",
+    "make",
     "summary_lines",
 ]

@@ -1,31 +1,110 @@
-"""Which hypothesis a sentence gets, and which sentences are dropped."""
+"""Which hypothesis a sentence gets.
 
-from collections import Counter
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+A selector gives each hypothesis of a sentence a value; the highest one is chosen. To add one, write
+its function and put it into ``SELECTORS``: the flag, its help and its refusals follow from there.
+"""
 
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-from ..decoding.databin import words
+from ..decoding import databin
+from ..decoding.corpus import Corpus
 from ..decoding.engines import Hypothesis
+from ..files import FileError
+from .filters import Filters, new_counts
+from .progress import progress_bar
+from .student import Student
 
 METRICS = ("bleu", "chrf")
-# Why a sentence is dropped, in the order in which that is asked
-REASONS = (
-    "longer_than_the_teacher_reads",
-    "empty",
-    "unfinished",
-    "too_long",
-    "length_ratio",
-    "copy_of_source",
-    "repetition",
-    "unknown_symbol",
-    "far_from_reference",
-    "low_score",
-)
-_NGRAM = 4
 
 
-def closeness(metric: str) -> Callable[[str, str], float]:
+class Candidates:
+    """The hypotheses of one sentence, and what selectors want to know of them.
+
+    Args:
+        hypotheses: the likeliest first.
+        to_text: from subwords to running text.
+        reference: running text; None where there is none.
+        similarity: of a hypothesis to a reference, both running text, 0 to 100.
+    """
+
+    def __init__(
+        self,
+        hypotheses: Sequence[Hypothesis],
+        to_text: Callable[[str], str],
+        reference: Optional[str],
+        similarity: Callable[[str, str], float],
+    ) -> None:
+        self.hypotheses, self.reference = hypotheses, reference
+        self._to_text, self._similarity = to_text, similarity
+        self._texts: Dict[int, str] = {}
+        self._closeness: Dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self.hypotheses)
+
+    def text(self, i: int) -> str:
+        if i not in self._texts:
+            self._texts[i] = self._to_text(self.hypotheses[i].subwords)
+        return self._texts[i]
+
+    def closeness(self, i: int) -> float:
+        """Similarity of hypothesis ``i`` to the reference, 0 to 100."""
+        assert self.reference is not None
+        if i not in self._closeness:
+            self._closeness[i] = self._similarity(self.text(i), self.reference)
+        return self._closeness[i]
+
+
+class Selector(NamedTuple):
+    """A way to choose one of several hypotheses.
+
+    Attributes:
+        name: of the flag ``--select``.
+        description: what it takes, for the flag's help.
+        values: of each hypothesis; the highest is chosen.
+        needs_references: whether they are compared with references.
+        needs_several: whether one hypothesis leaves nothing to choose.
+    """
+
+    name: str
+    description: str
+    values: Callable[[Candidates], Sequence[float]]
+    needs_references: bool = False
+    needs_several: bool = False
+
+
+def _rank(candidates: Candidates) -> List[float]:
+    return [-float(i) for i in range(len(candidates))]
+
+
+def _closeness(candidates: Candidates) -> List[float]:
+    return [candidates.closeness(i) for i in range(len(candidates))]
+
+
+SELECTORS = {
+    selector.name: selector
+    for selector in (
+        Selector("best", "the likeliest", _rank),
+        Selector(
+            "closest",
+            "the closest to the reference (sequence interpolation, Kim & Rush 2016, section 3.3)",
+            _closeness,
+            needs_references=True,
+            needs_several=True,
+        ),
+    )
+}
+
+
+def highest(values: Sequence[float]) -> int:
+    """Which value is the highest; of several, the first: the teacher finds it likeliest."""
+    return max(range(len(values)), key=lambda i: (values[i], -i))
+
+
+def similarity(metric: str) -> Callable[[str, str], float]:
     """sacreBLEU's sentence-level score of a hypothesis against its reference, 0 to 100.
 
     Args:
@@ -35,75 +114,122 @@ def closeness(metric: str) -> Callable[[str, str], float]:
     return lambda hypothesis, reference: scorer.sentence_score(hypothesis, [reference]).score
 
 
-def closest(scores: Sequence[float]) -> int:
-    """The hypothesis with the highest closeness (sequence interpolation, Kim & Rush 2016,
-    section 3.3); of several, the one that the teacher finds likeliest."""
-    return max(range(len(scores)), key=lambda i: (scores[i], -i))
-
-
 def per_token(hypothesis: Hypothesis, lenpen: float, unnormalized: bool) -> float:
     """The teacher's mean log-probability per symbol, end of sentence included, in nats."""
-    length = len(words(hypothesis.subwords)) + 1
+    length = len(databin.words(hypothesis.subwords)) + 1
     return hypothesis.score * (1 / length if unnormalized else length ** (lenpen - 1))
 
 
-class Filters(NamedTuple):
-    """What drops a sentence; None or 0 switches a filter off.
+class Choice(NamedTuple):
+    """How hypotheses are chosen, and sentences dropped.
 
-    Lengths are in subwords. Attributes:
-        max_length: most subwords of source or hypothesis.
-        max_length_ratio: most that one side, end of sentence included, may be longer than the
-            other.
-        copies: drop hypotheses that repeat the source, unless the reference does.
-        max_repeats: most that a hypothesis's commonest 4-gram may occur more often than the
-            source's commonest does (oscillation: Raunak et al. 2021; Guerreiro et al. 2023, TNG).
-        unfinished: drop hypotheses that were ended by the length limit.
+    Attributes:
+        select: one of ``SELECTORS``.
+        metric: of closeness: "bleu" or "chrf".
+        filters: what drops a sentence.
+        min_closeness: least closeness of what is chosen, 0 to 100.
+        min_score_quantile: share of sentences to drop, those with the teacher's lowest score per
+            token.
     """
 
-    max_length: Optional[int] = 250
-    max_length_ratio: Optional[float] = 3.0
-    copies: bool = True
-    max_repeats: Optional[int] = 1
-    unfinished: bool = True
+    select: str = "best"
+    metric: str = "bleu"
+    filters: Filters = Filters()
+    min_closeness: Optional[float] = None
+    min_score_quantile: float = 0.0
 
-    @classmethod
-    def off(cls) -> "Filters":
-        return cls(None, None, False, None, False)
+    @property
+    def selector(self) -> Selector:
+        return SELECTORS[self.select]
 
-    def fault(
-        self, source: str, hypothesis: Hypothesis, texts: Tuple[str, str, Optional[str]]
-    ) -> Optional[str]:
-        """One of ``REASONS`` to drop a sentence, or None.
-
-        Args:
-            source: its subwords.
-            texts: source, hypothesis and reference as running text.
-        """
-        said, read = words(hypothesis.subwords), words(source)
-        n, m = len(said), len(read)
-        if not said:
-            return "empty"
-        if self.unfinished and not hypothesis.finished:
-            return "unfinished"
-        if self.max_length is not None and max(n, m) > self.max_length:
-            return "too_long"
-        if self.max_length_ratio is not None:
-            if max(n + 1, m + 1) > self.max_length_ratio * min(n + 1, m + 1):
-                return "length_ratio"
-        source_text, text, reference = texts
-        if self.copies and text == source_text != reference:
-            return "copy_of_source"
-        if self.max_repeats is not None:
-            if _commonest(said) - _commonest(read) > self.max_repeats:
-                return "repetition"
-        return None
+    @property
+    def needs_references(self) -> bool:
+        return self.selector.needs_references or self.min_closeness is not None
 
 
-def _commonest(symbols: List[str]) -> int:
-    """How often the commonest 4-gram occurs."""
-    ngrams = Counter(tuple(symbols[i : i + _NGRAM]) for i in range(len(symbols) - _NGRAM + 1))
-    return max(ngrams.values(), default=0)
+class Chosen(NamedTuple):
+    """For each sentence the number of its hypothesis, or -1; and what became of all.
+
+    Attributes:
+        which: int32 (sentences,).
+        dropped: how many sentences, by reason.
+        means: over what is kept: ``score_per_token`` in nats, ``closeness`` from 0 to 100.
+    """
+
+    which: np.ndarray
+    dropped: Dict[str, int]
+    means: Dict[str, Optional[float]]
 
 
-def new_counts() -> Dict[str, int]:
-    return {reason: 0 for reason in REASONS}
+def choose(
+    corpus: Corpus,
+    nbest: Iterable[Tuple[int, Sequence[Hypothesis]]],
+    student: Student,
+    choice: Choice,
+    *,
+    lenpen: float = 1.0,
+    unnormalized: bool = False,
+) -> Chosen:
+    """Choose a hypothesis of each sentence, and drop what the filters drop.
+
+    Args:
+        nbest: sentences with their lists, in the order of the corpus.
+        lenpen, unnormalized: how the scores were normalised; fairseq's flags.
+
+    Raises:
+        FileError: the lists are of other sentences.
+    """
+    sentences = len(corpus.source)
+    which = np.full(sentences, -1, dtype=np.int32)
+    scores = np.full(sentences, -np.inf, dtype=np.float64)
+    closeness = np.full(sentences, np.nan, dtype=np.float64)
+    dropped = new_counts()
+    measure = similarity(choice.metric)
+    unknown = corpus.data.source.unk_string()
+    decoded, last = 0, -1
+    with progress_bar(sentences, "choosing") as progress:
+        for i, hypotheses in nbest:
+            if not last < i < sentences:
+                folder = getattr(nbest, "folder", "the n-best lists")
+                raise FileError(
+                    f"{folder} has sentence {i} where another was expected: it is damaged. "
+                    "Delete it and decode again."
+                )
+            progress.update(1)
+            decoded, last = decoded + 1, i
+            source = databin.decode(corpus.data.source, corpus.source[i].tolist())
+            reference = None
+            if corpus.references is not None:
+                target = databin.decode(corpus.data.target, corpus.references[i].tolist())
+                reference = student.to_text(target)
+            candidates = Candidates(hypotheses, student.to_text, reference, measure)
+            best = highest(choice.selector.values(candidates))
+            if choice.needs_references:
+                closeness[i] = candidates.closeness(best)
+            texts = student.to_text(source), candidates.text(best), reference
+            reason = choice.filters.reason(source, hypotheses[best], texts)
+            if reason is None and student.recode is not None:
+                subwords = databin.words(source) + databin.words(hypotheses[best].subwords)
+                if unknown in subwords:  # whose text nobody knows
+                    reason = "unknown_symbol"
+            if reason is None and choice.min_closeness is not None:
+                if closeness[i] < choice.min_closeness:
+                    reason = "far_from_reference"
+            if reason is not None:
+                dropped[reason] += 1
+                continue
+            which[i] = best
+            scores[i] = per_token(hypotheses[best], lenpen, unnormalized)
+    dropped["longer_than_the_teacher_reads"] = sentences - decoded
+    if choice.min_score_quantile > 0 and (which >= 0).any():
+        least = np.quantile(scores[which >= 0], choice.min_score_quantile)
+        low = (which >= 0) & (scores < least)
+        which[low] = -1
+        dropped["low_score"] = int(low.sum())
+    kept = which >= 0
+    means: Dict[str, Optional[float]] = {"score_per_token": None, "closeness": None}
+    if kept.any():
+        means["score_per_token"] = float(scores[kept].mean())
+        if choice.needs_references:
+            means["closeness"] = float(closeness[kept].mean())
+    return Chosen(which, dropped, means)

@@ -14,11 +14,9 @@ The likeliest hypothesis is the first one. A score is fairseq's: the sum of the 
 nats, divided by the length (end of sentence included) to the power of ``--lenpen``.
 """
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -28,25 +26,15 @@ import numpy as np
 
 from ..checkpoints.torchfile import check_stored
 from ..decoding.engines import Hypothesis
-from ..files import (
-    UNFINISHED,
-    FileError,
-    Shards,
-    all_or_nothing,
-    differences,
-    no_link,
-    read_json,
-    size,
-    write_all,
-    write_json,
-)
+from ..files import FileError, all_or_nothing
+from ..shards import ShardedStore, line_ends
 
-_HEADER, _PLAN, _LINES, _SHARDS = "header.json", "plan.npz", "hypotheses.jsonl", "shards"
+_PLAN, _LINES = "plan.npz", "hypotheses.jsonl"
 _KINDS = ("source", "ctranslate2")
 _VERSION = 1
 
 
-class HypothesisStore:
+class HypothesisStore(ShardedStore):
     """The n-best lists in a folder; one process writes one shard of them.
 
     Args:
@@ -54,47 +42,32 @@ class HypothesisStore:
         header: all that the lists depend on, as plain types.
     """
 
+    HEADER, SHARDS, RESULT = "header.json", "shards", _LINES
+    CONTENT = "hypotheses"
+    ADVICE = "Repeat the command that made them, or choose another folder"
+
     def __init__(
         self, folder: Path, header: Dict[str, Any], num_shards: int = 1, shard_id: int = 0
     ) -> None:
-        self.folder = Path(folder)
-        self.header = {"format": "kd_plugin hypotheses", "version": _VERSION, **header}
-        self.shards = Shards(self.folder / _SHARDS, num_shards, shard_id)
+        super().__init__(
+            folder,
+            {"format": "kd_plugin hypotheses", "version": _VERSION, **header},
+            {_LINES: line_ends},
+            num_shards=num_shards,
+            shard_id=shard_id,
+        )
         self._kept: List[str] = []
-        self.done = 0  # batches of this shard that are on disk
-        self.batches: List[np.ndarray] = []  # of this shard
-        self._all_batches: List[np.ndarray] = []
-
-    @property
-    def complete(self) -> bool:
-        return (self.folder / _LINES).is_file() and not self.differences()
 
     @property
     def planned(self) -> bool:
         """Whether the batches are on disk."""
         return (self.folder / _PLAN).is_file() and not self.differences()
 
-    def differences(self) -> List[str]:
-        """Where the folder holds lists of something else."""
-        path = self.folder / _HEADER
-        return differences(self.header, read_json(path), self.header) if path.is_file() else []
-
-    def refuse_others(
-        self, advice: str = "Repeat the command that made them, or choose another folder"
-    ) -> None:
-        """Raises FileError: the folder holds lists of something else."""
-        different = self.differences()
-        if different:
-            raise FileError(
-                f"{self.folder} holds hypotheses made with something else: "
-                f"{'; '.join(different)}. {advice}."
-            )
-
     def clear(self) -> None:
         """Remove what lies there of this class, but not what ``beside`` has named."""
         kinds = [kind + "-*" for kind in _KINDS]
         # the header last: what a kill leaves must not pass for something else's
-        for pattern in (_LINES, _PLAN, _SHARDS, *kinds, _HEADER):
+        for pattern in (_LINES, _PLAN, self.SHARDS, *kinds, self.HEADER):
             for path in self.folder.glob(pattern):
                 if path.name.startswith(tuple(self._kept)):
                     continue
@@ -116,77 +89,10 @@ class HypothesisStore:
         self._kept.append(name)
         return self.folder / name
 
-    def begin(self, plan: Optional[Sequence[np.ndarray]] = None) -> None:
-        """Find out where this shard stopped: ``done`` of its ``batches`` are on disk already.
-
-        Args:
-            plan: the sentences of each batch, of all shards together. Shard I of N has the batches
-                I, I + N, ... of the plan that was made first. Once ``planned``, none is needed.
-
-        Raises:
-            FileError: the folder holds lists of something else, or another process is at it.
-        """
-        self.refuse_others()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # before the plan, which then never is another header's
-        if not (self.folder / _HEADER).is_file():
-            write_json(self.folder / _HEADER, self.header)
-        if plan is not None and not self.planned:
-            _write_plan(self.folder / _PLAN, plan)
-        self._all_batches = _read_plan(self.folder / _PLAN)
-        self.batches = self._all_batches[self.shards.shard_id :: self.shards.num_shards]
-        # other shards may have merged all while this process opened its teacher
-        if self.complete or not self.shards.begin():
-            self.done = len(self.batches)
-            return
-        # what a kill left behind the last whole batch is cut off
-        self._file = open(self.shards.own / _LINES, "ab", buffering=0, opener=no_link)
-        ends = _line_ends(self.shards.own / _LINES)
-        lines = np.cumsum([len(batch) for batch in self.batches], dtype=np.int64)
-        self.done = int(np.searchsorted(lines, len(ends), side="right"))
-        self._file.truncate(int(ends[lines[self.done - 1] - 1]) if self.done else 0)
-
     def append(self, nbest: Dict[int, List[Hypothesis]]) -> None:
         """Write the lists of this shard's next batch, by sentence."""
         lines = [_line(int(i), nbest[int(i)]) for i in self.batches[self.done]]
-        write_all(self._file, memoryview(b"".join(lines)))
-        self.done += 1
-
-    def finish(self) -> bool:
-        """Close this shard; if it was the last one, merge all. True if the lists are complete.
-
-        Raises:
-            FileError: a shard does not hold what it should, or its folder holds others by now.
-        """
-        if self.complete:
-            self.clean_up()
-            return True
-        if not self.shards.done:
-            assert self.done == len(self.batches)
-            self.refuse_others()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self.shards.end()
-        if not self.shards.all_done:
-            return False
-        try:
-            self._merge()
-        except FileNotFoundError:
-            # another shard ended at the same moment, merged the same lines, and cleaned up
-            if not self.complete:
-                raise
-        self.clean_up()
-        return True
-
-    def clean_up(self) -> None:
-        """Of complete lists: the shards, and what kills left of anything else."""
-        shutil.rmtree(self.folder / _SHARDS, ignore_errors=True)
-        for path in self.folder.glob("*" + UNFINISHED + "*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        self.write({_LINES: b"".join(lines)})
 
     def __iter__(self) -> Iterator[Tuple[int, List[Hypothesis]]]:
         """Sentences with their lists, in the order of the data.
@@ -204,14 +110,23 @@ class HypothesisStore:
                         "again."
                     ) from None
 
-    def _merge(self) -> None:
+    # for the store
+
+    def rows_in(self, batch: np.ndarray) -> int:
+        return len(batch)
+
+    def settle_plan(self, plan: Optional[Sequence[np.ndarray]]) -> List[np.ndarray]:
+        """The one that was made first; once it is ``planned``, none need be given."""
+        if plan is not None and not self.planned:
+            _write_plan(self.folder / _PLAN, plan)
+        return _read_plan(self.folder / _PLAN)
+
+    def merge(self) -> None:  # type: ignore[override]
         """Sort lines by sentence; only where each begins is held in memory."""
         sentences, where, files = [], [], []
         try:
-            for i, shard in enumerate(self.shards):
-                batches = self._all_batches[i :: self.shards.num_shards]
-                ends = _line_ends(shard / _LINES)
-                ids = np.concatenate([np.zeros(0, np.int64), *batches])
+            for i, (shard, ids) in enumerate(self.sentences_of_shards()):
+                ends = line_ends(shard / _LINES)
                 if len(ids) != len(ends):
                     raise FileError(
                         f"{shard} holds {len(ends)} sentences, expected {len(ids)}: delete that "
@@ -257,19 +172,6 @@ def _read_line(line: bytes) -> Tuple[int, List[Hypothesis]]:
     if type(found["id"]) is not int or found["id"] < 0 or not nbest:
         raise ValueError("no list of a sentence")
     return found["id"], nbest
-
-
-def _line_ends(path: Path) -> np.ndarray:
-    """Where each whole line of a file ends, in bytes."""
-    if size(path) == 0:
-        return np.zeros(0, dtype=np.int64)
-    content = np.memmap(path, np.uint8, mode="r")
-    block = 1 << 24
-    parts = [
-        np.flatnonzero(content[start : start + block] == 10) + start + 1
-        for start in range(0, len(content), block)
-    ]
-    return np.concatenate(parts).astype(np.int64)
 
 
 def _write_plan(path: Path, plan: Sequence[np.ndarray]) -> None:

@@ -1,37 +1,370 @@
-"""From a corpus and a teacher's n-best lists to a data-bin of what the teacher says."""
+"""From a corpus and a teacher to a data-bin of what the teacher says."""
 
 import contextlib
-import math
+import copy
 import os
 import shutil
-import sys
+import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from fairseq.data import Dictionary
-from tqdm import tqdm
+from fairseq import utils
+from omegaconf import OmegaConf, open_dict
 
-from ..decoding import databin
-from ..decoding.corpus import Corpus
-from ..decoding.databin import DataBin
-from ..export import models as export
-from ..files import (
-    UNFINISHED,
-    FileError,
-    differences,
-    locked,
-    naming,
-    read_json,
-    temporary,
-    write_json,
-)
-from .choice import Filters, closeness, closest, new_counts, per_token
+from .. import decoding
+from ..checkpoints import Checkpoint, Role, digest, parse_overrides
+from ..decoding import Corpus, DataBin, databin
+from ..export.ctranslate2 import export_ctranslate2
+from ..export.fairseq import ExportError
+from ..files import Busy, FileError, temporary
+from .choice import Choice, choose
 from .hypotheses import HypothesisStore
+from .output import HYPOTHESES, Originals, Output
+from .progress import progress_bar
+from .student import Student, open_student
 
-_RECORD, _TEXT = "record.json", "text"
-_SPLIT = "train"
+ENGINES = ("fairseq", "ctranslate2")
+ROLE = Role("teacher", "--trust-checkpoint", overrides="--model-overrides")
+
+
+class Asked(NamedTuple):
+    """What is to be distilled, for whom, and which part of it by this process.
+
+    Attributes:
+        cfg: fairseq's configuration, as ``fairseq-generate`` makes it: the data and the subset,
+            the teacher's checkpoints (``--path``), search, batches, precision.
+        output: the data-bin to write.
+        choice: which hypotheses, and what drops a sentence.
+        hypotheses: folder of the n-best lists; None is in ``output``.
+        source_text: file with source sentences to translate instead of the subset.
+        repeat_original: how many times the original training set comes before the distilled one.
+        student_data: data-bin of a student with other dictionaries than the teacher's.
+        student_spm: that student's SentencePiece model.
+        engine: what decodes, one of ``ENGINES``.
+        compute_type: CTranslate2's precision; None is int8 on a CPU and float16 on a GPU.
+        trust: open checkpoints with the full pickle machinery.
+        overwrite: replace what other settings made in ``output``.
+        num_shards, shard_id: this process decodes every ``num_shards``-th batch.
+        device_id: the GPU.
+    """
+
+    cfg: Any
+    output: str
+    choice: Choice = Choice()
+    hypotheses: Optional[str] = None
+    source_text: Optional[str] = None
+    repeat_original: int = 0
+    student_data: Optional[str] = None
+    student_spm: Optional[str] = None
+    engine: str = "fairseq"
+    compute_type: Optional[str] = None
+    trust: bool = False
+    overwrite: bool = False
+    num_shards: int = 1
+    shard_id: int = 0
+    device_id: int = 0
+
+
+def make(asked: Asked) -> Optional[Dict[str, Any]]:
+    """Decode one shard, from where it stopped; the last one to end chooses, and writes the data.
+
+    Returns:
+        the record of the finished data: settings, counts and means. None if another process has
+        yet to finish it.
+
+    Raises:
+        UserError: data, teacher and settings do not go together, or folders hold something else.
+            Busy: another process decodes this shard.
+    """
+    cfg = copy.deepcopy(asked.cfg)
+    utils.import_user_module(cfg.common)
+    with open_dict(cfg):
+        cfg.dataset.max_tokens, cfg.dataset.batch_size = decoding.batch_limits(cfg)
+    device, dtype = decoding.placement(cfg, asked.device_id)
+    task = decoding.set_up_task(cfg)
+    data = DataBin(cfg.task.data, cfg.task.source_lang, cfg.task.target_lang)
+    to_text, to_subwords = decoding.text_functions(task, cfg)
+    _refuse_subwords(asked, cfg, data)
+    student = open_student(data, to_text, asked.student_data, asked.student_spm)
+    teacher = _Teacher(
+        utils.split_paths(cfg.common_eval.path),
+        parse_overrides(cfg.common_eval.model_overrides, "--model-overrides"),
+        device,
+        dtype,
+        asked.compute_type or ("float16" if device.type == "cuda" else "int8"),
+    )
+    header = _header(asked, cfg, data, teacher)
+    output = Output(asked.output, _settings(asked, cfg, header, student))
+    folder = Path(asked.hypotheses or output.folder / HYPOTHESES)
+    store = HypothesisStore(folder, header, asked.num_shards, asked.shard_id)
+    _refuse_others(asked, output, store)
+    if output.complete:
+        output.clean_up()
+        return output.record()
+    corpus = _corpus(asked, cfg, task, data, to_subwords=to_subwords, store=store)
+    originals = _originals(asked, cfg, data)
+    if store.complete:
+        store.clean_up()
+    elif not _translate(asked, cfg, task, corpus, teacher=teacher, store=store, output=output):
+        print(
+            f"{folder}: shard {asked.shard_id} of {asked.num_shards} is done; the last one to end "
+            "writes the data",
+            flush=True,
+        )
+        return None
+    try:
+        lock = output.lock()
+    except Busy:
+        print(f"{output.folder}: another process is writing it", flush=True)
+        return None
+    with lock:
+        output.refresh()  # another process may have written it
+        _refuse_others(asked, output, store)
+        if not output.complete:
+            chosen = choose(
+                *(corpus, store, student, asked.choice),
+                lenpen=cfg.generation.lenpen,
+                unnormalized=cfg.generation.unnormalized,
+            )
+            if output.differences():
+                print(f"replacing {output.contents()}", flush=True)
+            output.write(corpus, store, chosen, student, originals=originals)
+    return output.record()
+
+
+class _Teacher(NamedTuple):
+    """Checkpoints, and how they are to run."""
+
+    paths: Sequence[str]
+    overrides: Dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype  # fairseq's precision
+    compute_type: str  # CTranslate2's
+
+
+# What the result depends on
+
+
+def _header(asked: Asked, cfg: Any, data: DataBin, teacher: _Teacher) -> Dict[str, Any]:
+    """All that hypotheses depend on."""
+    of_fairseq = asked.engine == "fairseq"
+    return {
+        "teachers": [
+            {"sha256": digest(path), "bytes": os.path.getsize(path)} for path in teacher.paths
+        ],
+        "overrides": {str(k): repr(v) for k, v in teacher.overrides.items()},
+        "task": cfg.task._name,
+        **decoding.describe(data, cfg.dataset.gen_subset, asked.source_text, cfg.task),
+        "source_text_encoding": decoding.describe_text(cfg) if asked.source_text else None,
+        "engine": asked.engine,
+        "precision": str(teacher.dtype) if of_fairseq else teacher.compute_type,
+        "generation": OmegaConf.to_container(cfg.generation),
+        "seed": cfg.common.seed,
+        "max_tokens": cfg.dataset.max_tokens,
+        "batch_size": cfg.dataset.batch_size,
+        "required_batch_size_multiple": cfg.dataset.required_batch_size_multiple,
+    }
+
+
+def _settings(asked: Asked, cfg: Any, header: Dict[str, Any], student: Student) -> Dict[str, Any]:
+    """All that the data depends on."""
+    choice = asked.choice
+    return {
+        "hypotheses": header,
+        "select": choice.select,
+        "metric": choice.metric if choice.needs_references else None,
+        "filters": dict(choice.filters._asdict()),
+        "min_closeness": choice.min_closeness,
+        "min_score_quantile": choice.min_score_quantile,
+        "text": decoding.describe_text(cfg),
+        "original": asked.repeat_original,
+        "student_spm": digest(asked.student_spm) if asked.student_spm else None,
+        "student_files": {
+            path.name: digest(str(path)) for path in decoding.carried_files(student.data)
+        },
+    }
+
+
+# Refusals
+
+
+def _refuse_subwords(asked: Asked, cfg: Any, data: DataBin) -> None:
+    """Subwords that would be compared, or encoded anew, as if they were words."""
+    if asked.student_spm:
+        flag = "--student-spm"
+    elif asked.choice.selector.needs_references:
+        flag = f"--select {asked.choice.select}"
+    elif asked.choice.min_closeness is not None:
+        flag = "--min-closeness"
+    else:
+        return
+    if cfg.common_eval.post_process or cfg.bpe or cfg.tokenizer:
+        return
+    for mark, how in (("\u2581", "--remove-bpe sentencepiece"), ("@@", "--remove-bpe")):
+        if any(mark in symbol for symbol in data.target.symbols):
+            raise FileError(
+                f"{flag} needs text without subwords, and the vocabulary has {mark!r} in it: add "
+                f"{how}"
+            )
+
+
+def _refuse_others(asked: Asked, output: Output, store: HypothesisStore) -> None:
+    """What is in the way, unless it is to be replaced."""
+    if asked.hypotheses:
+        store.refuse_others("Repeat the command that made them, or choose another --hypotheses")
+    if asked.overwrite:
+        return
+    different = output.differences()
+    if different:
+        also = f", and the hypotheses in {store.folder}" if store.differences() else ""
+        raise FileError(
+            f"--output {output.folder} was made with other settings: {'; '.join(different)}. "
+            "Choose another folder; --overwrite would remove "
+            f"{output.contents()}{also}."
+        )
+    store.refuse_others("Choose another folder; --overwrite would remove them")
+
+
+# Reading
+
+
+def _corpus(
+    asked: Asked,
+    cfg: Any,
+    task: Any,
+    data: DataBin,
+    *,
+    to_subwords: Callable[[str], str],
+    store: HypothesisStore,
+) -> Corpus:
+    """What is translated, with references if they are needed."""
+    if asked.source_text:
+        prefix = store.beside("source", "files", "source_text_encoding", "truncate_source")
+        corpus = Corpus.of_text(
+            task, data, asked.source_text, to_subwords=to_subwords, prefix=prefix
+        )
+    else:
+        corpus = Corpus.of_subset(task, data, cfg.dataset.gen_subset)
+    if asked.choice.needs_references and corpus.references is None:
+        raise FileError(
+            f"--select {asked.choice.select} and --min-closeness need references, and "
+            f"{asked.source_text or f'{cfg.task.data}, {cfg.dataset.gen_subset}'} has none"
+        )
+    return corpus
+
+
+def _originals(asked: Asked, cfg: Any, data: DataBin) -> Optional[Originals]:
+    if not asked.repeat_original:
+        return None
+    subset = "train" if asked.source_text else cfg.dataset.gen_subset
+    source, target = [data.side(subset, lang) for lang in data.langs]
+    if source is None or target is None:
+        raise FileError(f"--mix original: {data.folder} has no {subset} of both languages")
+    return Originals(source, target, asked.repeat_original)
+
+
+# Decoding
+
+
+def _translate(
+    asked: Asked,
+    cfg: Any,
+    task: Any,
+    corpus: Corpus,
+    *,
+    teacher: _Teacher,
+    store: HypothesisStore,
+    output: Output,
+) -> bool:
+    """Decode this shard; True if the lists of all shards are complete."""
+    engine, positions = _engine(asked, cfg, task, teacher, store)
+    plan = None
+    if not store.planned:
+        plan = decoding.plan(
+            task,
+            corpus,
+            positions,
+            max_tokens=cfg.dataset.max_tokens,
+            max_sentences=cfg.dataset.batch_size,
+            required_multiple=cfg.dataset.required_batch_size_multiple,
+            seed=cfg.common.seed,
+        )
+    if asked.overwrite:  # by now all has been checked
+        clear_others(output, store)
+    with contextlib.closing(store):
+        start = time.perf_counter()
+        sentences, tokens = decode(corpus, engine, store, plan, cfg.dataset.num_workers)
+        seconds = max(time.perf_counter() - start, 1e-9)
+        print(
+            f"Translated {sentences:,} sentences ({tokens:,} tokens) in {seconds:.1f}s "
+            f"({sentences / seconds:.2f} sentences/s, {tokens / seconds:.2f} tokens/s)",
+            flush=True,
+        )
+        return store.finish()
+
+
+def _engine(
+    asked: Asked, cfg: Any, task: Any, teacher: _Teacher, store: HypothesisStore
+) -> Tuple[Any, List[Any]]:
+    """What decodes, and the longest source and target of each model."""
+    checkpoints = decoding.open_checkpoints(
+        teacher.paths, task, ROLE, overrides=teacher.overrides, trust=asked.trust
+    )
+    if asked.engine == "fairseq":
+        models = decoding.build_models(
+            checkpoints, task, teacher.overrides, cfg, teacher.device, teacher.dtype
+        )
+        engine: Any = decoding.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
+        return engine, [model.max_positions() for model in models]
+    folder = store.beside("ctranslate2", "teachers", "files")
+    converted = convert_for_ctranslate2(checkpoints[0], task, folder)
+    positions = checkpoints[0].max_positions
+    engine = decoding.CTranslate2Engine(
+        task,
+        converted,
+        cfg.generation,
+        device=teacher.device.type,
+        device_index=asked.device_id,
+        compute_type=teacher.compute_type,
+        max_positions=positions[1],
+    )
+    return engine, [positions]
+
+
+def convert_for_ctranslate2(checkpoint: Checkpoint, task: Any, folder: Path) -> Path:
+    """A teacher as CTranslate2 reads it, kept in ``folder`` for the next time.
+
+    Args:
+        task: a translation task with its dictionaries.
+
+    Raises:
+        FileError: CTranslate2 is not installed, or takes no such model.
+    """
+    if (folder / "model.bin").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = temporary(folder)
+    langs = task.cfg.source_lang, task.cfg.target_lang
+    try:
+        dictionaries = task.source_dictionary, task.target_dictionary
+        export_ctranslate2(checkpoint, *dictionaries, langs, new)
+        with contextlib.suppress(OSError):  # another process was first
+            os.replace(new, folder)
+    except ExportError as error:
+        raise FileError(f"--engine ctranslate2: {error}. --engine fairseq takes any.") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def clear_others(output: Output, store: HypothesisStore) -> None:
+    """Remove hypotheses of other settings, unless another shard has been first."""
+    with output.lock(wait=True):
+        if store.differences():
+            print(f"removing the hypotheses in {store.folder}", flush=True)
+            store.clear()
 
 
 def decode(
@@ -61,423 +394,12 @@ def decode(
         batch_sampler=batches,
         collate_fn=corpus.dataset.collater,
         num_workers=num_workers,
-        worker_init_fn=store.shards.let_go,
+        worker_init_fn=store.shards.release,
     )
     subwords = 0
-    with _progress(total, "decoding", before) as progress:
+    with progress_bar(total, "decoding", before) as progress:
         for nbest in engine.decode(loader):
             store.append(nbest)
             subwords += sum(len(databin.words(n[0].subwords)) + 1 for n in nbest.values())
             progress.update(len(nbest))
     return total - before, subwords
-
-
-class Choice(NamedTuple):
-    """How hypotheses are chosen, and sentences dropped.
-
-    Attributes:
-        select: "best" is the highest score, "closest" the highest closeness to the reference.
-        metric: of the closeness: "bleu" or "chrf".
-        min_closeness: least closeness of what is chosen, 0 to 100.
-        min_score_quantile: share of sentences to drop, those with the teacher's lowest score per
-            token.
-    """
-
-    select: str = "best"
-    metric: str = "bleu"
-    filters: Filters = Filters()
-    min_closeness: Optional[float] = None
-    min_score_quantile: float = 0.0
-
-    @property
-    def needs_references(self) -> bool:
-        return self.select == "closest" or self.min_closeness is not None
-
-
-class Student(NamedTuple):
-    """What the data is written for.
-
-    Attributes:
-        data: its dictionaries, and what is carried over.
-        detokenise: from subwords to running text.
-        recode: from running text to its own subwords; None if they are the teacher's.
-    """
-
-    data: DataBin
-    detokenise: Callable[[str], str]
-    recode: Optional[Callable[[str], str]]
-
-
-class Chosen(NamedTuple):
-    """For each sentence the number of its hypothesis, or -1; and what became of all."""
-
-    which: np.ndarray
-    dropped: Dict[str, int]
-    means: Dict[str, Optional[float]]
-
-
-def choose(
-    corpus: Corpus,
-    nbest: HypothesisStore,
-    student: Student,
-    choice: Choice,
-    lenpen: float,
-    unnormalized: bool,
-) -> Chosen:
-    """Choose a hypothesis of each sentence, and drop what the filters drop."""
-    sentences = len(corpus.source)
-    which = np.full(sentences, -1, dtype=np.int32)
-    scores = np.full(sentences, -np.inf, dtype=np.float64)
-    close = np.full(sentences, np.nan, dtype=np.float64)
-    dropped = new_counts()
-    measure = closeness(choice.metric)
-    decoded, last = 0, -1
-    with _progress(sentences, "choosing") as progress:
-        for i, hypotheses in nbest:
-            if not last < i < sentences:
-                raise FileError(
-                    f"{nbest.folder} has sentence {i} where another was expected: it is damaged. "
-                    "Delete it and decode again."
-                )
-            progress.update(1)
-            decoded, last = decoded + 1, i
-            source = databin.decode(corpus.data.source, corpus.source[i].tolist())
-            text = student.detokenise
-            reference = None
-            if corpus.references is not None:
-                target = corpus.references[i].tolist()
-                reference = text(databin.decode(corpus.data.target, target))
-            best = 0
-            if choice.needs_references:
-                assert reference is not None
-                candidates = hypotheses if choice.select == "closest" else hypotheses[:1]
-                measured = [measure(text(one.subwords), reference) for one in candidates]
-                best = closest(measured)
-                close[i] = measured[best]
-            chosen = hypotheses[best]
-            fault = choice.filters.fault(
-                source, chosen, (text(source), text(chosen.subwords), reference)
-            )
-            if fault is None and student.recode is not None:
-                unknown = corpus.data.source.unk_string()
-                if unknown in databin.words(source) + databin.words(chosen.subwords):
-                    fault = "unknown_symbol"  # whose text nobody knows
-            if fault is None and choice.min_closeness is not None:
-                if close[i] < choice.min_closeness:
-                    fault = "far_from_reference"
-            if fault is not None:
-                dropped[fault] += 1
-                continue
-            which[i] = best
-            scores[i] = per_token(chosen, lenpen, unnormalized)
-    dropped["longer_than_the_teacher_reads"] = sentences - decoded
-    if choice.min_score_quantile > 0 and (which >= 0).any():
-        least = np.quantile(scores[which >= 0], choice.min_score_quantile)
-        low = (which >= 0) & (scores < least)
-        which[low] = -1
-        dropped["low_score"] = int(low.sum())
-    kept = which >= 0
-    return Chosen(
-        which,
-        dropped,
-        {
-            "score_per_token": float(scores[kept].mean()) if kept.any() else None,
-            "closeness": float(close[kept].mean())
-            if kept.any() and choice.needs_references
-            else None,
-        },
-    )
-
-
-class Output:
-    """The folder that is written: a data-bin, the text that it came from, and a record.
-
-    Args:
-        folder: it.
-        settings: all that what is written depends on.
-
-    Raises:
-        FileError: the folder holds something else.
-    """
-
-    def __init__(self, folder: str, settings: Dict[str, Any]) -> None:
-        self.folder, self.settings = Path(folder), settings
-        self.found: Optional[Dict[str, Any]] = None
-        self.look()
-        if self.found is not None:
-            return
-        if self.folder.exists() and not self.folder.is_dir():
-            raise FileError(f"--output {folder}: expected a folder, found a file")
-        elif self.folder.is_dir() and set(os.listdir(self.folder)) - {"hypotheses", ".lock"}:
-            if not self._unfinished():
-                raise FileError(
-                    f"--output {folder} holds files that this command did not write: choose "
-                    "another folder"
-                )
-
-    def look(self) -> None:
-        """Read the record, if by now there is one."""
-        if (self.folder / _RECORD).is_file():
-            self.found = read_json(self.folder / _RECORD)
-            try:
-                known = isinstance(self.found["settings"], dict) and all(
-                    type(name) is str for name in self.found["files"]
-                )
-                summary_lines(self.found, self.folder)
-            except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-                known = False
-            if not known:
-                raise FileError(f"{self.folder / _RECORD} is not a record of this command")
-
-    def _unfinished(self) -> List[Path]:
-        """What a kill has left; it is removed last, so without it nothing of ours is there."""
-        return list(self.folder.glob("data.*" + UNFINISHED))
-
-    def clean_up(self) -> None:
-        """Of complete data: what a kill left after the record."""
-        for left in self._unfinished():
-            with contextlib.suppress(OSError):  # not empty: another process is at it
-                left.rmdir()
-
-    def differences(self) -> List[str]:
-        """Where what is there was made with other settings."""
-        if self.found is None:
-            return []
-        return differences(self.settings, self.found["settings"], self.settings)
-
-    @property
-    def complete(self) -> bool:
-        return self.found is not None and not self.differences()
-
-    def record(self) -> Dict[str, Any]:
-        """Settings, counts and means of what is complete."""
-        assert self.found is not None
-        return self.found
-
-    def contents(self) -> str:
-        """What ``write`` replaces."""
-        names = self.record().get("files", [])
-        return (
-            f"{len(names)} files of {self.folder}: {', '.join(map(str, names))}, {_TEXT}/ and "
-            f"{_RECORD}"
-        )
-
-    def write(
-        self,
-        corpus: Corpus,
-        nbest: HypothesisStore,
-        chosen: Chosen,
-        student: Student,
-        originals: Optional[Tuple[Any, Any]],
-        repeat: int,
-    ) -> None:
-        """Everything under another name first; then what is to be replaced goes, its record first;
-        the new record comes last.
-
-        Args:
-            originals: source and target sentences to put before the distilled ones, so many times.
-
-        Raises:
-            FileError: no sentence is left.
-        """
-        kept = int((chosen.which >= 0).sum())
-        counts = {
-            "sentences": len(corpus.source),
-            "dropped": chosen.dropped,
-            "distilled": kept,
-            "original": repeat * len(originals[0]) if originals else 0,
-        }
-        if kept == 0:
-            raise FileError(
-                f"nothing is left: of {len(corpus.source)} sentences, "
-                f"{said(chosen.dropped) or 'none was decoded'}. The hypotheses are kept; run the "
-                "same command with other filters, or --no-filters."
-            )
-        for left in self._unfinished():
-            shutil.rmtree(left)
-        for left in self.folder.glob(_RECORD + ".*" + UNFINISHED):
-            left.unlink()
-        new = temporary(self.folder / "data")
-        new.mkdir(parents=True)
-        try:
-            with naming(new):
-                databin.copy(databin.carried_files(student.data), new)
-                tokens = self._write_split(new, corpus, nbest, chosen, student, originals, repeat)
-            record = {
-                "settings": self.settings,
-                "counts": {**counts, **tokens},
-                "means": chosen.means,
-                "files": sorted(path.name for path in new.iterdir() if path.is_file()),
-            }
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        self._remove()
-        for path in list(new.iterdir()):
-            os.replace(path, self.folder / path.name)
-        write_json(self.folder / _RECORD, record)
-        shutil.rmtree(new, ignore_errors=True)
-        self.found = record
-
-    def _remove(self) -> None:
-        """What this command wrote there, and nothing else."""
-        if self.found is not None:
-            (self.folder / _RECORD).unlink()
-            for name in self.found.get("files", []):
-                path = self.folder / os.path.basename(str(name))
-                if path.is_file():
-                    path.unlink()
-        shutil.rmtree(self.folder / _TEXT, ignore_errors=True)
-
-    def _write_split(
-        self,
-        new: Path,
-        corpus: Corpus,
-        nbest: HypothesisStore,
-        chosen: Chosen,
-        student: Student,
-        originals: Optional[Tuple[Any, Any]],
-        repeat: int,
-    ) -> Dict[str, int]:
-        text = new / _TEXT
-        text.mkdir()
-        pair = student.data.langs
-        dictionaries: List[Dictionary] = [student.data.source, student.data.target]
-        sides = [
-            databin.Writer(new / "{}.{}-{}.{}".format(_SPLIT, *pair, lang), len(dictionary))
-            for lang, dictionary in zip(pair, dictionaries)
-        ]
-        files = [
-            [
-                open(str(text / f"{_SPLIT}{kind}.{lang}"), "w", encoding="utf-8")
-                for kind in ("", ".subwords")
-            ]
-            for lang in pair
-        ]
-        unknown = [0, 0]
-        total = int((chosen.which >= 0).sum()) + (repeat * len(originals[0]) if originals else 0)
-        try:
-            with _progress(total, "writing") as progress:
-                for sentence in self._pairs(corpus, nbest, chosen, originals, repeat):
-                    for side in (0, 1):
-                        subwords = sentence[side]
-                        running = student.detokenise(subwords)
-                        if student.recode is not None:
-                            subwords = student.recode(running)
-                        tokens = databin.encode(dictionaries[side], subwords)
-                        unknown[side] += int(tokens.eq(dictionaries[side].unk()).sum())
-                        sides[side].add(tokens)
-                        files[side][0].write(running + "\n")
-                        files[side][1].write(subwords + "\n")
-                    progress.update(1)
-        finally:
-            for file in [*files[0], *files[1]]:
-                file.close()
-        for writer, lang, count in zip(sides, pair, unknown):
-            writer.close()
-            databin.warn_of_unknown(count, writer.tokens, f"{_SPLIT}.{lang}")
-        return {
-            "source_tokens": sides[0].tokens,
-            "target_tokens": sides[1].tokens,
-            "unknown_tokens": sum(unknown),
-        }
-
-    @staticmethod
-    def _pairs(
-        corpus: Corpus,
-        nbest: HypothesisStore,
-        chosen: Chosen,
-        originals: Optional[Tuple[Any, Any]],
-        repeat: int,
-    ) -> Iterator[Tuple[str, str]]:
-        source, target = corpus.data.source, corpus.data.target
-        if originals is not None:
-            for _ in range(repeat):
-                for i in range(len(originals[0])):
-                    yield (
-                        databin.decode(source, originals[0][i].tolist()),
-                        databin.decode(target, originals[1][i].tolist()),
-                    )
-        for i, hypotheses in nbest:
-            if chosen.which[i] >= 0:
-                yield (
-                    databin.decode(source, corpus.source[i].tolist()),
-                    hypotheses[chosen.which[i]].subwords,
-                )
-
-
-def alone(folder: Path, wait: bool = False) -> Any:
-    """Hold a folder for this process, or None if another one does and this one is not to wait."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return locked(folder / ".lock", wait)
-    except FileError:
-        return None
-
-
-def said(counts: Dict[str, int]) -> str:
-    return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
-
-
-def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
-    """What a user wants to know of finished data."""
-    counts, means = record["counts"], record["means"]
-    dropped = sum(counts["dropped"].values())
-    lines = [
-        "{}: {} distilled sentences{}, {} source and {} target tokens{}".format(
-            folder,
-            counts["distilled"],
-            " and {} original ones".format(counts["original"]) if counts["original"] else "",
-            counts["source_tokens"],
-            counts["target_tokens"],
-            " ({} unknown)".format(counts["unknown_tokens"]) if counts["unknown_tokens"] else "",
-        ),
-        f"  of {counts['sentences']} sentences {dropped} were "
-        f"dropped{': ' + said(counts['dropped']) if dropped else ''}",
-        "  teacher's log-probability per token {:.3f} bits{}".format(
-            means["score_per_token"] / math.log(2),
-            ""
-            if means["closeness"] is None
-            else ", mean closeness to the references {:.1f}".format(means["closeness"]),
-        ),
-    ]
-    return lines
-
-
-def _progress(total: int, what: str, done: int = 0) -> Any:
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=what,
-        unit="sentences",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-
-
-def converted(path: str, state: Dict[str, Any], task: Any, folder: Path) -> Path:
-    """A teacher as CTranslate2 reads it, kept in ``folder`` for the next time.
-
-    Args:
-        path: the checkpoint, for messages.
-        state: what ``read_checkpoint`` found there.
-        task: a translation task with its dictionaries.
-
-    Raises:
-        FileError: CTranslate2 is not installed, or takes no such model.
-    """
-    if (folder / "model.bin").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = temporary(folder)
-    langs = task.cfg.source_lang, task.cfg.target_lang
-    try:
-        export.check_ctranslate2(path, state)
-        dictionaries = task.source_dictionary, task.target_dictionary
-        export.convert(path, export.stock_state(path, state, *dictionaries, langs), new)
-        with contextlib.suppress(OSError):  # another process was first
-            os.replace(new, folder)
-    except export.ExportError as error:
-        raise FileError(f"--engine ctranslate2: {error}. --engine fairseq takes any.") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder

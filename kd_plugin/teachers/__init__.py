@@ -1,0 +1,21 @@
+"""Teachers: run, checked against the student, and asked about every batch of a training."""
+
+from .probe import probe
+from .run import TRAINING, Teacher, TeacherError, TeacherSettings
+from .source import CachedTeacher, Needs, NoTeacher, RunningTeacher, Step
+from .view import Student, TeacherView
+
+__all__ = [
+    "TRAINING",
+    "CachedTeacher",
+    "Needs",
+    "NoTeacher",
+    "RunningTeacher",
+    "Step",
+    "Student",
+    "Teacher",
+    "TeacherError",
+    "TeacherSettings",
+    "TeacherView",
+    "probe",
+]

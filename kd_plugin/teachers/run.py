@@ -1,48 +1,61 @@
 """Load, check, freeze, place and run a teacher: one fairseq encoder-decoder or an ensemble."""
 
-import ast
 import contextlib
 import logging
 import math
 import os
-from argparse import Namespace
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
-from fairseq import models, utils
-from fairseq.data import Dictionary
-from fairseq.models import FairseqEncoderDecoderModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
-from ..checkpoints import checkpoint
-from ..checkpoints import dictionaries as vocabulary
-from ..checkpoints.checkpoint import CheckpointError
-from ..checkpoints.dictionaries import MISSING, VocabularyError
-from ..checkpoints.untrusted import bounded_memory
+from ..checkpoints import DTYPES, TRANSLATION_TASKS, Checkpoint, Role, digest
 from ..errors import UserError
-from ..objective.answer import Member, RunningAnswer
+from ..objective import Member, RunningAnswer
+from .view import Student, TeacherView
 
 logger = logging.getLogger(__name__)
 
-_TASKS = ("translation", "kd_translation")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TRAINING = Role("teacher", "--teacher-trust-checkpoint", "--teacher-data", "--teacher-overrides")
 
 
 class TeacherError(UserError):
     """A teacher that cannot teach this student; the message says why and what to do."""
 
 
-class Student(NamedTuple):
-    """What a teacher must fit."""
+class TeacherSettings(NamedTuple):
+    """Which teacher, and how it is run.
 
-    source: Dictionary
-    target: Dictionary
-    source_lang: str
-    target_lang: str
+    Attributes:
+        paths: one checkpoint, or those of an ensemble.
+        data: folders with the teachers' ``dict.*.txt``: none, one for all, or one each.
+        weights: positive weights of the ensemble's probability average, one for each path; None is
+            uniform.
+        overrides: model arguments to override, as fairseq's ``--model-overrides``.
+        dtype: "same" as the run's, or one of ``DTYPES``.
+        on_cpu: whether it runs on the CPU wherever the student does.
+        trust: open the checkpoints with the full pickle machinery.
+        role: what messages call it, and the flags that they name.
+    """
+
+    paths: Sequence[str]
+    data: Sequence[str] = ()
+    weights: Optional[Sequence[float]] = None
+    overrides: Mapping[str, Any] = {}
+    dtype: str = "same"
+    on_cpu: bool = False
+    trust: bool = False
+    role: Role = TRAINING
+
+    def placement(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> Tuple[torch.device, torch.dtype]:
+        """Where, and in which precision, the teacher runs beside a student placed so."""
+        return (
+            torch.device("cpu") if self.on_cpu else device,
+            dtype if self.dtype == "same" else DTYPES[self.dtype],
+        )
 
 
 class Teacher:
@@ -51,35 +64,22 @@ class Teacher:
     Build it with ``Teacher.open``.
     """
 
-    def __init__(self, members: Sequence["_Member"], weights: Sequence[float]) -> None:
+    def __init__(self, members: Sequence["_Model"], weights: Sequence[float]) -> None:
         self.members = list(members)
         total = math.fsum(weights)
         self.log_weights = [math.log(weight / total) for weight in weights]
 
     @classmethod
-    def open(
-        cls,
-        paths: Sequence[str],
-        student: Student,
-        data: Sequence[str] = (),
-        weights: Optional[Sequence[float]] = None,
-        overrides: Optional[Dict[str, Any]] = None,
-        trust: bool = False,
-    ) -> "Teacher":
+    def open(cls, settings: TeacherSettings, student: Student) -> "Teacher":
         """Read, check and build every member.
 
         Args:
-            paths: one checkpoint, or those of an ensemble.
-            student: the student's dictionaries and languages.
-            data: folders with the teachers' ``dict.*.txt``: none, one for all, or one each.
-            weights: positive weights of the ensemble's probability average, one for each path;
-                None is uniform.
-            overrides: model arguments to override, as fairseq's ``--model-overrides``.
-            trust: open the checkpoints with the full pickle machinery.
+            student: the student's vocabularies and languages, which it must fit.
 
         Raises:
-            TeacherError: any of these does not fit; CheckpointError or VocabularyError likewise.
+            UserError: a file cannot be used, or does not fit.
         """
+        paths, data = settings.paths, settings.data
         if len(data) not in (0, 1, len(paths)):
             raise TeacherError(
                 "--teacher-data needs one folder for all teachers or one for each of the "
@@ -88,13 +88,11 @@ class Teacher:
         folders: List[Optional[str]] = [None] * len(paths)
         if data:
             folders = [*data] * len(paths) if len(data) == 1 else [*data]
-        return cls(
-            [
-                _Member(path, student, folder, overrides or {}, trust)
-                for path, folder in zip(paths, folders)
-            ],
-            weights or [1.0] * len(paths),
-        )
+        members = [
+            _Model(Checkpoint.open(path, settings.role, settings.trust), student, folder, settings)
+            for path, folder in zip(paths, folders)
+        ]
+        return cls(members, settings.weights or [1.0] * len(paths))
 
     def place(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
         """Move every member to a device and a floating dtype."""
@@ -111,9 +109,9 @@ class Teacher:
         return {
             "teachers": [
                 {
-                    "path": os.path.abspath(member.name),
-                    "bytes": os.path.getsize(member.name),
-                    "sha256": checkpoint.digest(member.name),
+                    "path": os.path.abspath(member.path),
+                    "bytes": os.path.getsize(member.path),
+                    "sha256": digest(member.path),
                     "weight": math.exp(log_weight),
                     "overrides": {str(k): repr(v) for k, v in member.overrides.items()},
                 }
@@ -129,164 +127,109 @@ class Teacher:
         return int(min(source)), int(min(target))
 
     @torch.no_grad()
-    def __call__(
-        self, net_input: Dict[str, Tensor], amp: bool = False, **about: Any
-    ) -> RunningAnswer:
+    def __call__(self, net_input: Dict[str, Tensor], amp: bool = False) -> RunningAnswer:
         """Run the teacher on a batch given in the student's indices.
 
         Args:
             net_input: ``src_tokens`` (B, S), ``src_lengths`` (B,), ``prev_output_tokens`` (B, T).
             amp: run under CUDA autocast.
-            about: ``num_updates`` and ``is_dummy`` of the signal.
         """
         return RunningAnswer(
-            [member.run(net_input, amp) for member in self.members], self.log_weights, **about
+            [member.run(net_input, amp) for member in self.members], self.log_weights
         )
 
 
-class _Member:
-    """One checkpoint of a teacher, with the maps between its vocabulary and the student's."""
+class _Model:
+    """The model of one checkpoint, with its view of the student's batches."""
 
     def __init__(
         self,
-        path: str,
+        checkpoint: Checkpoint,
         student: Student,
         data: Optional[str],
-        overrides: Dict[str, Any],
-        trust: bool,
+        settings: TeacherSettings,
     ) -> None:
-        self.name, self.overrides = path, overrides
-        state = checkpoint.read_checkpoint(path, trust)
-        self._check_task(state, student, overrides)
-        source, target, origin = find_dictionaries(
-            path, state, student.source_lang, student.target_lang, data, overrides
-        ) or (student.source, student.target, "taken from the student")
-        check_sizes(path, state, source, target, origin)
-        try:
-            source_map = vocabulary.index_map(student.source.symbols, source.symbols, "source")
-            target_map = vocabulary.index_map(student.target.symbols, target.symbols, "target")
-        except VocabularyError as error:
-            raise VocabularyError(f"teacher {path}: {error}") from None
-        # what the teacher reads; a padding symbol that it lacks never occurs in data
-        self.read_source = _readable(source_map, source)
-        self.read_target = _readable(target_map, target)
-        self.target_map = target_map
-        self.missing = None if target_map is None else target_map.eq(MISSING)
-        if self.missing is not None and not self.missing.any():
-            self.missing = None
-        self.model = build_model(path, state, _task_for(state, source, target), overrides)
+        self.path, self.overrides = checkpoint.path, settings.overrides
+        _check_task(checkpoint, student, self.overrides)
+        found = checkpoint.dictionaries(
+            (student.source_lang, student.target_lang),
+            data,
+            self.overrides,
+            otherwise=("student", student.source, student.target),
+        )
+        assert found is not None  # there are the student's
+        checkpoint.check_sizes(found)
+        self.view = TeacherView(student, found, checkpoint)
+        self.model = checkpoint.build(checkpoint.translation_task(found), self.overrides)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         if getattr(self.model.decoder, "adaptive_softmax", None) is not None:
             raise TeacherError(
-                f"teacher {path} has an adaptive softmax, which gives no distribution over the "
-                "whole vocabulary to distil; train it without --adaptive-softmax-cutoff"
+                f"{checkpoint} has an adaptive softmax, which gives no distribution over the whole "
+                "vocabulary to distil; train it without --adaptive-softmax-cutoff"
             )
-        self._projection: Optional[Tuple[Tensor, Optional[Tensor]]] = None
         logger.info(
-            f"teacher {path}: {type(self.model).__name__}, dictionaries {origin}; source "
-            f"vocabulary {_fit(source_map, student.source, source)}, target vocabulary "
-            f"{_fit(target_map, student.target, target)}"
+            f"{checkpoint}: {type(self.model).__name__}, dictionaries {found.origin}; "
+            f"{self.view.description}"
         )
-
-    def _check_task(self, state: Dict, student: Student, overrides: Dict[str, Any]) -> None:
-        task = checkpoint.section(state, "task")
-        name = checkpoint.get(task, "_name") or checkpoint.get(task, "task")
-        arch = checkpoint.section(state, "model")
-        arch = checkpoint.get(arch, "_name") or checkpoint.get(arch, "arch")
-        if name == "language_modeling" or str(arch).endswith("_lm") or "_lm_" in str(arch):
-            raise TeacherError(
-                f"teacher {self.name} is a decoder-only language model ({arch}); a translation "
-                "student needs an encoder-decoder teacher"
-            )
-        if name is not None and name not in _TASKS:
-            raise TeacherError(
-                f"teacher {self.name} was trained for the task {name!r}; word-level distillation "
-                "reads teachers of the task 'translation'. Sequence-level distillation takes any "
-                "task."
-            )
-        langs = tuple(
-            overrides.get(key, checkpoint.get(task, key)) for key in ("source_lang", "target_lang")
-        )
-        ours = (student.source_lang, student.target_lang)
-        if all(langs) and langs != ours:
-            raise TeacherError(
-                "teacher {} translates {}-{}, the student {}-{}. If these are only other names for "
-                "the same languages, say so: --teacher-overrides \"{{'source_lang': '{}', "
-                "'target_lang': '{}'}}\"".format(self.name, *langs, *ours, *ours)
-            )
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.model.to(device=device, dtype=dtype)
-        for name in ("read_source", "read_target", "target_map", "missing"):
-            index = getattr(self, name)
-            setattr(self, name, None if index is None else index.to(device))
-        self._projection = None
+        self.view.to(device)
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def inputs(self, net_input: Dict[str, Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
-        """A batch as the model's forward pass takes it, in the teacher's indices."""
-        return (
-            _look_up(self.read_source, net_input["src_tokens"].to(self.device)),
-            net_input["src_lengths"].to(self.device),
-            _look_up(self.read_target, net_input["prev_output_tokens"].to(self.device)),
-        )
+    def inputs(self, net_input: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """A batch as the model's forward pass takes it."""
+        return self.view.inputs(net_input, self.device)
 
     def run(self, net_input: Dict[str, Tensor], amp: bool) -> Member:
-        model, device = self.model, self.device
-        amp = amp and device.type == "cuda"
-        inputs = self.inputs(net_input)
+        model, view = self.model, self.view
+        amp = amp and self.device.type == "cuda"
+        lazy = _is_lazy(model)
         with _autocast(amp):
-            if _is_lazy(model):
-                features = model(*inputs, features_only=True)[0]
-                return Member(self.name, self._lazy_logits(features.flatten(0, 1), amp))
-            logits = model(*inputs)[0].flatten(0, 1)
-        return Member(self.name, lambda rows: self._in_student_order(logits[rows.to(device)]))
-
-    def _lazy_logits(self, features: Tensor, amp: bool) -> Any:
-        """Project a transformer's features when, and for the rows that, somebody asks."""
-        layer = self.model.decoder.output_projection
-        if self.target_map is None:
-
-            def project(x: Tensor) -> Tensor:
-                return layer(x)
-
-        else:
-            # the projection's rows in the student's order: nothing to reorder in each batch
-            weight, bias = self._reordered_projection(layer, self.target_map)
-
-            def project(x: Tensor) -> Tensor:
-                return self._without_missing(F.linear(x, weight, bias))
+            output = model(**self.inputs(net_input), **({"features_only": True} if lazy else {}))
+        output = output[0].flatten(0, 1)  # features or logits, one row for each target position
 
         def logits(rows: Tensor) -> Tensor:
+            some = output[view.rows(rows.to(output.device))]
+            if not lazy:
+                return view.logits(some)
+            # projected when, and for the rows that, somebody asks
             with torch.no_grad(), _autocast(amp):
-                return project(features[rows.to(features.device)])
+                return view.project(model.decoder.output_projection, some)
 
-        return logits
+        return Member(self.path, logits)
 
-    def _reordered_projection(
-        self, layer: Any, target_map: Tensor
-    ) -> Tuple[Tensor, Optional[Tensor]]:
-        if self._projection is None:
-            index, bias = target_map.clamp(min=0), getattr(layer, "bias", None)
-            self._projection = (
-                layer.weight.detach()[index],
-                None if bias is None else bias.detach()[index],
+
+def _check_task(checkpoint: Checkpoint, student: Student, overrides: Mapping[str, Any]) -> None:
+    arch = str(checkpoint.architecture)
+    if checkpoint.task == "language_modeling" or arch.endswith("_lm") or "_lm_" in arch:
+        raise TeacherError(
+            f"{checkpoint} is a decoder-only language model ({arch}); a translation student needs "
+            "an encoder-decoder teacher"
+        )
+    if checkpoint.task is not None and checkpoint.task not in TRANSLATION_TASKS:
+        raise TeacherError(
+            f"{checkpoint} was trained for the task {checkpoint.task!r}; word-level distillation "
+            "reads teachers of the task 'translation'. Sequence-level distillation takes any task."
+        )
+    theirs = checkpoint.languages_with(overrides)
+    ours = (student.source_lang, student.target_lang)
+    if all(theirs) and theirs != ours:
+        advice = ""
+        if checkpoint.role.overrides:
+            names = dict(zip(("source_lang", "target_lang"), ours))
+            advice = (
+                " If these are only other names for the same languages, say so: "
+                f'{checkpoint.role.overrides} "{names}"'
             )
-        return self._projection
-
-    def _in_student_order(self, logits: Tensor) -> Tensor:
-        if self.target_map is None:
-            return logits
-        return self._without_missing(logits.index_select(-1, self.target_map.clamp(min=0)))
-
-    def _without_missing(self, logits: Tensor) -> Tensor:
-        if self.missing is None:
-            return logits
-        return logits.masked_fill(self.missing, -math.inf)
+        raise TeacherError(
+            f"{checkpoint} translates {'-'.join(map(str, theirs))}, the student "
+            f"{'-'.join(ours)}.{advice}"
+        )
 
 
 def _autocast(enabled: bool) -> Any:
@@ -302,203 +245,3 @@ def _is_lazy(model: Any) -> bool:
         type(model).forward is TransformerModelBase.forward
         and type(model.decoder).output_layer is TransformerDecoderBase.output_layer
     )
-
-
-def _readable(index: Optional[Tensor], dictionary: Dictionary) -> Optional[Tensor]:
-    return None if index is None else index.masked_fill(index.eq(MISSING), dictionary.unk())
-
-
-def _look_up(index: Optional[Tensor], tokens: Tensor) -> Tensor:
-    return tokens if index is None else index[tokens]
-
-
-def _fit(index: Optional[Tensor], student: Dictionary, teacher: Dictionary) -> str:
-    if index is None:
-        return f"the same ({len(student)} symbols)"
-    return f"mapped (student {len(student)} symbols, teacher {len(teacher)})"
-
-
-def check_sizes(
-    path: str, state: Dict, source: Dictionary, target: Dictionary, origin: str
-) -> None:
-    """A teacher's dictionaries must have as many symbols as its checkpoint has embeddings.
-
-    Raises:
-        TeacherError: they have not.
-    """
-    for side, key, symbols in (
-        ("source", "encoder.embed_tokens.weight", source),
-        ("target", "decoder.embed_tokens.weight", target),
-    ):
-        weight = state["model"].get(key)
-        if weight is not None and weight.size(0) != len(symbols):
-            raise TeacherError(
-                f"teacher {path} has {weight.size(0)} {side} embeddings, but the dictionary "
-                f"{origin} has {len(symbols)} symbols. Point --teacher-data at the folder with "
-                "the dict.*.txt it was trained with."
-            )
-
-
-def find_dictionaries(
-    path: str,
-    state: Dict,
-    source_lang: str,
-    target_lang: str,
-    data: Optional[str] = None,
-    overrides: Optional[Dict[str, Any]] = None,
-) -> Optional[Tuple[Dictionary, Dictionary, str]]:
-    """A teacher's source and target dictionaries, and where they were found.
-
-    In ``data``, or else in its checkpoint (one of our students), beside it, or in the data folder
-    that it names. The languages are those of a checkpoint that names none.
-
-    Raises:
-        TeacherError: there are none in ``data``.
-    """
-    task = checkpoint.section(state, "task")
-    langs = [
-        (overrides or {}).get(key, checkpoint.get(task, key)) or ours
-        for key, ours in (("source_lang", source_lang), ("target_lang", target_lang))
-    ]
-
-    def beside(folder: str) -> Optional[List[Dictionary]]:
-        files = [os.path.join(folder, f"dict.{lang}.txt") for lang in langs]
-        return [vocabulary.read(f) for f in files] if all(map(os.path.isfile, files)) else None
-
-    if data is not None:
-        found = beside(data)
-        if found is None:
-            raise TeacherError(
-                "--teacher-data {}: expected dict.{}.txt and dict.{}.txt there".format(data, *langs)
-            )
-        return found[0], found[1], "from " + data
-    saved = checkpoint.symbols_in(state)
-    if saved is not None:
-        return _from_symbols(saved[0]), _from_symbols(saved[1]), "from its checkpoint"
-    found = beside(os.path.dirname(os.path.abspath(path)))
-    if found is not None:
-        return found[0], found[1], "from beside it"
-    named = checkpoint.get(task, "data")
-    folder = utils.split_paths(named)[0] if named else ""
-    found = beside(folder) if folder else None
-    if found is not None:
-        if not os.path.isabs(folder):
-            logger.warning(
-                f"teacher {path}: its checkpoint names the data folder {folder}, which was found "
-                f"from here ({os.getcwd()}). If it was trained in another place, that may be "
-                "other data: --teacher-data says for sure"
-            )
-        return found[0], found[1], "from " + os.path.abspath(folder)
-    logger.warning(
-        "teacher {}: no dict.{}.txt and dict.{}.txt found beside it or in the data folder that it "
-        "names, so its vocabulary is TAKEN TO BE THE STUDENT'S (the data's) and nothing could be "
-        "verified; --teacher-data DIR names the folder that holds them".format(path, *langs)
-    )
-    return None
-
-
-def _from_symbols(symbols: Sequence[str]) -> Dictionary:
-    dictionary = Dictionary()
-    if symbols[: dictionary.nspecial] != dictionary.symbols:
-        raise CheckpointError(
-            "the symbol list saved in this student's checkpoint does not begin with fairseq's "
-            "special symbols; give its dictionaries with --teacher-data"
-        )
-    for symbol in symbols[dictionary.nspecial :]:
-        dictionary.add_symbol(symbol, overwrite=True)
-    return dictionary
-
-
-def _task_for(state: Dict, source: Dictionary, target: Dictionary) -> TranslationTask:
-    config = checkpoint.section(state, "model")
-    return TranslationTask(
-        TranslationConfig(
-            max_source_positions=checkpoint.get(config, "max_source_positions") or 1024,
-            max_target_positions=checkpoint.get(config, "max_target_positions") or 1024,
-        ),
-        source,
-        target,
-    )
-
-
-def build_model(
-    path: str, state: Dict, task: Any, overrides: Dict[str, Any]
-) -> FairseqEncoderDecoderModel:
-    """Build a checkpoint's model and load its weights; in eval mode.
-
-    Args:
-        path: for messages.
-        state: what ``read_checkpoint`` found there.
-        task: a task with the checkpoint's dictionaries. Not the student's: through that one,
-            validation BLEU would become the teacher's.
-        overrides: model arguments to override.
-
-    Raises:
-        TeacherError: it cannot be built, or is no encoder-decoder.
-    """
-    config = checkpoint.section(state, "model")
-    known = vars(config) if isinstance(config, Namespace) else config
-    unknown = set(overrides) - set(known) - {"source_lang", "target_lang"}
-    if unknown:
-        raise TeacherError(
-            f"--teacher-overrides (--model-overrides): the model of teacher {path} has no "
-            f"{', '.join(sorted(map(repr, unknown)))}"
-        )
-    changed = {key: v for key, v in overrides.items() if key in known}
-    try:
-        if isinstance(config, Namespace):
-            config = Namespace(**{**vars(config), **changed})
-        else:
-            config = OmegaConf.create(config)
-            with open_dict(config):
-                config.update(changed)
-        with bounded_memory(state["model"]):
-            model = models.build_model(config, task)
-            model.load_state_dict(state["model"], strict=True, model_cfg=config)
-    except Exception as error:
-        raise TeacherError(
-            f"teacher {path}: its model cannot be rebuilt with this fairseq "
-            f"({type(error).__name__}: {str(error)[:500]}). Options that changed since it was "
-            "trained can be set with --teacher-overrides (--model-overrides)."
-        ) from error
-    if not isinstance(model, FairseqEncoderDecoderModel):
-        raise TeacherError(
-            f"teacher {path} is a {type(model).__name__}; expected an encoder-decoder translation "
-            "model"
-        )
-    return model.eval()
-
-
-def parse_overrides(text: str) -> Dict[str, Any]:
-    """``--teacher-overrides``: a dictionary written as Python literals.
-
-    Raises:
-        TeacherError: it is something else.
-    """
-    try:
-        overrides = ast.literal_eval(text or "{}")
-    except (ValueError, SyntaxError):
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise TeacherError(
-            f"--teacher-overrides needs a dictionary, {{'dropout': 0.1}} say; got {text!r}"
-        )
-    return overrides
-
-
-def parse_weights(text: Optional[str], teachers: int) -> Optional[List[float]]:
-    """``--teacher-weights``: a positive number for each teacher, commas between them, or None.
-
-    Raises:
-        TeacherError: it is something else.
-    """
-    try:
-        weights = [float(weight) for weight in text.split(",")] if text else None
-    except ValueError:
-        raise TeacherError(f"--teacher-weights needs numbers as in 2,1,1; got {text!r}") from None
-    if weights and (len(weights) != teachers or not all(0 < w < math.inf for w in weights)):
-        raise TeacherError(
-            f"--teacher-weights needs one positive number for each of the {teachers} teachers in "
-            f"--teacher-checkpoint-path, got {weights}"
-        )
-    return weights

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import support
 import torch
-from support import ARCHITECTURES, LANGUAGES, STOCK, TRAINING, USER_DIR, distil, fairseq, load
-from toy import binarise, train_teacher
+from support import ARCHITECTURES, TRAINING, USER_DIR, distil, fairseq, load, train_plain, validate
+from toy import binarise, changed, train_teacher
 
 
 def refused(run, folder, *words):
@@ -47,12 +47,15 @@ def refused(run, folder, *words):
     ids=lambda value: " ".join(map(str, value)) if "--" in str(value[0]) else "",
 )
 def test_flags(flags, words, data, teacher, tmp_path):
-    if "--task" in flags:  # which knows no teacher
-        arguments = support.kd_arguments(data, None, tmp_path, *flags)
-        run = fairseq("fairseq-train", *arguments)
-    else:
-        run = distil(data, teacher, tmp_path, *flags)
+    given = None if "--task" in flags else teacher  # of which fairseq's own task knows nothing
+    run = distil(data, given, tmp_path, *flags, tool=support.in_process)
     refused(run, tmp_path, *words)
+
+
+def test_flags_as_a_user_sees_them_refused(data, teacher, tmp_path):
+    flags = ("--kd-weight", 2, "--kd-temperature", 0)
+    run = distil(data, teacher, tmp_path, *flags)
+    refused(run, tmp_path, "--kd-weight", "--kd-temperature")
 
 
 def test_no_teacher(data, tmp_path):
@@ -119,16 +122,9 @@ def test_another_task(data, teacher, tmp_path):
     def change(state):
         state["cfg"]["task"]["_name"] = "translation_lev"
 
-    path = changed(teacher, tmp_path, change)
+    path = changed(teacher, tmp_path / "teacher.pt", change)
     run = distil(data, path, tmp_path / "student")
     refused(run, tmp_path, str(path), "translation_lev", "Sequence-level")
-
-
-def changed(teacher, folder, change):
-    state = load(teacher)
-    change(state)
-    torch.save(state, str(folder / "teacher.pt"))
-    return folder / "teacher.pt"
 
 
 def test_another_direction(corpus, tmp_path):
@@ -151,7 +147,7 @@ def test_other_names_of_the_same_languages(data, teacher, tmp_path):
     def change(state):
         state["cfg"]["task"].update(source_lang="a_A", target_lang="b_B")
 
-    path = changed(teacher, tmp_path, change)
+    path = changed(teacher, tmp_path / "teacher.pt", change)
     refused(distil(data, path, tmp_path / "student"), tmp_path / "student", "a_A", "overrides")
     overrides = "{'source_lang': 'aa', 'target_lang': 'bb'}"
     distil(
@@ -195,11 +191,7 @@ def test_teacher_too_short_for_the_data(data, distilled, tmp_path):
         *("--max-source-positions", 6, "--max-target-positions", 6),
         "--skip-invalid-size-inputs-valid-test",
     ).ok()
-    run = fairseq(
-        "fairseq-validate",
-        *(data, *USER_DIR, "--task", "kd_translation", "--path", distilled.checkpoint, "--cpu"),
-        *("--max-sentences", 16, "--teacher-checkpoint-path", theirs, *LANGUAGES),
-    )
+    run = validate(data, distilled.checkpoint, "--teacher-checkpoint-path", theirs)
     assert "--max-source-positions 6" in run.error and "--max-target-positions 6" in run.error
 
 
@@ -239,7 +231,7 @@ def test_teacher_that_overflows_in_one_sentence(corpus, tmp_path):
     def change(state):
         state["model"]["encoder.embed_tokens.weight"][row] = torch.finfo(torch.float32).max
 
-    path = changed(theirs, tmp_path, change)
+    path = changed(theirs, tmp_path / "teacher.pt", change)
     run = distil(data, path, tmp_path / "student", "--max-epoch", 1)
     assert f"[{sentence}]" in run.error
     assert str(path) in run.error
@@ -251,18 +243,10 @@ def test_validation_says_when_a_given_teacher_is_no_checkpoint(data, distilled, 
     """Without the file it validates the student alone; with a broken one it must not pretend."""
     broken = tmp_path / "broken.pt"
     broken.write_text("nothing")
-    run = fairseq(
-        "fairseq-validate",
-        *(data, *USER_DIR, "--task", "kd_translation", "--path", distilled.checkpoint, "--cpu"),
-        *("--max-sentences", 16, "--teacher-checkpoint-path", broken, *LANGUAGES),
-    )
+    run = validate(data, distilled.checkpoint, "--teacher-checkpoint-path", broken)
     assert str(broken) in run.error
 
 
 def test_stock_training_under_the_plugin(data, teacher, tmp_path):
     """Loading the plugin refuses nothing that worked without it."""
-    fairseq(
-        "fairseq-train",
-        *(data, *USER_DIR, *STOCK, *TRAINING, *support.STUDENT, "--save-dir", tmp_path),
-        *("--max-update", 1),
-    ).ok()
+    train_plain(data, tmp_path, *USER_DIR, "--max-update", 1).ok()

@@ -14,18 +14,18 @@ from support import (
     LANGUAGES,
     SOURCE,
     STOCK,
-    STUDENT,
     TARGET,
     TRAINING,
     USER_DIR,
     fairseq,
+    train_plain,
     transformer,
     tree,
     write_sequences,
 )
 from toy import binarise, dictionary_lines, train_teacher, write_dictionaries
 
-from kd_plugin import sequences
+from kd_plugin import decoding
 from kd_plugin.commands import sequences as command
 
 BEAM = ("--beam", 4, "--nbest", 4)
@@ -58,11 +58,6 @@ def text_of(output, lang, kind="") -> List[str]:
 
 def record(output):
     return json.loads((output / "record.json").read_text())
-
-
-def refused(run) -> str:
-    assert run.code == 1 and "Traceback" not in run.text, run.text[-3000:]
-    return run.text.strip().splitlines()[-1]
 
 
 class Made(NamedTuple):
@@ -131,10 +126,7 @@ def test_it_is_what_fairseq_preprocess_would_make_of_the_text(data, made, tmp_pa
 
 
 def test_it_trains(made, tmp_path):
-    run = fairseq(
-        "fairseq-train",
-        *(made.output, *STOCK, *TRAINING, *STUDENT, "--save-dir", tmp_path, "--max-epoch", 2),
-    ).ok()
+    run = train_plain(made.output, tmp_path, "--max-epoch", 2).ok()
     losses = run.series("train_inner", "nll_loss")
     assert losses[-1] < 0.9 * losses[0]
     assert run.series("valid", "valid_nll_loss")
@@ -170,7 +162,7 @@ def test_languages_need_not_be_told(data, weak, tmp_path):
     assert text_of(tmp_path / "found", TARGET) == text_of(tmp_path / "told", TARGET)
     task = ("--task", "translation_multi_simple_epoch", "--lang-pairs", "aa-bb")
     run = fairseq("fairseq-kd-sequences", *arguments, *task, "--output", tmp_path / "no")
-    assert "say between which languages" in refused(run)
+    assert "say between which languages" in run.refusal
 
 
 def test_sampling_depends_on_neither_shards_nor_interruptions(data, weak, tmp_path):
@@ -215,7 +207,7 @@ def test_both_engines(data, weak, made, tmp_path):
 
 def test_ctranslate2_decodes_without_the_torch_model(data, weak, tmp_path, monkeypatch):
     pytest.importorskip("ctranslate2")
-    monkeypatch.setattr(sequences, "build_teachers", None)
+    monkeypatch.setattr(decoding, "build_models", None)
     arguments = [data, "--path", weak, "--output", tmp_path, *LANGUAGES, "--gen-subset", "valid"]
     options = ["--engine", "ctranslate2", "--cpu", "--num-workers", 0]
     assert command.main([str(argument) for argument in (*arguments, *options)]) == 0
@@ -226,7 +218,7 @@ def test_ctranslate2_refuses_what_it_cannot_take(data, tmp_path):
     pytest.importorskip("ctranslate2")
     lstm = train_teacher(data, tmp_path / "lstm", support.ARCHITECTURES["lstm"], 2)
     run = write_sequences(data, lstm, tmp_path / "data", "--engine", "ctranslate2")
-    assert "lstm" in refused(run) and "--engine fairseq takes any" in run.text
+    assert "lstm" in run.refusal and "--engine fairseq takes any" in run.text
 
 
 def test_a_text_without_references(data, corpus, weak, made, tmp_path):
@@ -245,16 +237,17 @@ def test_a_text_without_references(data, corpus, weak, made, tmp_path):
     assert agreeing >= 39  # another padding moves scores by rounding
     assert record(mixed)["counts"]["original"] == 1280
     run = write_sequences(data, weak, tmp_path / "no", *options, "--select", "closest")
-    assert "--source-text has no references" in refused(run)
+    assert "--source-text has no references" in run.refusal
 
 
 def test_what_a_refused_command_leaves_is_not_taken_for_another_text(data, weak, tmp_path):
     output, junk, text = tmp_path / "data", tmp_path / "junk.pt", tmp_path / "text"
     junk.write_text("no")
     text.write_text("")
-    assert "it has no line" in refused(write_sequences(data, weak, output, "--source-text", text))
+    found = write_sequences(data, weak, output, "--source-text", text)
+    assert "expected at least one line" in found.refusal
     text.write_text("a01 a02\na03 a04\n")
-    assert "junk.pt" in refused(write_sequences(data, junk, output, "--source-text", text))
+    assert "junk.pt" in write_sequences(data, junk, output, "--source-text", text).refusal
     lines = ["a05 a06 a07", "a08 a09", "a10 a11 a12"]
     text.write_text("\n".join(lines) + "\n")
     write_sequences(data, weak, output, "--source-text", text, "--no-filters").ok()
@@ -299,12 +292,9 @@ def test_a_student_with_other_subwords(data, weak, made, other_subwords, tmp_pat
         name = f"dict.{lang}.txt"
         assert (output / name).read_bytes() == (student / name).read_bytes()
     assert record(output)["counts"]["unknown_tokens"] == 0
-    fairseq(
-        "fairseq-train",
-        *(output, *STOCK, *TRAINING, *STUDENT, "--save-dir", tmp_path / "s", "--max-update", 2),
-    ).ok()
+    train_plain(output, tmp_path / "s", "--max-update", 2).ok()
     run = write_sequences(data, weak, tmp_path / "no", *options, "--student-data", student)
-    assert "lacks" in refused(run) and "--student-spm" in run.text
+    assert "lacks" in run.refusal and "--student-spm" in run.text
 
 
 def test_a_multilingual_teacher(corpus, tmp_path):
@@ -330,10 +320,7 @@ def test_a_multilingual_teacher(corpus, tmp_path):
     assert len(theirs) == 48 and ours.keys() == theirs.keys()
     assert sum(ours[i][0][0] == theirs[i][0][0] for i in theirs) >= 47
     assert f"__{TARGET}__" not in (output / "hypotheses" / "hypotheses.jsonl").read_text()
-    fairseq(
-        "fairseq-train",
-        *(output, *STOCK, *TRAINING, *STUDENT, "--save-dir", tmp_path / "s", "--max-update", 2),
-    ).ok()
+    train_plain(output, tmp_path / "s", "--max-update", 2).ok()
 
 
 def test_sources_that_are_too_long(corpus, data, tmp_path):
@@ -367,18 +354,18 @@ def test_an_output_of_other_settings(data, weak, made, tmp_path):
         ((*closest, "--beam", 3, "--nbest", 3), "beam is 3 here, 4 there"),
     ):
         run = write_sequences(data, weak, output, *options)
-        message = refused(run)
+        message = run.refusal
         assert word in message and "--overwrite would remove" in message
         assert "train.aa-bb.aa.bin" in message
         assert tree(output) == before
     assert f", and the hypotheses in {output / 'hypotheses'}" in message
     # one that fails replaces nothing
     (tmp_path / "junk.pt").write_text("no")
-    message = refused(write_sequences(data, tmp_path / "junk.pt", output, "--overwrite"))
+    message = write_sequences(data, tmp_path / "junk.pt", output, "--overwrite").refusal
     assert "junk.pt" in message and tree(output) == before
     # not the lists of --hypotheses
     lent = ("--hypotheses", made.output / "hypotheses", "--beam", 2, "--overwrite")
-    message = refused(write_sequences(data, weak, tmp_path / "no", *lent))
+    message = write_sequences(data, weak, tmp_path / "no", *lent).refusal
     assert "choose another --hypotheses" in message and "--overwrite" not in message
     # the lists stay: they are still the right ones
     options = (*closest, *BEAM, "--max-length", 5)
@@ -397,10 +384,10 @@ def test_a_folder_that_is_not_its_own(data, weak, tmp_path):
     shutil.copytree(str(data), str(copy))
     before = tree(copy)
     for more in ((), ("--overwrite",)):
-        message = refused(write_sequences(copy, weak, copy, *more))
+        message = write_sequences(copy, weak, copy, *more).refusal
         assert "holds files that this command did not write" in message
     (tmp_path / "file").write_text("")
-    message = refused(write_sequences(data, weak, tmp_path / "file"))
+    message = write_sequences(data, weak, tmp_path / "file").refusal
     assert "expected a folder, found a file" in message
     assert tree(copy) == before
 
@@ -411,17 +398,18 @@ def test_dictionaries_that_are_not_the_teachers(corpus, data, weak, tmp_path):
         random.Random(1).shuffle(lines)
     options = write_dictionaries(tmp_path / "dictionaries", *both)
     shuffled = binarise(corpus.text, tmp_path / "data", *options)
-    message = refused(write_sequences(shuffled, weak, tmp_path / "no"))
+    message = write_sequences(shuffled, weak, tmp_path / "no").refusal
     assert "dictionary" in message and "--student-data" in message and "number 4 is" in message
 
 
 def test_bad_flags_are_named_together(data, weak, tmp_path):
+    def refused(*arguments):
+        return write_sequences(*arguments, tool=support.in_process).refusal
+
     message = refused(
-        write_sequences(
-            *(data, weak, tmp_path, "--nbest", 7, "--repeat-original", 3, "--student-spm", "x"),
-            *("--min-closeness", 120, "--min-score-quantile", 1, "--prefix-size", 2),
-            *("--compute-type", "int8"),
-        )
+        *(data, weak, tmp_path, "--nbest", 7, "--repeat-original", 3, "--student-spm", "x"),
+        *("--min-closeness", 120, "--min-score-quantile", 1, "--prefix-size", 2),
+        *("--compute-type", "int8"),
     )
     for part in (
         "--nbest 7 needs --beam 7",
@@ -433,13 +421,13 @@ def test_bad_flags_are_named_together(data, weak, tmp_path):
         "--compute-type needs --engine ctranslate2",
     ):
         assert part in message
-    message = refused(write_sequences(data, weak, tmp_path, "--select", "closest"))
+    message = refused(data, weak, tmp_path, "--select", "closest")
     assert "--select closest needs --nbest 2 or more" in message
-    message = refused(write_sequences(data, weak, tmp_path, "--gen-subset", "nothing"))
+    message = refused(data, weak, tmp_path, "--gen-subset", "nothing")
     assert "no subset 'nothing'" in message and "train" in message
-    message = refused(write_sequences(tmp_path / "none", weak, tmp_path / "no"))
+    message = refused(tmp_path / "none", weak, tmp_path / "no")
     assert "data cannot be read" in message or "expected a folder of fairseq" in message
-    message = refused(write_sequences(data, tmp_path / "none.pt", tmp_path / "no"))
+    message = refused(data, tmp_path / "none.pt", tmp_path / "no")
     assert "none.pt" in message
 
 
@@ -448,7 +436,7 @@ def test_without_references(data, weak, tmp_path):
     shutil.copytree(str(data), str(lonely))
     for path in lonely.glob("train.*.bb.*"):
         path.unlink()
-    message = refused(write_sequences(lonely, weak, tmp_path / "no", "--select", "closest", *BEAM))
+    message = write_sequences(lonely, weak, tmp_path / "no", "--select", "closest", *BEAM).refusal
     assert "need references" in message and "has none" in message
     write_sequences(lonely, weak, tmp_path / "yes", *BEAM).ok()
     assert record(tmp_path / "yes")["counts"]["distilled"] > 600
@@ -456,7 +444,7 @@ def test_without_references(data, weak, tmp_path):
 
 def test_nothing_left_after_filtering(data, weak, made, tmp_path):
     options = ("--hypotheses", made.output / "hypotheses", *BEAM, "--max-length", 0)
-    message = refused(write_sequences(data, weak, tmp_path / "no", *options))
+    message = write_sequences(data, weak, tmp_path / "no", *options).refusal
     assert "nothing is left: of 640 sentences" in message and "too long" in message
     assert "--no-filters" in message
     assert not (tmp_path / "no" / "dict.aa.txt").exists()
@@ -466,4 +454,4 @@ def test_subwords_that_would_be_compared_as_words(data, weak, corpus, tmp_path):
     pieces = [["\u2581" + line for line in dictionary_lines(data, lang)] for lang in ("aa", "bb")]
     marked = binarise(corpus.text, tmp_path / "data", *write_dictionaries(tmp_path / "d", *pieces))
     run = write_sequences(marked, weak, tmp_path / "no", "--select", "closest", *BEAM)
-    assert "add --remove-bpe sentencepiece" in refused(run)
+    assert "add --remove-bpe sentencepiece" in run.refusal

@@ -15,16 +15,11 @@ from toy import binarise, permuted_dictionaries, train_teacher
 HOW = ("--cpu", "--beam", 3, "--repeats", 2, "--num-workers", 0, *LANGUAGES)
 
 
-def judge(data, output, models, *more, **how):
+def judge(data, output, models, *more, tool=fairseq, **how):
     named = [f"{name}={path}" for name, path in models.items()]
-    return fairseq(
+    return tool(
         "fairseq-kd-report", data, *("--output", output, *HOW, *more), "--models", *named, **how
     )
-
-
-def refused(run) -> str:
-    assert run.code == 1 and "Traceback" not in run.text, run.text[-3000:]
-    return run.text.strip().splitlines()[-1]
 
 
 def report_of(folder):
@@ -58,6 +53,7 @@ def judged(corpus, teacher, distilled, int8, tmp_path_factory) -> Judged:
         *(f"{corpus.data}/", folder),
         {"teacher": teacher, "student": distilled.checkpoint, "int8": int8},
         *("--greedy", "--reference", corpus.text / "test.bb", "--logs", f"student={log}"),
+        spawns=True,
     ).ok()
     return Judged(folder, run, report_of(folder))
 
@@ -134,25 +130,12 @@ def test_the_student_is_compared_as_training_did(judged, corpus, teacher, distil
     assert set(judged.report["differences"]) == {"student"}
     assert "CTranslate2" in judged.report["not_compared"]["int8"]
     found = judged.report["differences"]["student"]
-    run = fairseq(
-        "fairseq-validate",
-        *(
-            corpus.data,
-            *USER_DIR,
-            "--path",
-            distilled.checkpoint,
-            "--task",
-            "kd_translation",
-            "--cpu",
-        ),
-        *("--teacher-checkpoint-path", teacher, "--valid-subset", "test", *LANGUAGES),
-        *("--log-format", "json", "--num-workers", 0, "--batch-size", 16),
-    ).ok()
-    (valid,) = run.records("test")
-    assert found["all"]["kl"] == pytest.approx(valid["test_kd_loss"], abs=1e-3)
-    assert found["all"]["nll"] == pytest.approx(valid["test_nll_loss"], abs=1e-3)
-    assert found["all"]["teacher_nll"] == pytest.approx(valid["test_teacher_nll_loss"], abs=1e-3)
-    assert found["all"]["agreement"] == pytest.approx(valid["test_agreement"], abs=1e-3)
+    options = ("--teacher-checkpoint-path", teacher, "--valid-subset", "test")
+    valid = support.validate(corpus.data, distilled.checkpoint, *options).ok().metrics("test")
+    assert found["all"]["kl"] == pytest.approx(valid["kd_loss"], abs=1e-3)
+    assert found["all"]["nll"] == pytest.approx(valid["nll_loss"], abs=1e-3)
+    assert found["all"]["teacher_nll"] == pytest.approx(valid["teacher_nll_loss"], abs=1e-3)
+    assert found["all"]["agreement"] == pytest.approx(valid["agreement"], abs=1e-3)
     train = (corpus.text / "train.bb").read_text().split()
     words = (corpus.text / "test.bb").read_text().split()
     frequencies = {bucket["label"]: bucket["tokens"] for bucket in found["by"]["frequency"]}
@@ -194,7 +177,8 @@ def test_killed_and_run_again(data, teacher, distilled, tmp_path):
     def arguments(repeats):
         return (data, "--output", tmp_path / "r", *HOW, "--repeats", repeats, "--models", *named)
 
-    first = start("fairseq-kd-report", *arguments(10**6))  # it does not end by itself
+    # it does not end by itself; its processes do when it is gone
+    first = start("fairseq-kd-report", *arguments(10**6), spawns=True)
     while not list((tmp_path / "r").glob("measured/*/student.json")):
         assert first.process.is_alive(), first.text
         time.sleep(0.05)
@@ -205,7 +189,7 @@ def test_killed_and_run_again(data, teacher, distilled, tmp_path):
     run = fairseq("fairseq-kd-report", *arguments(passes + 2)).ok()
     report = report_of(tmp_path / "r")
     assert [len(system["seconds"]) for system in report["systems"]] == [passes + 2] * 2
-    assert "same run" in report["notes"][0] and "opening student" in run.text
+    assert "several runs of the command" in report["notes"][0] and "opening student" in run.text
 
 
 def test_killed_while_the_report_was_written(data, teacher, tmp_path):
@@ -220,17 +204,18 @@ def test_killed_while_the_report_was_written(data, teacher, tmp_path):
     assert "opening" not in run.text and tree(output).keys() == whole.keys()
     (output / "settings.json").unlink()
     (output / "letter.txt").write_text("dear")
-    assert "did not write" in refused(judge(data, output, models))
+    assert "did not write" in judge(data, output, models).refusal
 
 
 def test_a_broken_model_stands_in_the_table(data, teacher, tmp_path):
     broken = tmp_path / "broken.pt"
     broken.write_bytes(teacher.read_bytes()[:5000])
     run = judge(data, tmp_path / "r", {"teacher": teacher, "broken": broken})
-    assert "1 of 2 models failed (broken)" in refused(run)
+    assert "1 of 2 models failed (broken)" in run.refusal
     report = report_of(tmp_path / "r")
     assert report["systems"][0]["scores"] and report["systems"][1]["scores"] is None
-    assert "cannot be read as a fairseq checkpoint" in report["models"][1]["error"]
+    error = report["models"][1]["error"]
+    assert error.startswith(f"student {broken}: cannot be read as a fairseq checkpoint")
     assert "broken failed: " in (tmp_path / "r" / "report.md").read_text()
     assert report["not_compared"] == {"broken": "it failed"}
 
@@ -239,12 +224,13 @@ def test_other_settings_and_other_folders(data, corpus, teacher, judged, tmp_pat
     output = tmp_path / "r"
     shutil.copytree(str(judged.folder), str(output))
     before = tree(output)
-    message = refused(judge(data, output, {"teacher": teacher}, "--lenpen", 2))
+    message = judge(data, output, {"teacher": teacher}, "--lenpen", 2).refusal
     assert "generation: lenpen is 2" in message and "--overwrite" in message
     assert tree(output) == before
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"x")
-    refused(judge(data, output, {"teacher": broken}, "--lenpen", 2, "--overwrite"))
+    run = judge(data, output, {"teacher": broken}, "--lenpen", 2, "--overwrite")
+    assert "broken.pt" in run.refusal
     kept = tree(output)
     assert {name: kept[name] for name in before} == before
     judge(data, output, {"teacher": teacher}, "--lenpen", 2, "--overwrite").ok()
@@ -254,7 +240,7 @@ def test_other_settings_and_other_folders(data, corpus, teacher, judged, tmp_pat
     assert not (output / "curves.png").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    message = refused(judge(data, tmp_path / "mine", {"teacher": teacher}))
+    message = judge(data, tmp_path / "mine", {"teacher": teacher}).refusal
     assert "did not write" in message
     assert tree(tmp_path / "mine") == {"letter.txt": b"dear"}
 
@@ -267,8 +253,10 @@ def test_a_vocabulary_of_its_own(corpus, teacher, judged, tmp_path):
     stranger = train_teacher(other, tmp_path / "stranger", transformer(16), 20)
     models = {"teacher": teacher, "stranger": stranger}
     run = judge(corpus.data, tmp_path / "r", models)
-    assert "1 of 2 models failed (stranger)" in refused(run)
-    assert "--model-data NAME=DIR" in report_of(tmp_path / "r")["models"][1]["error"]
+    assert "1 of 2 models failed (stranger)" in run.refusal
+    error = report_of(tmp_path / "r")["models"][1]["error"]
+    assert error.startswith(f"student {stranger}: its source dictionary")
+    assert "--model-data NAME=DIR" in error and "teacher" not in error
     judge(corpus.data, tmp_path / "r", models, "--model-data", f"stranger={other}").ok()
     report = report_of(tmp_path / "r")
     assert report["systems"][1]["scores"] and report["models"][1]["error"] is None
@@ -284,14 +272,14 @@ def test_wrong_input(data, corpus, teacher, tmp_path):
         (("--reference", tmp_path / "none"), "no such file"),
         (("--logs", "x"), "NAME=FILE"),
         (("--bleu-tokenize", "no"), "--bleu-tokenize no: expected one of"),
-        (("--teacher", "boss"), "--teacher boss: no model is named so"),
+        (("--teacher", "boss"), "--teacher boss: the models are named teacher"),
         (("--nbest", 2, "--repeats", 0), "--repeats must be 1 or more"),
         (("--lm-path", "x", "--amp"), "--lm-path cannot be used here"),
     ):
-        message = refused(judge(data, tmp_path / "r", models, *more))
+        message = judge(data, tmp_path / "r", models, *more, tool=support.in_process).refusal
         assert words in message, message
         assert not (tmp_path / "r" / "report.json").exists()
-    message = refused(judge(data, tmp_path / "r", {"teacher": tmp_path / "gone.pt"}))
+    message = judge(data, tmp_path / "r", {"teacher": tmp_path / "gone.pt"}).refusal
     assert "no such file" in message
 
 

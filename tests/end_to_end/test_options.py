@@ -4,9 +4,8 @@ import math
 
 import pytest
 import support
-from support import STOCK, TRAINING, assert_same_weights, distil, fairseq, load
+from support import SGD, assert_same_weights, distil, load, train_plain
 
-SGD = ("--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 1.0)
 SHORT = ("--max-update", 8)
 
 
@@ -25,10 +24,7 @@ SHORT = ("--max-update", 8)
 def test_stock_options_at_kd_weight_0(options, data, teacher, tmp_path):
     """Each means what it means in stock fairseq."""
     more = (*SGD, *SHORT, "--report-accuracy", *options)
-    stock = fairseq(
-        "fairseq-train",
-        *(data, *STOCK, *TRAINING, *support.STUDENT, "--save-dir", tmp_path / "stock", *more),
-    ).ok()
+    stock = train_plain(data, tmp_path / "stock", *more).ok()
     ours = distil(data, teacher, tmp_path / "ours", *more, "--kd-weight", 0).ok()
     for key in ("loss", "nll_loss", "accuracy", "gnorm", "wpb"):
         expected = stock.series("train_inner", key)

@@ -4,19 +4,13 @@ import json
 
 import pytest
 import support
-from support import STOCK, TRAINING, assert_same_weights, distil, fairseq, train_on_two_ranks
-
-# SGD: Adam would blow rounding noise in a gradient that is 0 up to its step size
-SGD = ("--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 1.0)
+from support import SGD, assert_same_weights, distil, train_on_two_ranks, train_plain
 
 
 def test_kd_weight_0_is_stock_training(data, teacher, tmp_path):
     """With dropout: the teacher must not touch the random numbers either."""
     options = (*SGD, "--dropout", 0.1, "--max-update", 60, "--report-accuracy")
-    stock = fairseq(
-        "fairseq-train",
-        *(data, *STOCK, *TRAINING, *support.STUDENT, "--save-dir", tmp_path / "stock", *options),
-    ).ok()
+    stock = train_plain(data, tmp_path / "stock", *options).ok()
     ours = distil(data, teacher, tmp_path / "ours", *options, "--kd-weight", 0).ok()
 
     assert len(stock.records("train_inner")) == 60

@@ -7,12 +7,11 @@ from typing import List, NamedTuple
 import pytest
 import support
 import torch
-from support import assert_same_weights, distil, load, train_on_two_ranks
+from support import SGD, assert_same_weights, distil, load, train_on_two_ranks
 
 SIZE = 700
 OPTIONS = (
-    # SGD: Adam would blow rounding noise in a gradient that is 0 up to its step size
-    *("--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 1.0, "--ddp-backend", "legacy_ddp"),
+    *(*SGD, "--ddp-backend", "legacy_ddp"),
     # 31 batches of about 120 tokens: in the last update of the epoch, the 16th, a rank has only a
     # dummy batch. Two updates later some of that update's scores are still in the queue.
     *("--max-sentences", 21, "--max-update", 18, "--save-interval-updates", 10),

@@ -6,7 +6,17 @@ import shutil
 import pytest
 import support
 import torch
-from support import LANGUAGES, USER_DIR, distil, fairseq, hypotheses, load, script
+from support import (
+    LANGUAGES,
+    USER_DIR,
+    distil,
+    fairseq,
+    hypotheses,
+    load,
+    script,
+    train_plain,
+    validate,
+)
 
 DECODING = ("--cpu", "--beam", 2, "--max-len-b", 10, "--required-batch-size-multiple", 1)
 # torch >= 2.6 opens no fairseq checkpoint until the plugin has allowed what they hold
@@ -61,20 +71,9 @@ def test_generates_as_a_model_of_either_task(task, data, distilled):
     assert len(hypotheses(run.text)) == 16
 
 
-def validate(data, checkpoint, *more, tool=fairseq):
-    """Metrics by name, as fairseq-validate prints them."""
-    run = tool(
-        "fairseq-validate",
-        *(data, *USER_DIR, "--task", "kd_translation", "--path", checkpoint, "--cpu"),
-        *("--max-sentences", 16, "--required-batch-size-multiple", 1, "--num-workers", 0),
-        *("--valid-subset", "valid", "--log-format", "json", *LANGUAGES, *more),
-    ).ok()
-    (record,) = run.records("valid")
-    return run, {key.replace("valid_", ""): value for key, value in record.items()}
-
-
 def test_validates_without_the_teacher(data, distilled):
-    run, found = validate(data, distilled.checkpoint, tool=script)
+    run = validate(data, distilled.checkpoint, tool=script).ok()
+    found = run.metrics()
     during_training = distilled.run.records("valid")[-1]
     assert found["nll_loss"] == pytest.approx(during_training["valid_nll_loss"], abs=0.0011)
     assert found["accuracy"] == pytest.approx(during_training["valid_accuracy"], abs=0.011)
@@ -83,7 +82,8 @@ def test_validates_without_the_teacher(data, distilled):
 
 
 def test_validates_with_the_teacher(data, distilled, teacher):
-    run, found = validate(data, distilled.checkpoint, "--teacher-checkpoint-path", teacher)
+    run = validate(data, distilled.checkpoint, "--teacher-checkpoint-path", teacher).ok()
+    found = run.metrics()
     during_training = distilled.run.records("valid")[-1]
     for key in ("loss", "nll_loss", "kd_loss", "teacher_nll_loss", "agreement", "accuracy"):
         assert found[key] == pytest.approx(during_training["valid_" + key], abs=0.0011), key
@@ -91,11 +91,7 @@ def test_validates_with_the_teacher(data, distilled, teacher):
 
 
 def test_checkpoint_holds_nothing_of_the_teacher(data, distilled, teacher, tmp_path):
-    stock = fairseq(
-        "fairseq-train",
-        *(data, *support.STOCK, *support.TRAINING, *support.STUDENT, "--save-dir", tmp_path),
-        *("--max-update", 1),
-    ).ok()
+    stock = train_plain(data, tmp_path, "--max-update", 1).ok()
     assert stock.records("train_inner")
     plain = load(tmp_path / "checkpoint_last.pt")
     ours = load(distilled.checkpoint)
@@ -127,11 +123,7 @@ def test_finetunes_from_a_distilled_and_from_a_plain_checkpoint(data, distilled,
     """The new run begins where the old one was, whether or not it knew the plugin."""
     scratch = distilled.run.records("train_inner")[0]
     plain = tmp_path / "stock"
-    stock = fairseq(
-        "fairseq-train",
-        *(data, *support.STOCK, *support.TRAINING, *support.STUDENT, "--save-dir", plain),
-        *("--max-update", 60),
-    ).ok()
+    stock = train_plain(data, plain, "--max-update", 60).ok()
     for name, checkpoint, before in (
         ("distilled", distilled.checkpoint, distilled.run.records("valid")[-1]),
         ("plain", plain / "checkpoint_last.pt", stock.records("valid")[-1]),
@@ -148,10 +140,8 @@ def test_finetunes_from_a_distilled_and_from_a_plain_checkpoint(data, distilled,
 
 def test_finetunes_without_a_teacher(data, distilled, tmp_path):
     """By stock fairseq: it cares for the weights only."""
-    run = fairseq(
-        "fairseq-train",
-        *(data, *USER_DIR, *support.STOCK, *support.TRAINING, *support.STUDENT),
-        *("--save-dir", tmp_path, "--finetune-from-model", distilled.checkpoint),
+    run = train_plain(
+        *(data, tmp_path, *USER_DIR, "--finetune-from-model", distilled.checkpoint),
         *("--max-update", 1, "--lr", 1e-9),
     ).ok()
     before = distilled.run.records("valid")[-1]["valid_nll_loss"]
@@ -232,7 +222,7 @@ def test_training_leaves_the_teacher_as_it_was(data, teacher, tmp_path, monkeypa
     train.main(convert_namespace_to_omegaconf(args))
     assert tasks.TASK_REGISTRY["kd_translation"] is type(seen["task"])
 
-    model = seen["task"].teacher.members[0].model
+    model = seen["task"].source.teacher.members[0].model
     before = support.used_weights(teacher)
     after = model.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())

@@ -14,7 +14,7 @@ import pytest
 import support
 import torch
 from support import (
-    LANGUAGES,
+    SGD,
     USER_DIR,
     assert_same_files,
     assert_same_weights,
@@ -23,11 +23,11 @@ from support import (
     hypotheses,
     load,
     train_on_two_ranks,
+    validate,
     write_cache,
 )
 
 SHORT = ("--max-update", 6, "--disable-validation")
-SGD = ("--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 1.0)
 SYMBOLS = 24  # 20 words and fairseq's special symbols
 EIGHT = ("--top-k", 8, "--temperatures", 2, "--batch-size", 16)
 SIDES = (support.SOURCE, support.TARGET)
@@ -220,7 +220,8 @@ def test_a_teacher_that_overflows(corpus, data, teacher, tmp_path):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_what_the_command_refuses(options, words, data, teacher, tmp_path):
-    run = write_cache(data, teacher, tmp_path / "cache", *options)
+    tool = support.in_process
+    run = write_cache(data, teacher, tmp_path / "cache", *options, tool=tool)
     assert run.code == 1 and "Traceback" not in run.text
     (line,) = [s for s in run.text.splitlines() if s.startswith("fairseq-kd-cache: ")]
     assert words in line and "What is written is kept" not in line
@@ -401,24 +402,15 @@ def test_a_student_works_without_the_cache(corpus, data, student, whole, tmp_pat
         shutil.rmtree(str(student.passing))
     assert len(hypotheses(run.text)) == 16
 
-    def validate(*more):
-        run = fairseq(
-            *("fairseq-validate", data, *USER_DIR, "--task", "kd_translation", "--cpu"),
-            *("--path", checkpoint, "--max-sentences", 16, "--num-workers", 0, *LANGUAGES),
-            *("--required-batch-size-multiple", 1, "--valid-subset", "valid", "--log-format"),
-            *("json", *more),
-        ).ok()
-        (record,) = run.records("valid")
-        return run, record
-
     during = student.run.records("valid")[-1]
-    run, found = validate()
+    run = validate(data, checkpoint).ok()
+    found = run.metrics()
     assert "no subset valid in the cache" in run.text
-    assert found["valid_nll_loss"] == pytest.approx(during["valid_nll_loss"], abs=0.0011)
-    assert "valid_kd_loss" not in found and "valid_agreement" not in found
-    run, found = validate("--teacher-cache", whole.folder)
+    assert found["nll_loss"] == pytest.approx(during["valid_nll_loss"], abs=0.0011)
+    assert "kd_loss" not in found and "agreement" not in found
+    found = validate(data, checkpoint, "--teacher-cache", whole.folder).ok().metrics()
     for key in ("loss", "nll_loss", "kd_loss", "teacher_nll_loss", "agreement"):
-        assert found["valid_" + key] == pytest.approx(during["valid_" + key], abs=0.0011), key
+        assert found[key] == pytest.approx(during["valid_" + key], abs=0.0011), key
 
 
 # refusals
@@ -456,7 +448,7 @@ def refused(run, *words):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_flags_that_the_cache_cannot_serve(flags, words, data, eight, tmp_path):
-    refused(taught(data, eight.folder, tmp_path, *flags), *words)
+    refused(taught(data, eight.folder, tmp_path, *flags, tool=support.in_process), *words)
     assert not list(tmp_path.glob("**/checkpoint*.pt"))
 
 

@@ -9,6 +9,7 @@ import torch
 from support import ARCHITECTURES, SOURCE, TARGET, assert_same_weights, distil, load, write_cache
 from toy import (
     binarise,
+    changed,
     dictionary_lines,
     permuted_dictionaries,
     train_teacher,
@@ -49,15 +50,6 @@ def test_teacher_of_another_architecture(arch, data, permuted, tmp_path):
     assert found == pytest.approx(expected, abs=0.0021)
 
 
-def rewritten(teacher, folder, change):
-    """A copy of the teacher's checkpoint after ``change(state)``."""
-    state = load(teacher)
-    change(state)
-    folder.mkdir()
-    torch.save(state, str(folder / "teacher.pt"))
-    return folder / "teacher.pt"
-
-
 def as_args(state):
     """The format of fairseq before 0.10.2: everything in one Namespace."""
     flat = Namespace()
@@ -82,7 +74,7 @@ def stripped_args(state):
 
 @pytest.mark.parametrize("change", [as_args, stripped, stripped_args])
 def test_checkpoint_formats(change, data, teacher, distilled, tmp_path):
-    theirs = rewritten(teacher, tmp_path / "teacher", change)
+    theirs = changed(teacher, tmp_path / "teacher" / "teacher.pt", change)
     run = distil(data, theirs, tmp_path / "student", *UPDATES, "--report-accuracy").ok()
     for key in ("loss", "kd_loss", "teacher_nll_loss"):
         expected = distilled.run.series("train_inner", key)[:12]
@@ -108,7 +100,7 @@ def test_averaged_checkpoint(data, teacher, tmp_path):
         for name, weight in state["model"].items():
             state["model"][name] = (weight + other[name]) / 2
 
-    theirs = rewritten(teacher, tmp_path / "teacher", average)
+    theirs = changed(teacher, tmp_path / "teacher" / "teacher.pt", average)
     run = distil(data, theirs, tmp_path / "student", *UPDATES).ok()
     assert 0 < run.records("valid")[-1]["valid_teacher_nll_loss"] < 4
 
@@ -272,7 +264,7 @@ def test_the_right_order_with_no_dictionary_is_warned_about(data, teacher, disti
     def homeless(state):
         state["cfg"]["task"]["data"] = str(tmp_path / "gone")
 
-    theirs = rewritten(teacher, tmp_path / "teacher", homeless)
+    theirs = changed(teacher, tmp_path / "teacher" / "teacher.pt", homeless)
     run = distil(data, theirs, tmp_path / "student", *UPDATES).ok()
     assert run.text.count("TAKEN TO BE THE STUDENT'S") == 1
     assert (

@@ -45,9 +45,7 @@ def finish_cache(folder: Path) -> None:
 def begun_cache(folder: Path) -> None:
     writer = begin_cache(folder)
     add_batches(writer, 1)
-    for file in writer._files.values():
-        file.close()
-    writer.shards.let_go()
+    writer.close()
 
 
 PLAN = [np.array([3, 1]), np.array([0, 2, 4])]
@@ -78,5 +76,4 @@ def finish_hypotheses(folder: Path) -> None:
 def begun_hypotheses(folder: Path) -> None:
     store = begin_hypotheses(folder)
     add_lists(store, 1)
-    store._file.close()
-    store.shards.let_go()
+    store.close()

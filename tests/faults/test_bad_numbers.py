@@ -12,17 +12,15 @@ import support
 import torch
 from support import (
     LANGUAGES,
-    STOCK,
-    TRAINING,
-    USER_DIR,
     assert_same_weights,
     distil,
     fairseq,
-    load,
+    train_plain,
+    validate,
     write_cache,
     write_sequences,
 )
-from toy import binarise, train_teacher
+from toy import binarise, changed, train_teacher
 
 from kd_plugin.cache.writer import teacher_rows
 from kd_plugin.objective import chunks as objective
@@ -167,22 +165,17 @@ def test_a_gradient_too_large_for_half_precision_is_inf(name):
 # weights that are no numbers, or too large
 
 
-def changed(data, teacher, folder, change):
+def broken(data, teacher, folder, change):
     """A teacher with other weights, its dictionaries beside it."""
-    state = load(teacher)
-    change(state["model"])
-    torch.save(state, str(folder / "broken.pt"))
     for dictionary in data.glob("dict.*.txt"):
         shutil.copy(str(dictionary), str(folder))
-    return folder / "broken.pt"
+    return changed(teacher, folder / "broken.pt", lambda state: change(state["model"]))
 
 
 COMMANDS = {
     "training": lambda data, path, out, good: distil(data, path, out),
-    "validating": lambda data, path, out, good: fairseq(
-        "fairseq-validate",
-        *(data, *USER_DIR, "--task", "kd_translation", "--path", good, "--cpu", *LANGUAGES),
-        *("--max-sentences", 16, "--teacher-checkpoint-path", path),
+    "validating": lambda data, path, out, good: validate(
+        data, good, "--teacher-checkpoint-path", path
     ),
     "caching": lambda data, path, out, good: write_cache(data, path, out),
     "decoding": lambda data, path, out, good: write_sequences(data, path, out),
@@ -210,7 +203,7 @@ def test_weights_that_are_no_numbers(command, data, teacher, distilled, tmp_path
         weights["encoder.layers.0.fc1.weight"][3, 5] = math.nan
         weights["decoder.layers.0.fc2.bias"][2] = math.inf
 
-    path = changed(data, teacher, tmp_path, change)
+    path = broken(data, teacher, tmp_path, change)
     run = COMMANDS[command](data, path, tmp_path / "out", distilled.checkpoint)
     assert run.code != 0
     text = run.text
@@ -233,7 +226,7 @@ def test_decoding_with_a_teacher_that_overflows(engine, data, teacher, tmp_path,
     def change(weights):
         weights["encoder.embed_tokens.weight"][-1] = torch.finfo(torch.float32).max
 
-    path = changed(data, teacher, tmp_path, change)
+    path = broken(data, teacher, tmp_path, change)
     run = write_sequences(data, path, tmp_path / "out", "--engine", engine)
     assert run.code == 1 and "Traceback" not in run.text
     assert re.search(r"no translation with any probability .* with ids \[[\d, ]+\]", run.text)
@@ -315,10 +308,7 @@ def test_a_training_of_which_no_token_is_selected(data, teacher, tmp_path, count
     options = (*SGD, "--max-update", 5)
     selection = ("--kd-selection", "batch", "--kd-selection-rate", 0.001, "--kd-weight", 0.9)
     ours = distil(data, teacher, tmp_path / "ours", *options, *selection).ok()
-    stock = fairseq(
-        "fairseq-train",
-        *(data, *STOCK, *TRAINING, *support.STUDENT, "--save-dir", tmp_path / "stock", *options),
-    ).ok()
+    stock = train_plain(data, tmp_path / "stock", *options).ok()
     for key in ("loss", "nll_loss", "gnorm"):
         expected = stock.series("train_inner", key)
         assert ours.series("train_inner", key) == pytest.approx(expected, abs=0.0021)

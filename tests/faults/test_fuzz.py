@@ -38,9 +38,9 @@ from folders import (
 
 from kd_plugin.cache import CachedSubset, layout
 from kd_plugin.cache.writer import CacheWriter
+from kd_plugin.checkpoints import Checkpoint, Role
 from kd_plugin.checkpoints import dictionaries as vocabulary
-from kd_plugin.checkpoints.checkpoint import read_checkpoint
-from kd_plugin.export.models import read_record, symbols_of
+from kd_plugin.export.ctranslate2 import read_record, symbols_of
 from kd_plugin.files import FileError
 from kd_plugin.report.curves import read_curves
 from kd_plugin.report.decode import Measured
@@ -138,11 +138,12 @@ def checkpoint_reader(name: str, inputs: int, good: bytes, pack: Any, exact: boo
         (folder / "c.pt").write_bytes(pack(any_bytes(rng, good, pieces)))
 
     def look(folder: Path) -> None:
-        state = read_checkpoint(str(folder / "c.pt"))
-        assert all(isinstance(weight, torch.Tensor) for weight in state["model"].values())
+        found = Checkpoint.open(str(folder / "c.pt"), Role("model"))
+        assert all(isinstance(weight, torch.Tensor) for weight in found.weights.values())
         if exact:
-            assert torch.equal(state["model"]["weight"], hostile.state()["model"]["weight"])
-            assert state["task_state"] == hostile.state()["task_state"]
+            assert torch.equal(found.weights["weight"], hostile.state()["model"]["weight"])
+            symbols = hostile.state()["task_state"]
+            assert found.symbols == (symbols["source_symbols"], symbols["target_symbols"])
 
     return Reader(
         name, inputs, lambda folder: (folder / "c.pt").write_bytes(pack(good)), change, look
@@ -241,7 +242,7 @@ def look_at_plan(folder: Path) -> None:
     ids = np.concatenate([np.zeros(0, np.int64), *store.batches])
     assert (ids >= 0).all() and len(set(ids.tolist())) == len(ids)
     assert 0 <= store.done <= len(store.batches)
-    store._file.close()
+    store.close()
 
 
 RECORD = {

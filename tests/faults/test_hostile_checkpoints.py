@@ -12,9 +12,10 @@ import hostile
 import pytest
 import torch
 
-from kd_plugin.checkpoints.checkpoint import CheckpointError, read_checkpoint
+from kd_plugin.checkpoints import Checkpoint, CheckpointError, Role
 from kd_plugin.checkpoints.untrusted import BUILDABLE, EVALUATED
 
+MODEL = Role("model", "--trust-checkpoint")
 ALLOWED = 400 << 20  # bytes beyond what the process had
 # what torch < 2.6 does by default
 OPEN_WITH_PICKLE = """
@@ -45,7 +46,7 @@ def open_all(paths, pipe):
     resource.setrlimit(resource.RLIMIT_AS, (used + ALLOWED, used + ALLOWED))
     for what, path in paths.items():
         try:
-            read_checkpoint(str(path))
+            Checkpoint.open(str(path), MODEL)
             pipe.send((what, "opened"))
         except CheckpointError as error:
             pipe.send((what, str(error)))
@@ -76,7 +77,7 @@ def not_refused(paths):
     return {
         what: outcome
         for what, outcome in outcomes(paths).items()
-        if not outcome.startswith(str(paths[what]) + ": ") or "MemoryError" in outcome
+        if not outcome.startswith(f"model {paths[what]}: ") or "MemoryError" in outcome
     }
 
 
@@ -116,7 +117,7 @@ def test_that_their_like_can_be_opened(tmp_path):
         "more": hostile.zipped(hostile.checkpoint(model=hostile.pairs(parts))),
     }
     for what, path in write(tmp_path, files).items():
-        weight = read_checkpoint(str(path))["model"]["weight"]
+        weight = Checkpoint.open(str(path), MODEL).weights["weight"]
         assert weight.shape == (2, 3) and weight.dtype == torch.float32, what
 
 
@@ -132,7 +133,7 @@ def test_options_that_are_code(arch, tmp_path, count):
     ):
         torch.save(hostile.configured(hostile.state(), **model), str(path))
         with pytest.raises(CheckpointError, match=words):
-            read_checkpoint(str(path))
+            Checkpoint.open(str(path), MODEL)
         assert not marker.exists()
         count("checkpoints that execute code, given to the reader")
 

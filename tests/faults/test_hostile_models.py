@@ -87,11 +87,11 @@ def models(teacher, marker, long):
                 ),
                 "a weight of text": (
                     {**whole, "model": {**whole["model"], name: "x"}},
-                    "no tensor",
+                    "not all of its weights are tensors",
                 ),
                 "a language outside": (
                     {**whole, "cfg": {**whole["cfg"], "task": {"target_lang": "../bb"}}},
-                    "no name of a language",
+                    "not the name of a language",
                 ),
             }
         )
@@ -103,7 +103,10 @@ def test_every_command(command, data, teacher, tmp_path, long, count):
     if command.__name__.startswith("ctranslate2"):
         pytest.importorskip("ctranslate2")
     marker, path, output = tmp_path / "executed", tmp_path / "evil.pt", tmp_path / "output"
-    for what, (content, word) in models(teacher, marker, long).items():
+    made = list(models(teacher, marker, long).items())
+    if not long:  # each model to several commands
+        made = [made[COMMANDS.index(command) % len(made)]]
+    for what, (content, word) in made:
         path.write_bytes(content)
         run = command(data, path, teacher, output)
         last = run.text.strip().splitlines()[-1]

@@ -1,6 +1,6 @@
 import pytest
 
-from kd_plugin.checkpoints.dictionaries import MISSING, VocabularyError, index_map
+from kd_plugin.checkpoints import MISSING, VocabularyError, index_map
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 

@@ -1,0 +1,108 @@
+"""From fairseq's configuration and a teacher to a cache of its answers on the data."""
+
+import copy
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+from fairseq import tasks, utils
+from omegaconf import open_dict
+
+from ..checkpoints import Role
+from ..errors import UserError
+from . import layout
+from .fill import fill, open_writer, summary_lines
+from .layout import CacheError
+
+ROLE = Role("teacher", "--trust-checkpoint", "--teacher-data", "--model-overrides")
+
+
+class Asked(NamedTuple):
+    """What is to be cached, and which part of it by this process.
+
+    Attributes:
+        cfg: fairseq's configuration, as ``fairseq-validate --task kd_translation`` makes it: the
+            data, the teacher's checkpoints (``--path``), its subsets (``--gen-subset``) and flags.
+        folder: the cache to write.
+        k: symbols to keep for each target token.
+        temperatures: other than 1, at which ``--kd-tail bucket`` will be trained.
+        device, dtype: where the teacher runs, and in which precision.
+        max_tokens, max_sentences: most of a batch, as fairseq's flags.
+        num_shards, shard_id: this process writes every ``num_shards``-th batch.
+    """
+
+    cfg: Any
+    folder: str
+    k: int = 8
+    temperatures: Sequence[float] = ()
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    max_tokens: Optional[int] = None
+    max_sentences: Optional[int] = None
+    num_shards: int = 1
+    shard_id: int = 0
+
+
+def make(asked: Asked) -> List[Dict[str, Any]]:
+    """Write one shard of each subset's cache, from where it stopped.
+
+    Returns:
+        the manifests of the subsets that are complete now; the others wait for other shards.
+
+    Raises:
+        UserError: the data or the teacher cannot be read or do not go together, the folder holds
+            another cache, or the teacher gives NaN. Busy: another process writes this shard.
+    """
+    cfg = copy.deepcopy(asked.cfg)
+    with open_dict(cfg):
+        cfg.task.teacher_checkpoint_path = cfg.common_eval.path
+        cfg.task.teacher_overrides = cfg.common_eval.model_overrides
+    utils.import_user_module(cfg.common)
+    task = _read(cfg.task.data, tasks.setup_task, cfg.task)
+    teacher = task.open_teacher(asked.device, asked.dtype, ROLE)
+    limits = [min(pair) for pair in zip(teacher.max_positions(), task.max_positions())]
+    described = teacher.describe()
+    made = []
+    for number, subset in enumerate(cfg.dataset.gen_subset.split(",")):
+        # as training reads it: together with train1, train2, ...
+        combine = subset == cfg.dataset.train_subset or (
+            subset == "valid" and cfg.dataset.combine_valid_subsets
+        )
+        _read(cfg.task.data, task.load_dataset, subset, combine=combine)
+        if number == 0:
+            task.probe(teacher, subset)
+        writer = open_writer(
+            task,
+            limits,
+            asked.folder,
+            {
+                "subset": subset,
+                "k": asked.k,
+                "temperatures": list(asked.temperatures),
+                **described,
+                **layout.describe_data(task, subset, combine),
+            },
+            max_tokens=asked.max_tokens,
+            max_sentences=asked.max_sentences,
+            num_shards=asked.num_shards,
+            shard_id=asked.shard_id,
+        )
+        if fill(task, teacher, writer, cfg.dataset.num_workers):
+            made.append(writer.manifest())
+            print("\n".join(summary_lines(made[-1], writer.folder)), flush=True)
+        else:
+            print(
+                f"{writer.folder}: shard {asked.shard_id} of {asked.num_shards} is done; the last "
+                "one to end merges them",
+                flush=True,
+            )
+    return made
+
+
+def _read(data: str, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """What fairseq raises when the data is not what it expects is a bare Exception or worse."""
+    try:
+        return work(*arguments, **more)
+    except UserError:
+        raise
+    except Exception as error:
+        raise CacheError(f"{data}: the data cannot be read: {error or repr(error)}") from error

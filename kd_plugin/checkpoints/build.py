@@ -1,0 +1,89 @@
+"""The one place where a checkpoint's model is built."""
+
+import ast
+from argparse import ArgumentParser, Namespace
+from typing import Any, Dict, Mapping, Tuple
+
+import torch
+from fairseq import models
+from fairseq.data import Dictionary
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+from ..errors import UserError
+from .untrusted import bounded_memory
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def parse_overrides(text: str, flag: str) -> Dict[str, Any]:
+    """Options of a model that are to change: a dictionary written as Python literals.
+
+    Args:
+        flag: that ``text`` came with, for messages.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        overrides = ast.literal_eval(text or "{}")
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        overrides = None
+    if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
+        raise UserError(
+            f"{flag}: expected a dictionary of options, {{'dropout': 0.1}} say; got {text!r}"
+        )
+    return overrides
+
+
+def translation_task(
+    source: Dictionary, target: Dictionary, max_positions: Tuple[int, int], **more: Any
+) -> TranslationTask:
+    """fairseq's task ``translation`` with these dictionaries.
+
+    Args:
+        max_positions: tokens of the longest source and target.
+        more: further fields of its configuration.
+    """
+    longest = dict(zip(("max_source_positions", "max_target_positions"), max_positions))
+    return TranslationTask(TranslationConfig(**longest, **more), source, target)
+
+
+def build_model(options: Any, weights: Mapping[str, torch.Tensor], task: Any) -> Any:
+    """Build a model and load its weights.
+
+    Args:
+        options: its configuration, as fairseq's ``build_model`` takes it.
+        weights: by parameter name.
+        task: a task with the model's dictionaries. Not the student's: through that one,
+            validation BLEU would become the teacher's.
+
+    Raises:
+        Exception: of nearly any kind, when the options are not those of these weights.
+    """
+    with bounded_memory(weights):
+        model = models.build_model(options, task)
+        # loading renames in place what older versions of fairseq named otherwise
+        model.load_state_dict(dict(weights), strict=True, model_cfg=options)
+    return model
+
+
+def complete_options(
+    architecture: str, options: Mapping[str, Any], max_positions: Tuple[int, int]
+) -> Namespace:
+    """What building a model reads of its options, with the architecture's defaults filled in.
+
+    Raises:
+        KeyError: this fairseq does not know the architecture.
+        Exception: of nearly any kind: the options are not those of the architecture.
+    """
+    parser = ArgumentParser()
+    models.ARCH_MODEL_REGISTRY[architecture].add_args(parser)
+    names = sorted(action.dest for action in parser._actions)
+    found = {name: options[name] for name in names if name in options}
+    found.update(zip(("max_source_positions", "max_target_positions"), max_positions))
+    # an LSTM takes its adaptive softmax from there
+    criterion = options.get("criterion")
+    found["criterion"] = criterion if criterion == "adaptive_loss" else None
+    complete = Namespace(**found, arch=architecture, _name=architecture)
+    models.ARCH_CONFIG_REGISTRY[architecture](complete)
+    return complete

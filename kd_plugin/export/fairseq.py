@@ -1,0 +1,175 @@
+"""Models for stock fairseq: checkpoints of plain types, without the plugin or a teacher."""
+
+import io
+from argparse import Namespace
+from typing import Any, Dict, Tuple
+
+import torch
+from fairseq import models
+from fairseq.data import Dictionary
+from fairseq.dataclass.configs import DatasetConfig, GenerationConfig
+from fairseq.modules import SinusoidalPositionalEmbedding
+from fairseq.tasks.translation import TranslationConfig
+from omegaconf import OmegaConf
+
+from ..checkpoints import (
+    SECOND_COPIES,
+    TRANSLATION_TASKS,
+    Checkpoint,
+    CheckpointError,
+    build_model,
+    translation_task,
+)
+from ..errors import UserError
+from ..files import naming
+
+
+class ExportError(UserError):
+    """A model that cannot be exported; the message says why and what to do."""
+
+
+def model_arguments(checkpoint: Checkpoint) -> Namespace:
+    """What building a checkpoint's model reads of its options, plain types, defaults filled in.
+
+    Raises:
+        ExportError: stock fairseq could not translate with such a model or task.
+    """
+    if checkpoint.task not in TRANSLATION_TASKS:
+        raise ExportError(
+            f"{checkpoint} was trained for the task {checkpoint.task!r}; expected one of "
+            f"{' and '.join(TRANSLATION_TASKS)}"
+        )
+    if checkpoint.architecture not in models.ARCH_MODEL_REGISTRY:
+        raise ExportError(
+            f"{checkpoint}: this fairseq has no architecture {checkpoint.architecture!r} of a "
+            "translation model"
+        )
+    try:
+        complete = vars(checkpoint.complete_options())
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
+    for side in ("encoder", "decoder"):
+        sizes = complete.get(side + "_kernel_size_list")
+        if isinstance(sizes, (list, tuple)) and len(sizes) == 1:
+            raise ExportError(
+                f"{checkpoint}: stock fairseq cannot build the architecture "
+                f"{checkpoint.architecture} with a single layer from plain types"
+            )
+    return Namespace(**{name: _plain(checkpoint, name, v) for name, v in complete.items()})
+
+
+def stock_state(
+    checkpoint: Checkpoint, source: Dictionary, target: Dictionary, langs: Tuple[str, str]
+) -> Dict[str, Any]:
+    """A checkpoint's model as a checkpoint that stock fairseq translates with.
+
+    It holds weights, what building the model and the task ``translation`` reads, and both symbol
+    lists; no optimizer, no criterion, nothing of a teacher, and nothing but dictionaries, lists,
+    strings, numbers and tensors. Both ends of the supported versions build from it.
+
+    Args:
+        source, target: its dictionaries.
+
+    Raises:
+        ExportError: this fairseq cannot rebuild the model.
+    """
+    args = model_arguments(checkpoint)
+    task = translation_task(source, target, checkpoint.max_positions)
+    try:
+        # building completes the arguments, too
+        model = build_model(args, checkpoint.weights, task)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        raise ExportError(
+            f"{checkpoint}: its model cannot be rebuilt with this fairseq and dictionaries of "
+            f"{len(source)} and {len(target)} symbols ({type(error).__name__}: {reason})"
+        ) from error
+    model.to(checkpoint.dtype)
+    own = model.state_dict().items()
+    weights = {name: w for name, w in own if not SECOND_COPIES.search(name)}
+    for name, module in model.named_modules():
+        if isinstance(module, SinusoidalPositionalEmbedding):  # fairseq 0.12.2 wants it
+            weights[name + "._float_tensor"] = torch.zeros(1)
+    return {
+        "args": None,
+        "cfg": {
+            "task": _task_section(checkpoint, langs),
+            "model": {k: _plain(checkpoint, k, v) for k, v in sorted(vars(args).items())},
+            "criterion": None,
+            # read by fairseq's hub interface; fields of the task refer to its dataset's
+            "dataset": OmegaConf.to_container(OmegaConf.structured(DatasetConfig)),
+            "generation": OmegaConf.to_container(OmegaConf.structured(GenerationConfig)),
+            "bpe": None,
+            "tokenizer": None,
+        },
+        "model": weights,
+        "criterion": None,
+        "optimizer_history": [
+            {
+                "criterion_name": "none",
+                "optimizer_name": "none",
+                "lr_scheduler_state": {},
+                "num_updates": checkpoint.updates,
+            }
+        ],
+        "task_state": {
+            "source_symbols": list(source.symbols),
+            "target_symbols": list(target.symbols),
+        },
+        "extra_state": {},
+        "last_optimizer_state": None,
+    }
+
+
+def shortened(stock: Dict[str, Any], longest: int) -> Dict[str, Any]:
+    """A ``stock_state`` for sentences of at most so many tokens, with no positions beyond.
+
+    CTranslate2 writes them all down in float32, sinusoidal ones too: a fifth of a small model.
+    """
+    model, weights = dict(stock["cfg"]["model"]), dict(stock["model"])
+    for side, module in (("source", "encoder"), ("target", "decoder")):
+        name = f"max_{side}_positions"
+        model[name] = min(model[name], longest)
+        table = module + ".embed_positions.weight"
+        if table in weights:  # learned; fairseq counts from after the padding's index
+            weights[table] = weights[table][: model[name] + Dictionary().pad() + 1]
+    return {**stock, "cfg": {**stock["cfg"], "model": model}, "model": weights}
+
+
+def _task_section(checkpoint: Checkpoint, langs: Tuple[str, str]) -> Dict[str, Any]:
+    names = [name for name in TranslationConfig.__dataclass_fields__ if name[:5] != "eval_"]
+    found = {name: _plain(checkpoint, name, checkpoint.task_options.get(name)) for name in names}
+    kept = {name: value for name, value in found.items() if value is not None and name != "_name"}
+    return {**kept, "_name": "translation", "source_lang": langs[0], "target_lang": langs[1]}
+
+
+def _plain(checkpoint: Checkpoint, name: str, value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(checkpoint, name, item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(checkpoint, name, item) for key, item in value.items()}
+    raise ExportError(
+        f"{checkpoint}: the value of {name} is a {type(value).__name__}, and only plain types can "
+        "be exported"
+    )
+
+
+def write(state: Dict[str, Any], path: Any) -> None:
+    """Write a file for ``torch.load``.
+
+    On a full disk ``torch.save`` fails with an assertion of its own, which on torch 1.12 may end
+    the process. So it writes to memory.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    with naming(path), open(path, "wb") as file:
+        file.write(content.getbuffer())

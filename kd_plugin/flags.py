@@ -1,0 +1,149 @@
+"""Every flag that training adds to fairseq's: name, default and help.
+
+``plan`` reads them into one ``Plan``, or refuses them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+
+from .objective import Parameter, divergences, selection, topk
+
+CRITERION = "kd_label_smoothed_cross_entropy"
+WEIGHT, TEMPERATURE = 0.5, 1.0  # defaults, which a schedule replaces
+
+
+@dataclass
+class TeacherConfig(FairseqDataclass):
+    """The flags of every task that has a teacher."""
+
+    teacher_checkpoint_path: Optional[str] = field(
+        default=None,
+        metadata={"help": "the teacher's checkpoint; several with ':' between are an ensemble"},
+    )
+    teacher_data: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "folder with the teacher's dict.*.txt, one for all teachers or one each with "
+            "':' between them (default: looked for in the checkpoint, beside it, and in the data "
+            "folder that it names; if nowhere, the student's, with a warning)"
+        },
+    )
+    teacher_weights: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "weights of the teachers in the average of their probabilities, positive, as "
+            "in 2,1,1 (default: uniform)"
+        },
+    )
+    teacher_overrides: str = field(
+        default="{}",
+        metadata={"help": "dictionary of arguments that override those of the teacher's training"},
+    )
+    teacher_dtype: ChoiceEnum(["same", "fp32", "fp16", "bf16"]) = field(  # type: ignore
+        default="same",
+        metadata={
+            "help": "precision of the teacher's forward pass; 'same' is the run's, and under --amp "
+            "fp32 weights under autocast"
+        },
+    )
+    teacher_device: ChoiceEnum(["same", "cpu"]) = field(  # type: ignore
+        default="same",
+        metadata={"help": "where the teacher runs: with the student, or on the CPU (in fp32)"},
+    )
+    teacher_trust_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "open the teacher's checkpoint with the full pickle machinery, which runs "
+            "whatever code the file asks for; only for files you trust"
+        },
+    )
+    teacher_cache: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "folder that fairseq-kd-cache wrote: the teacher is read from it instead of "
+            "being run"
+        },
+    )
+
+
+# The flags of a teacher that is run, as opposed to one that is read from a cache
+RUN_TEACHER = tuple(
+    name
+    for name in TeacherConfig.__dataclass_fields__
+    if name.startswith("teacher_") and name != "teacher_cache"
+)
+
+
+def _described(parameter: Parameter) -> Any:
+    """The field of a number that its divergence or selection describes."""
+    return field(default=None, metadata={"help": parameter.help})
+
+
+@dataclass
+class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
+    kd_weight: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "weight of the distillation term, from 0 (plain training) to 1 (default: "
+            f"{WEIGHT})"
+        },
+    )
+    ce_weight: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "constant weight of the label-smoothed cross-entropy, >= 0 (default: what a "
+            "token's distillation term leaves of 1)"
+        },
+    )
+    kd_temperature: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "temperature of both distributions in the distillation term, > 0; its "
+            "gradient's size does not depend on it (Hinton et al. 2015) (default: "
+            f"{TEMPERATURE})"
+        },
+    )
+    kd_divergence: ChoiceEnum(divergences.NAMES) = field(  # type: ignore
+        default="forward-kl", metadata={"help": divergences.HELP}
+    )
+    kd_js_beta: Optional[float] = _described(divergences.BETA)
+    kd_skew: Optional[float] = _described(divergences.SKEW)
+    kd_top_k: int = field(
+        default=0,
+        metadata={
+            "help": "distil only the teacher's K likeliest symbols, from 0 to all of the "
+            "vocabulary (0: all that are known; Tan et al. 2019)"
+        },
+    )
+    kd_tail: Optional[ChoiceEnum(topk.TAILS)] = field(  # type: ignore
+        default=None,
+        metadata={
+            "help": "what becomes of the rest under --kd-top-k: bucket keeps its mass as "
+            "one more outcome, renormalise leaves it out (default: bucket)"
+        },
+    )
+    kd_selection: ChoiceEnum(selection.NAMES) = field(  # type: ignore
+        default="all", metadata={"help": selection.HELP}
+    )
+    kd_selection_rate: Optional[float] = _described(selection.RATE)
+    kd_queue_size: Optional[int] = _described(selection.QUEUE_SIZE)
+    kd_weight_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "how the weight moves: constant, linear:FROM:TO:STEPS or cosine:FROM:TO:STEPS "
+            "(Loshchilov & Hutter 2017) over updates (instead of --kd-weight), or adaptive, token "
+            "by token: kd_weight * sigmoid(student's nll - teacher's nll), of this project"
+        },
+    )
+    kd_temperature_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "how the temperature moves over updates: constant, linear:FROM:TO:STEPS or "
+            "cosine:FROM:TO:STEPS (Loshchilov & Hutter 2017) (instead of --kd-temperature)"
+        },
+    )

@@ -1,0 +1,89 @@
+"""Which sentences are dropped."""
+
+from collections import Counter
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+from ..decoding.databin import words
+from ..decoding.engines import Hypothesis
+
+# Why a sentence is dropped, in the order in which that is asked
+REASONS = (
+    "longer_than_the_teacher_reads",
+    "empty",
+    "unfinished",
+    "too_long",
+    "length_ratio",
+    "copy_of_source",
+    "repetition",
+    "unknown_symbol",
+    "far_from_reference",
+    "low_score",
+)
+_NGRAM = 4
+
+
+class Filters(NamedTuple):
+    """What drops a sentence; None or 0 switches a filter off.
+
+    Lengths are in subwords. Attributes:
+        max_length: most subwords of source or hypothesis.
+        max_length_ratio: most that one side, end of sentence included, may be longer than the
+            other.
+        copies: drop hypotheses that repeat the source, unless the reference does.
+        max_repeats: most that a hypothesis's commonest 4-gram may occur more often than the
+            source's commonest does (oscillation: Raunak et al. 2021; Guerreiro et al. 2023, TNG).
+        unfinished: drop hypotheses that were ended by the length limit.
+    """
+
+    max_length: Optional[int] = 250
+    max_length_ratio: Optional[float] = 3.0
+    copies: bool = True
+    max_repeats: Optional[int] = 1
+    unfinished: bool = True
+
+    @classmethod
+    def off(cls) -> "Filters":
+        return cls(None, None, False, None, False)
+
+    def reason(
+        self, source: str, hypothesis: Hypothesis, texts: Tuple[str, str, Optional[str]]
+    ) -> Optional[str]:
+        """One of ``REASONS`` to drop a sentence, or None.
+
+        Args:
+            source: its subwords.
+            texts: source, hypothesis and reference as running text.
+        """
+        target_words, source_words = words(hypothesis.subwords), words(source)
+        n, m = len(target_words), len(source_words)
+        if not target_words:
+            return "empty"
+        if self.unfinished and not hypothesis.finished:
+            return "unfinished"
+        if self.max_length is not None and max(n, m) > self.max_length:
+            return "too_long"
+        if self.max_length_ratio is not None:
+            if max(n + 1, m + 1) > self.max_length_ratio * min(n + 1, m + 1):
+                return "length_ratio"
+        source_text, text, reference = texts
+        if self.copies and text == source_text != reference:
+            return "copy_of_source"
+        if self.max_repeats is not None:
+            if _commonest(target_words) - _commonest(source_words) > self.max_repeats:
+                return "repetition"
+        return None
+
+
+def _commonest(symbols: List[str]) -> int:
+    """How often the commonest 4-gram occurs."""
+    ngrams = Counter(tuple(symbols[i : i + _NGRAM]) for i in range(len(symbols) - _NGRAM + 1))
+    return max(ngrams.values(), default=0)
+
+
+def new_counts() -> Dict[str, int]:
+    return {reason: 0 for reason in REASONS}
+
+
+def in_words(dropped: Dict[str, int]) -> str:
+    """``12 too long, 3 empty``; an empty text if nothing was dropped."""
+    return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in dropped.items() if n)

@@ -1,0 +1,294 @@
+"""The folder that is written: a data-bin of what the teacher says."""
+
+import contextlib
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from fairseq.data import Dictionary
+
+from ..decoding import databin
+from ..decoding.corpus import Corpus
+from ..files import (
+    UNFINISHED,
+    FileError,
+    differences,
+    locked,
+    naming,
+    read_json,
+    temporary,
+    write_json,
+)
+from .choice import Chosen
+from .filters import in_words
+from .hypotheses import HypothesisStore
+from .progress import progress_bar
+from .student import Student
+
+_RECORD, _TEXT, _LOCK = "record.json", "text", ".lock"
+HYPOTHESES = "hypotheses"  # unless they are to lie somewhere else
+_SPLIT = "train"
+
+
+class Originals(NamedTuple):
+    """A training set that is put before the distilled one.
+
+    Attributes:
+        source, target: sentences in the teacher's indices.
+        repeat: how many times.
+    """
+
+    source: Sequence[torch.Tensor]
+    target: Sequence[torch.Tensor]
+    repeat: int = 1
+
+    @property
+    def sentences(self) -> int:
+        return self.repeat * len(self.source)
+
+
+class Output:
+    """The folder that is written: a data-bin, the text that it came from, and a record.
+
+    Args:
+        folder: it.
+        settings: all that what is written depends on.
+
+    Raises:
+        FileError: the folder holds something else.
+    """
+
+    def __init__(self, folder: str, settings: Dict[str, Any]) -> None:
+        self.folder, self.settings = Path(folder), settings
+        self.found: Optional[Dict[str, Any]] = None
+        self.refresh()
+        if self.found is not None:
+            return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileError(f"--output {folder}: expected a folder, found a file")
+        elif self.folder.is_dir() and set(os.listdir(self.folder)) - {HYPOTHESES, _LOCK}:
+            if not self._unfinished():
+                raise FileError(
+                    f"--output {folder} holds files that this command did not write: choose "
+                    "another folder"
+                )
+
+    def refresh(self) -> None:
+        """Read the record, if by now there is one."""
+        if (self.folder / _RECORD).is_file():
+            self.found = read_json(self.folder / _RECORD)
+            try:
+                known = isinstance(self.found["settings"], dict) and all(
+                    type(name) is str for name in self.found["files"]
+                )
+                summary_lines(self.found, self.folder)
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+                known = False
+            if not known:
+                raise FileError(f"{self.folder / _RECORD} is not a record of this command")
+
+    def lock(self, wait: bool = False) -> Any:
+        """Hold the folder for this process until the result is closed.
+
+        Raises:
+            Busy: another process holds it, and this one is not to wait.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return locked(self.folder / _LOCK, wait)
+
+    def _unfinished(self) -> List[Path]:
+        """What a kill has left; it is removed last, so without it nothing of ours is there."""
+        return list(self.folder.glob("data.*" + UNFINISHED))
+
+    def clean_up(self) -> None:
+        """Of complete data: what a kill left after the record."""
+        for left in self._unfinished():
+            with contextlib.suppress(OSError):  # not empty: another process is at it
+                left.rmdir()
+
+    def differences(self) -> List[str]:
+        """Where what is there was made with other settings."""
+        if self.found is None:
+            return []
+        return differences(self.settings, self.found["settings"], self.settings)
+
+    @property
+    def complete(self) -> bool:
+        return self.found is not None and not self.differences()
+
+    def record(self) -> Dict[str, Any]:
+        """Settings, counts and means of what is complete."""
+        assert self.found is not None
+        return self.found
+
+    def contents(self) -> str:
+        """What ``write`` replaces."""
+        names = self.record().get("files", [])
+        return (
+            f"{len(names)} files of {self.folder}: {', '.join(map(str, names))}, {_TEXT}/ and "
+            f"{_RECORD}"
+        )
+
+    def write(
+        self,
+        corpus: Corpus,
+        nbest: HypothesisStore,
+        chosen: Chosen,
+        student: Student,
+        *,
+        originals: Optional[Originals] = None,
+    ) -> None:
+        """Everything under another name first; then what is to be replaced goes, its record first;
+        the new record comes last.
+
+        Args:
+            originals: to be put before the distilled sentences.
+
+        Raises:
+            FileError: no sentence is left.
+        """
+        kept = int((chosen.which >= 0).sum())
+        counts = {
+            "sentences": len(corpus.source),
+            "dropped": chosen.dropped,
+            "distilled": kept,
+            "original": originals.sentences if originals else 0,
+        }
+        if kept == 0:
+            raise FileError(
+                f"nothing is left: of {len(corpus.source)} sentences, "
+                f"{in_words(chosen.dropped) or 'none was decoded'}. The hypotheses are kept; run "
+                "the same command with other filters, or --no-filters."
+            )
+        for left in self._unfinished():
+            shutil.rmtree(left)
+        for left in self.folder.glob(_RECORD + ".*" + UNFINISHED):
+            left.unlink()
+        new = temporary(self.folder / "data")
+        new.mkdir(parents=True)
+        try:
+            with naming(new):
+                databin.copy(databin.carried_files(student.data), new)
+                tokens = self._write_split(new, corpus, nbest, chosen, student, originals=originals)
+            record = {
+                "settings": self.settings,
+                "counts": {**counts, **tokens},
+                "means": chosen.means,
+                "files": sorted(path.name for path in new.iterdir() if path.is_file()),
+            }
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        self._remove()
+        for path in list(new.iterdir()):
+            os.replace(path, self.folder / path.name)
+        write_json(self.folder / _RECORD, record)
+        shutil.rmtree(new, ignore_errors=True)
+        self.found = record
+
+    def _remove(self) -> None:
+        """What this command wrote there, and nothing else."""
+        if self.found is not None:
+            (self.folder / _RECORD).unlink()
+            for name in self.found.get("files", []):
+                path = self.folder / os.path.basename(str(name))
+                if path.is_file():
+                    path.unlink()
+        shutil.rmtree(self.folder / _TEXT, ignore_errors=True)
+
+    def _write_split(
+        self,
+        new: Path,
+        corpus: Corpus,
+        nbest: HypothesisStore,
+        chosen: Chosen,
+        student: Student,
+        *,
+        originals: Optional[Originals],
+    ) -> Dict[str, int]:
+        text = new / _TEXT
+        text.mkdir()
+        pair = student.data.langs
+        dictionaries: List[Dictionary] = [student.data.source, student.data.target]
+        sides = [
+            databin.Writer(new / "{}.{}-{}.{}".format(_SPLIT, *pair, lang), len(dictionary))
+            for lang, dictionary in zip(pair, dictionaries)
+        ]
+        files = [
+            [
+                open(str(text / f"{_SPLIT}{kind}.{lang}"), "w", encoding="utf-8")
+                for kind in ("", ".subwords")
+            ]
+            for lang in pair
+        ]
+        unknown = [0, 0]
+        total = int((chosen.which >= 0).sum()) + (originals.sentences if originals else 0)
+        try:
+            with progress_bar(total, "writing") as progress:
+                for sentence in self._pairs(corpus, nbest, chosen, originals):
+                    for side in (0, 1):
+                        subwords = sentence[side]
+                        running = student.to_text(subwords)
+                        if student.recode is not None:
+                            subwords = student.recode(running)
+                        tokens = databin.encode(dictionaries[side], subwords)
+                        unknown[side] += int(tokens.eq(dictionaries[side].unk()).sum())
+                        sides[side].add(tokens)
+                        files[side][0].write(running + "\n")
+                        files[side][1].write(subwords + "\n")
+                    progress.update(1)
+        finally:
+            for file in [*files[0], *files[1]]:
+                file.close()
+        for writer, lang, count in zip(sides, pair, unknown):
+            writer.close()
+            databin.warn_of_unknown(count, writer.tokens, f"{_SPLIT}.{lang}")
+        return {
+            "source_tokens": sides[0].tokens,
+            "target_tokens": sides[1].tokens,
+            "unknown_tokens": sum(unknown),
+        }
+
+    @staticmethod
+    def _pairs(
+        corpus: Corpus,
+        nbest: HypothesisStore,
+        chosen: Chosen,
+        originals: Optional[Originals],
+    ) -> Iterator[Tuple[str, str]]:
+        source, target = corpus.data.source, corpus.data.target
+        if originals is not None:
+            for _ in range(originals.repeat):
+                for i in range(len(originals.source)):
+                    yield (
+                        databin.decode(source, originals.source[i].tolist()),
+                        databin.decode(target, originals.target[i].tolist()),
+                    )
+        for i, hypotheses in nbest:
+            if chosen.which[i] >= 0:
+                yield (
+                    databin.decode(source, corpus.source[i].tolist()),
+                    hypotheses[chosen.which[i]].subwords,
+                )
+
+
+def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
+    """What a user wants to know of finished data."""
+    counts, means = record["counts"], record["means"]
+    dropped = sum(counts["dropped"].values())
+    original = f" and {counts['original']} original ones" if counts["original"] else ""
+    unknown = f" ({counts['unknown_tokens']} unknown)" if counts["unknown_tokens"] else ""
+    reasons = f": {in_words(counts['dropped'])}" if dropped else ""
+    closeness = ""
+    if means["closeness"] is not None:
+        closeness = f", mean closeness to the references {means['closeness']:.1f}"
+    return [
+        f"{folder}: {counts['distilled']} distilled sentences{original}, "
+        f"{counts['source_tokens']} source and {counts['target_tokens']} target tokens{unknown}",
+        f"  of {counts['sentences']} sentences {dropped} were dropped{reasons}",
+        "  teacher's log-probability per token "
+        f"{means['score_per_token'] / math.log(2):.3f} bits{closeness}",
+    ]

@@ -1,0 +1,266 @@
+"""What makes a fairseq task one with a teacher.
+
+``Distillation`` is mixed into a task of fairseq's. Its methods are fairseq's calls, in the order in
+which they come. The task asks its source about every batch and puts the answer into a shallow copy
+of the batch, as ``sample["teacher"]``, beside what the trainer knows, ``sample["step"]``; the
+criterion finds both there.
+"""
+
+import logging
+import math
+import os
+from typing import Any, Dict, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fairseq import utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.tasks import FairseqTask
+
+from ..checkpoints import Role, refuse_cut_short
+from ..errors import UserError
+from ..files import reading_binarised
+from ..flags import CRITERION
+from ..objective import ScoreQueue
+from ..plan import Plan, read_teacher
+from ..teachers import (
+    TRAINING,
+    CachedTeacher,
+    NoTeacher,
+    RunningTeacher,
+    Step,
+    Student,
+    Teacher,
+    TeacherError,
+    probe,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Distillation(FairseqTask):
+    """Mixed into a fairseq task, before its class.
+
+    What a task must say of itself is ``student``, ``lengths`` and ``describe_data``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.source: NoTeacher = NoTeacher()
+        self.queue: Optional[ScoreQueue] = None  # the criterion's, which travels in checkpoints
+        self._has_checkpoint = False
+
+    # What differs between tasks
+
+    def student(self) -> Student:
+        """The vocabularies and languages that a teacher must fit."""
+        raise NotImplementedError
+
+    def lengths(self, dataset: Any) -> Optional[np.ndarray]:
+        """Source and target tokens of each sentence, (n, 2); None of a text without targets."""
+        raise NotImplementedError
+
+    def describe_data(self, subset: str, combine: bool) -> Dict[str, Any]:
+        """What the meaning of a cached row depends on, as plain types."""
+        raise NotImplementedError
+
+    # fairseq's calls. First, only where a model is there already (validating, translating):
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Nothing: the dictionaries are those of the data folder."""
+        self._has_checkpoint = True
+
+    # The loss; for training and validation alone
+
+    def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        name = getattr(cfg, "_name", None) or getattr(cfg, "criterion", None)
+        if name != CRITERION:
+            raise UserError(
+                f"--task {self.cfg._name} needs --criterion {CRITERION}, which learns from the "
+                f"teacher; got {name}. For training without a teacher use --task translation."
+            )
+        if not self._has_checkpoint:
+            # nothing of ours is asked again before fairseq opens the checkpoint to go on from
+            path = self.cfg.restore_file
+            if path == "checkpoint_last.pt":
+                path = os.path.join(self.cfg.save_dir, path)
+            refuse_cut_short(path)
+        criterion = super().build_criterion(cfg, *args, **kwargs)
+        self.source = self._source(criterion.plan)
+        self.queue = criterion.queue
+        return criterion
+
+    def _source(self, plan: Plan) -> NoTeacher:
+        if plan.cache:
+            return CachedTeacher(plan.cache, plan.needs, self.target_dictionary.pad())
+        if plan.teacher:
+            return RunningTeacher(plan.teacher, self.student())
+        return NoTeacher()
+
+    # The data: validation's, then training's
+
+    def load_dataset(
+        self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
+    ) -> None:
+        with reading_binarised(f"{self.cfg.data}: {split}"):
+            super().load_dataset(split, epoch, combine, **kwargs)
+            dataset = self.datasets[split]
+            if len(dataset) > 0:
+                dataset[len(dataset) - 1]
+        self.datasets[split] = self.source.join(
+            dataset,
+            split,
+            lambda: self.describe_data(split, combine),
+            required=split == self.cfg.train_subset,
+        )
+
+    def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)
+        self._look_over(dataset, max_positions)
+        # Newer fairseq draws the order of equally long sentences from seed + epoch and keeps the
+        # batches that come of it: a run resumed later than in epoch 1 would get other batches.
+        epoch, cached = kwargs.get("epoch", 1), self.dataset_to_epoch_iter.get(dataset)
+        iterator = super().get_batch_iterator(dataset, *args, **{**kwargs, "epoch": 1})
+        if iterator is not cached:
+            iterator.epoch = max(epoch, 1)
+            dataset.set_epoch(epoch)
+        if self.queue is not None and dataset is self.datasets.get(self.cfg.train_subset):
+            _remember(iterator, self.queue)
+        return iterator
+
+    def _look_over(self, dataset: Any, max_positions: Any) -> None:
+        """Let the source know the sentences that fairseq's length filter keeps."""
+        lengths = self.lengths(dataset)
+        if lengths is None:
+            return
+        kept: np.ndarray = np.ones(len(lengths), dtype=bool)
+        if max_positions is not None:
+            pair = isinstance(max_positions, (tuple, list))
+            limits = max_positions if pair else [max_positions] * 2
+            kept = np.all(lengths <= [limit or math.inf for limit in limits], axis=1)
+        self.source.look_over(dataset, lengths, kept)
+
+    # Training
+
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        super().begin_epoch(epoch, model)
+        _refuse_adaptive_softmax(model)
+        if not self.cfg.disable_validation:
+            # fairseq 0.12.2 asks for validation's batches only when it is too late to refuse them
+            limits = utils.resolve_max_positions(self.max_positions(), model.max_positions())
+            for split, dataset in self.datasets.items():
+                if split != self.cfg.train_subset:
+                    self._look_over(dataset, limits)
+        subset = self.cfg.train_subset
+        self.source.begin_training(model, self.datasets[subset], subset)
+
+    def train_step(
+        self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs
+    ):
+        if update_num > 0 and self.queue is not None and self.queue.is_new:
+            logger.warning(
+                "this training goes on without the scores of earlier tokens for --kd-selection, "
+                "which the checkpoint lacks or --reset-dataloader drops: every token is distilled "
+                "until the first update is done"
+            )
+        amp = isinstance(optimizer, AMPOptimizer)
+        step = Step(update=update_num, is_dummy=ignore_grad, amp=amp)
+        return super().train_step(
+            self._taught(sample, step),
+            *(model, criterion, optimizer, update_num),
+            ignore_grad=ignore_grad,
+            **kwargs,
+        )
+
+    def optimizer_step(self, optimizer, model, update_num):
+        if self.queue is None:
+            return super().optimizer_step(optimizer, model, update_num)
+        scale = optimizer.scaler.get_scale() if isinstance(optimizer, AMPOptimizer) else None
+        super().optimizer_step(optimizer, model, update_num)
+        # amp's scaler skips an overflowed step by itself and then lowers its scale; the other
+        # loss scalers never come here with one
+        if scale is None or optimizer.scaler.get_scale() >= scale:
+            distributed = dist.is_available() and dist.is_initialized()
+            self.queue.commit(
+                distributed_utils.get_data_parallel_group() if distributed else None,
+                next(model.parameters()).device,
+            )
+
+    # Validation, of a training or by itself
+
+    def valid_step(self, sample, model, criterion, **kwargs):
+        self.source.begin_validation(model)
+        return super().valid_step(self._taught(sample, Step()), model, criterion, **kwargs)
+
+    def _taught(self, sample: Dict[str, Any], step: Step) -> Dict[str, Any]:
+        """A shallow copy of the batch with the teacher's answer and the trainer's step.
+
+        A copy, because on a CPU the trainer passes its own batch and keeps it as the dummy batch.
+        """
+        return {**sample, "teacher": self.source.answer(sample, step), "step": step}
+
+    # The checkpoint: the vocabulary, so that a student can teach
+
+    def state_dict(self) -> Dict[str, Any]:
+        student = self.student()
+        return {
+            "source_symbols": list(student.source.symbols),
+            "target_symbols": list(student.target.symbols),
+        }
+
+    # Not fairseq's: for commands that run the teacher without a student
+
+    def open_teacher(
+        self, device: torch.device, dtype: torch.dtype, role: Role = TRAINING
+    ) -> Teacher:
+        """The teacher of the flags, placed where and in the precision that they say.
+
+        Args:
+            device, dtype: the run's, which are the teacher's too unless told otherwise.
+            role: the teacher's, with the flags of the command at hand.
+
+        Raises:
+            UserError: no flag names one, or it cannot teach.
+        """
+        settings = read_teacher(self.cfg)
+        if settings is None:
+            raise TeacherError("no teacher: give --teacher-checkpoint-path")
+        teacher = Teacher.open(settings._replace(role=role), self.student())
+        return teacher.place(*settings.placement(device, dtype))
+
+    def probe(self, teacher: Teacher, subset: str) -> None:
+        """Refuse a teacher that is worse than a uniform guess on a loaded subset.
+
+        Raises:
+            UserError: it is.
+        """
+        probe(teacher, self.dataset(subset), self.student(), subset)
+
+
+def _refuse_adaptive_softmax(student: Any) -> None:
+    # the built model tells; arguments name a cutoff for models that have none
+    if getattr(getattr(student, "decoder", None), "adaptive_softmax", None) is not None:
+        raise UserError(
+            "the student has an adaptive softmax, which gives no distribution over the whole "
+            "vocabulary to distil into; train it without --adaptive-softmax-cutoff"
+        )
+
+
+def _remember(iterator: Any, queue: ScoreQueue) -> None:
+    """Let the queue travel in the train iterator's state, the only one that fairseq resumes."""
+    if hasattr(iterator, "kd_queue"):
+        return
+    iterator.kd_queue = queue
+    save, load = iterator.state_dict, iterator.load_state_dict
+
+    def state_dict() -> Dict[str, Any]:
+        return {**save(), "kd_queue": queue.state_dict()}
+
+    def load_state_dict(state: Dict[str, Any]) -> None:
+        load(state)
+        if "kd_queue" in state:
+            queue.load_state_dict(state["kd_queue"])
+
+    iterator.state_dict, iterator.load_state_dict = state_dict, load_state_dict

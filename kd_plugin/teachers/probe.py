@@ -1,0 +1,76 @@
+"""The last net before training: does the teacher know this data at all?"""
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..files import refuse_unknown_numbers
+from ..objective import not_finite_teacher, rows_ahead, rows_at_once
+from .run import Teacher, TeacherError
+from .view import Student
+
+logger = logging.getLogger(__name__)
+
+_SENTENCES, _BATCH, _LONGEST = 64, 8, 512
+
+
+@torch.no_grad()
+def probe(teacher: Teacher, dataset: Any, student: Student, subset: str) -> None:
+    """Refuse a teacher that is worse than a uniform guess on some sentences of the data.
+
+    Args:
+        dataset: sentence pairs in the student's vocabulary; ``subset`` is its name.
+
+    Raises:
+        UserError: it is, or it gives NaN, or the data hold numbers that no symbol has.
+    """
+    limits = teacher.max_positions()
+    fits = np.flatnonzero(
+        (dataset.src_sizes <= limits[0]) & (dataset.tgt_sizes <= min(limits[1], _LONGEST))
+    )
+    if len(fits) == 0:
+        return
+    chosen = fits[np.linspace(0, len(fits) - 1, min(_SENTENCES, len(fits))).astype(int)]
+    nll, count = 0.0, 0
+    for start in range(0, len(chosen), _BATCH):
+        batch = dataset.collater([dataset[int(i)] for i in chosen[start : start + _BATCH]])
+        refuse_unknown_numbers(batch["net_input"]["src_tokens"].flatten(), len(student.source))
+        refuse_unknown_numbers(batch["target"].flatten(), len(student.target))
+        found = _nll(teacher, batch, student)
+        nll, count = nll + found.sum().item(), count + found.numel()
+    bits, guess = nll / count / math.log(2), math.log2(len(student.target))
+    logger.info(
+        f"teacher on {len(chosen)} sentences of {subset}: nll_loss {bits:.3f} (a uniform guess has "
+        f"{guess:.3f})"
+    )
+    if not bits <= guess:
+        raise TeacherError(
+            f"the teacher knows nothing of this data: on {len(chosen)} sentences of {subset} its "
+            f"nll_loss is {bits:.2f} bits per token, a uniform guess over the "
+            f"{len(student.target)} symbols has {guess:.2f}. Likely causes: its vocabulary has "
+            "another order than the dictionaries found for it (--teacher-data), it translates in "
+            "another direction, or its subword model is another one."
+        )
+
+
+def _nll(teacher: Teacher, batch: Any, student: Student) -> torch.Tensor:
+    """The teacher's nll of each reference token of a batch, in nats; a few rows at a time."""
+    target = batch["target"].flatten()
+    rows = target.ne(student.target.pad()).nonzero().squeeze(-1)
+    answer = teacher(batch["net_input"])
+    like = torch.zeros((), device=teacher.device)
+    size = rows_at_once(like.device, len(student.target)) * rows_ahead(like.device)
+    parts = []
+    for block in rows.split(size):
+        dense = answer.rows(block, like)
+        bad = block[dense.bad().cpu()]
+        if bad.numel():
+            width = batch["target"].size(1)
+            sentences = torch.div(bad, width, rounding_mode="floor").unique()
+            names = " and ".join(answer.not_finite(bad))
+            raise not_finite_teacher(names, batch["id"][sentences].tolist())
+        parts.append(dense.nll(target[block].to(like.device)).double().cpu())
+    return torch.cat(parts)

@@ -1,0 +1,263 @@
+"""Where a training's answers come from: no teacher, one that runs, or one in a cache.
+
+The task chooses its source once, when training or validation is set up, and asks it about every
+batch. What speaks against a source is noted as data come in, and told when training begins: until
+then nobody knows whether this is a training, which cannot go on without its teacher, or a
+validation, which can.
+"""
+
+import logging
+import os
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import numpy as np
+
+from ..cache import CachedSubset, CacheError, TaughtDataset
+from ..objective import Answer, CachedAnswer, Schedule
+from .probe import probe
+from .run import Teacher, TeacherError, TeacherSettings
+from .view import Student
+
+logger = logging.getLogger(__name__)
+
+_ALONE = "without kd_loss, teacher_nll_loss and agreement"
+
+
+class Step(NamedTuple):
+    """What the trainer knows about a batch.
+
+    Attributes:
+        update: updates that training has done; None outside training.
+        is_dummy: whether the batch only keeps a rank busy and must leave no trace.
+        amp: whether the student's forward pass runs under CUDA autocast.
+    """
+
+    update: Optional[int] = None
+    is_dummy: bool = False
+    amp: bool = False
+
+
+class Needs(NamedTuple):
+    """What must be asked of a teacher at each target position.
+
+    Attributes:
+        top_k: its likeliest symbols; 0 is all that the source knows.
+        rest_at: the temperature, by update, at which the mass of all other symbols is needed; None
+            if it is not.
+    """
+
+    top_k: int = 0
+    rest_at: Optional[Schedule] = None
+
+    def unmet(self, k: int, temperatures: List[float], whole: bool) -> List[str]:
+        """Why a cache cannot give it, every reason.
+
+        Args:
+            k: symbols in each of its rows.
+            temperatures: at which, beside 1, it knows the mass of all other symbols.
+            whole: whether k is the whole vocabulary.
+        """
+        reasons = []
+        if k == 1 and self.rest_at is None:
+            reasons.append(
+                "one symbol with --kd-tail renormalise leaves nothing to learn, it has probability "
+                "1 on both sides: take --kd-tail bucket, or cache more symbols"
+            )
+        if self.top_k > k:
+            reasons.append(f"--kd-top-k {self.top_k} is more than the {k} of the cache")
+        if self.rest_at is None or whole:
+            return reasons
+        held = ", ".join(f"{t:g}" for t in sorted({1.0, *temperatures}))
+        if self.rest_at.steps:
+            reasons.append(
+                "--kd-temperature-schedule with --kd-tail bucket needs the mass of the other "
+                f"symbols at every temperature, and the cache holds it at {held}: take --kd-tail "
+                "renormalise"
+            )
+        elif self.rest_at(None) not in (1.0, *temperatures):
+            reasons.append(
+                f"--kd-temperature {self.rest_at(None):g} with --kd-tail bucket: the cache holds "
+                f"the mass of the other symbols at {held}; take --kd-tail renormalise, or cache "
+                "with --temperatures"
+            )
+        return reasons
+
+
+class NoTeacher:
+    """The source of a task that translates, or that was given no teacher."""
+
+    def join(self, dataset: Any, subset: str, description: Any, required: bool) -> Any:
+        """The dataset, with what the source knows of its sentences.
+
+        Args:
+            description: gives what ``cache.describe_data`` says of the subset; called if needed.
+            required: whether training is taught on this subset.
+        """
+        return dataset
+
+    def look_over(self, dataset: Any, lengths: np.ndarray, kept: np.ndarray) -> None:
+        """Note what batches of a dataset will ask of the teacher.
+
+        Args:
+            lengths: source and target tokens of each sentence, (n, 2).
+            kept: which sentences batches are made of, bool (n,).
+        """
+
+    def begin_training(self, model: Any, dataset: Any, subset: str) -> None:
+        """Open the teacher, or refuse to train.
+
+        Args:
+            model: the student, where it will be trained.
+            dataset: the training data; ``subset`` is its name.
+
+        Raises:
+            UserError: anything speaks against this teacher.
+        """
+        raise TeacherError(
+            "the task needs a teacher: give --teacher-checkpoint-path or --teacher-cache (for "
+            "training without one use --task translation)"
+        )
+
+    def begin_validation(self, model: Any) -> None:
+        """Outside training the teacher is welcome but not needed."""
+
+    def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
+        """What the teacher says about a batch; None if it says nothing."""
+        return None
+
+
+class RunningTeacher(NoTeacher):
+    """A teacher that reads every batch when the student does.
+
+    Args:
+        settings: which, and how it is run.
+        student: the vocabularies and languages that it must fit.
+    """
+
+    def __init__(self, settings: TeacherSettings, student: Student) -> None:
+        self.settings, self.student = settings, student
+        self.teacher: Optional[Teacher] = None
+        self._looked = False
+        self._longest = np.zeros(2, dtype=np.int64)  # source and target tokens in any batch
+
+    def look_over(self, dataset: Any, lengths: np.ndarray, kept: np.ndarray) -> None:
+        if kept.any():
+            self._longest = np.maximum(self._longest, lengths[kept].max(axis=0))
+
+    def begin_training(self, model: Any, dataset: Any, subset: str) -> None:
+        if self.teacher is None:
+            probe(self._open(model), dataset, self.student, subset)
+        self._check_lengths()
+
+    def begin_validation(self, model: Any) -> None:
+        if self.teacher is not None or self._looked:
+            return
+        self._looked = True
+        if all(os.path.isfile(path) for path in self.settings.paths):
+            self._open(model)
+            self._check_lengths()
+        else:
+            logger.warning(
+                f"no teacher at {':'.join(self.settings.paths)}: validating the student alone, "
+                f"{_ALONE}"
+            )
+
+    def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
+        if self.teacher is None:
+            return None
+        return self.teacher(batch["net_input"], amp=step.amp and self.settings.dtype == "same")
+
+    def _open(self, model: Any) -> Teacher:
+        parameter = next(model.parameters())
+        placement = self.settings.placement(parameter.device, parameter.dtype)
+        self.teacher = Teacher.open(self.settings, self.student).place(*placement)
+        return self.teacher
+
+    def _check_lengths(self) -> None:
+        assert self.teacher is not None
+        limits = self.teacher.max_positions()
+        if (self._longest > limits).any():
+            raise TeacherError(
+                f"the data holds sentences of up to {self._longest[0]} source and "
+                f"{self._longest[1]} target tokens, the teacher reads at most {limits[0]} and "
+                f"{limits[1]}. Leave the longer ones out with --max-source-positions {limits[0]} "
+                f"--max-target-positions {limits[1]} (for validation data also "
+                "--skip-invalid-size-inputs-valid-test), or cut sources with --truncate-source."
+            )
+
+
+class CachedTeacher(NoTeacher):
+    """A teacher whose answers were written to disk by ``fairseq-kd-cache``.
+
+    Args:
+        folder: the cache.
+        needs: what training asks of it.
+        pad: the padding symbol of the target.
+    """
+
+    def __init__(self, folder: str, needs: Needs, pad: int) -> None:
+        self.folder, self.needs, self.pad = folder, needs, pad
+        self.cache: Optional[CachedSubset] = None  # of any subset: they are alike
+        self.faults: List[str] = []
+        self._warned = False
+
+    def join(self, dataset: Any, subset: str, description: Any, required: bool) -> Any:
+        if not required and not CachedSubset.exists(self.folder, subset):
+            logger.info(f"no subset {subset} in the cache {self.folder}: it is validated {_ALONE}")
+            return dataset
+        try:
+            cache = CachedSubset(self.folder, subset, description())
+            self._check(cache)
+            joined = TaughtDataset(dataset, cache, self.pad)
+        except CacheError as error:
+            self.faults.append(str(error))
+            return dataset
+        self.cache = cache
+        logger.info(f"teacher of {subset}: the {cache.k} likeliest symbols from {cache.folder}")
+        return joined
+
+    def _check(self, cache: CachedSubset) -> None:
+        if self.cache is not None and not self.cache.compatible_with(cache):
+            raise CacheError(
+                f"the caches {cache.folder} and {self.cache.folder} are not of the same teachers, "
+                "top k and temperatures: make one of them again"
+            )
+        unmet = self.needs.unmet(cache.k, cache.temperatures, cache.whole)
+        if unmet:
+            raise CacheError("--teacher-cache: " + "; ".join(unmet))
+
+    def look_over(self, dataset: Any, lengths: np.ndarray, kept: np.ndarray) -> None:
+        if not isinstance(dataset, TaughtDataset):
+            return
+        untaught = kept & ~dataset.has_rows
+        if untaught.any():
+            source, target = lengths[untaught].max(axis=0)
+            self.faults.append(
+                f"the cache {dataset.cache.folder} has no rows for {untaught.sum()} sentences of "
+                f"up to {source} source and {target} target tokens: they were longer than the "
+                "teacher, or the limits that the cache was made with, allow. Leave them out with "
+                "--max-source-positions and --max-target-positions (for validation data also "
+                "--skip-invalid-size-inputs-valid-test)."
+            )
+
+    def begin_training(self, model: Any, dataset: Any, subset: str) -> None:
+        if self.faults:
+            raise CacheError("; ".join(dict.fromkeys(self.faults)))
+
+    def begin_validation(self, model: Any) -> None:
+        if self.faults and not self._warned:
+            self._warned = True
+            logger.warning(f"validating the student alone: {'; '.join(dict.fromkeys(self.faults))}")
+
+    def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
+        if self.cache is None:
+            return None
+        real = batch["target"].ne(self.pad)
+        known = self.cache.temperatures, self.cache.whole
+        if "teacher" in batch:
+            return CachedAnswer(batch["teacher"], real, *known)
+        if step.is_dummy:
+            # a batch of a validation without cache, which the trainer kept; yet all ranks must log
+            # the same keys
+            return CachedAnswer.blank(real, self.cache.k, *known)
+        return None

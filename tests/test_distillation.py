@@ -1,0 +1,303 @@
+"""The task through fairseq's calls: where the teacher's answers come from, and what is refused."""
+
+import logging
+import os
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from trainer import (
+    SENTENCES,
+    Training,
+    criterion_config,
+    new_task,
+    write_data,
+    write_teacher,
+)
+
+from kd_plugin.cache import CacheError
+from kd_plugin.errors import UserError
+from kd_plugin.teachers import RunningTeacher, Step, TeacherError
+
+SELECTING = {"kd_selection": "global", "kd_queue_size": 50}
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return write_teacher(tmp_path, knowing=True)
+
+
+def training(data, teacher, **criterion):
+    return Training(data, {"teacher_checkpoint_path": teacher}, **criterion)
+
+
+# Before the first update
+
+
+def dataset(*lengths):
+    """As far as the task asks a dataset before training: sentences this long on both sides."""
+    sizes = np.array(lengths)
+    return Namespace(src_sizes=sizes, tgt_sizes=sizes)
+
+
+def task(longest, **flags):
+    """With a teacher that reads so many tokens on both sides."""
+    made = new_task(teacher_checkpoint_path="teacher.pt", **flags)
+    made.build_criterion(criterion_config())
+    made.source.teacher = model(longest)
+    return made
+
+
+def model(longest=1024):
+    return Namespace(max_positions=lambda: (longest, longest))
+
+
+def test_what_needs_no_file_is_refused_with_the_criterions_flags():
+    t = new_task(
+        teacher_checkpoint_path="a.pt:b.pt",
+        teacher_weights="1,2,3",
+        teacher_overrides="dropout=0",
+        teacher_device="cpu",
+        teacher_dtype="fp16",
+    )
+    with pytest.raises(ValueError) as error:
+        t.build_criterion(criterion_config(kd_weight=2.0))
+    for flag in ("--kd-weight", "--teacher-weights", "--teacher-overrides", "--teacher-dtype"):
+        assert flag in str(error.value)
+    assert "each of the 2 teachers" in str(error.value)
+
+
+def test_validation_longer_than_the_teacher_reads_is_refused_before_training():
+    t = task(6)
+    t.datasets = {"train": dataset(3, 6), "valid": dataset(2), "valid1": dataset(4, 9)}
+    with pytest.raises(TeacherError, match="up to 9 source and 9 target tokens.* 6 and 6"):
+        t.begin_epoch(1, model())
+
+
+@pytest.mark.parametrize(
+    "flags, student",
+    [
+        ({"disable_validation": True}, model()),
+        ({"max_source_positions": 6, "max_target_positions": 6}, model()),
+        ({}, model(6)),
+    ],
+    ids=["no validation", "limits", "short student"],
+)
+def test_long_sentences_that_are_left_out_do_not_matter(flags, student):
+    t = task(6, **flags)
+    t.datasets = {"train": dataset(3, 6), "valid": dataset(4, 9)}
+    t.begin_epoch(1, student)
+
+
+def test_a_training_needs_a_teacher_and_says_how_to_name_one(data):
+    with pytest.raises(TeacherError, match="--teacher-checkpoint-path or --teacher-cache"):
+        Training(data, {}).begin()
+
+
+def test_another_criterion_is_refused(data):
+    config = criterion_config()
+    config._name = "cross_entropy"
+    with pytest.raises(UserError, match="needs --criterion kd_label_smoothed.*got cross_entropy"):
+        new_task().build_criterion(config)
+
+
+def test_a_student_with_an_adaptive_softmax_is_refused(data, teacher):
+    begun = training(data, teacher)
+    begun.load("train")
+    begun.model.decoder.adaptive_softmax = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError, match="the student has an adaptive softmax"):
+        begun.task.begin_epoch(1, begun.model)
+
+
+def test_flags_of_a_running_teacher_beside_a_cache_are_refused(data, teacher):
+    flags = {"teacher_checkpoint_path": teacher, "teacher_cache": "c", "teacher_dtype": "bf16"}
+    with pytest.raises(UserError) as error:
+        Training(data, flags)
+    for flag in ("--teacher-checkpoint-path, --teacher-dtype", "leave out --teacher-cache"):
+        assert flag in str(error.value)
+
+
+def test_translating_never_opens_a_teacher(data):
+    """Without a criterion it is neither a training nor a validation."""
+    t = new_task(data=str(data), teacher_checkpoint_path="gone.pt", teacher_cache="gone")
+    t.load_dataset("valid")
+    assert "teacher" not in t.dataset("valid")[0]
+    assert t.source.answer({}, Step()) is None
+
+
+# A teacher that runs
+
+
+def test_the_trainers_batch_stays_as_it_was(data, teacher):
+    """It keeps the first one, as a dummy batch."""
+    begun = training(data, teacher).begin()
+    batch = begun.batches()[0]
+    before = {key: value for key, value in batch.items()}
+    (log,) = begun.update([batch])
+    assert batch.keys() == before.keys() and all(batch[key] is before[key] for key in before)
+    assert log["kd_tokens"] == log["ntokens"] and log["kd_loss"] > 0
+
+
+def test_the_teacher_is_opened_and_probed_once(data, teacher, caplog):
+    begun = training(data, teacher)
+    with caplog.at_level(logging.INFO):
+        begun.begin()
+        opened = begun.task.source.teacher
+        begun.task.begin_epoch(2, begun.model)
+    assert begun.task.source.teacher is opened
+    assert sum("uniform guess" in message for message in caplog.messages) == 1
+    assert not any(parameter.requires_grad for parameter in opened.members[0].model.parameters())
+    assert not {id(p) for p in begun.model.parameters()} & {
+        id(p) for p in opened.members[0].model.parameters()
+    }
+
+
+def test_validation_by_itself_uses_a_teacher_that_is_there(data, teacher):
+    alone = training(data, teacher)
+    alone.load("valid")
+    log = alone.validate(alone.batches("valid")[0])
+    assert log["n_compared"] == log["ntokens"] and log["kd_loss"] > 0
+
+
+def test_validation_by_itself_goes_without_a_teacher_that_is_gone(data, teacher, caplog):
+    alone = training(data, teacher)
+    os.remove(teacher)
+    alone.load("valid")
+    with caplog.at_level(logging.WARNING):
+        logs = [alone.validate(batch) for batch in alone.batches("valid") * 2]
+    assert all("kd_loss" not in log and log["nll_loss"] > 0 for log in logs)
+    assert sum("validating the student alone" in message for message in caplog.messages) == 1
+
+
+def test_a_training_does_not_go_on_without_its_teacher(data, teacher):
+    begun = training(data, teacher)
+    os.remove(teacher)
+    with pytest.raises(UserError, match="teacher.pt"):
+        begun.begin()
+
+
+def test_data_with_numbers_that_no_symbol_has_are_refused(data, teacher, tmp_path):
+    """Found by the probe, before a model looks them up."""
+    for lang in ("aa", "bb"):
+        lines = (data / f"dict.{lang}.txt").read_text().splitlines()
+        (data / f"dict.{lang}.txt").write_text("\n".join(lines[:-3]) + "\n")
+    with pytest.raises(UserError, match="holds symbol number"):
+        training(data, teacher).begin()
+
+
+# A teacher in a cache
+
+
+@pytest.fixture
+def cache(data, teacher, tmp_path):
+    """The folder, for tests that spoil it."""
+    from kd_plugin.commands import cache as command
+
+    folder = tmp_path / "cache"
+    arguments = [str(data), "--path", teacher, "--cache", str(folder), "--top-k", "4", "--cpu"]
+    assert command.main([*arguments, "-s", "aa", "-t", "bb", "--num-workers", "0"]) == 0
+    return folder
+
+
+def cached(data, cache, **criterion):
+    return Training(data, {"teacher_cache": str(cache)}, **criterion)
+
+
+def test_a_cached_teacher_teaches_and_validates(data, cache):
+    begun = cached(data, cache).begin()
+    for batch in begun.batches():
+        (log,) = begun.update([batch])
+        assert log["kd_tokens"] == log["ntokens"] and log["kd_loss"] > 0
+    assert begun.validate(begun.batches("valid")[0])["n_compared"] > 0
+
+
+def test_the_cache_of_another_corpus_stops_a_training_and_not_a_validation(
+    data, cache, tmp_path, caplog
+):
+    other = {**SENTENCES, "train": SENTENCES["train"][::-1], "valid": SENTENCES["valid"][::-1]}
+    begun = cached(write_data(tmp_path / "other", other), cache)
+    with pytest.raises(CacheError) as error:
+        begun.begin()
+    assert "valid.aa-bb.aa.bin" in str(error.value) and "train.aa-bb.aa.bin" in str(error.value)
+    with caplog.at_level(logging.WARNING):
+        log = begun.validate(begun.batches("valid")[0])
+    assert "kd_loss" not in log
+    assert sum("validating the student alone" in message for message in caplog.messages) == 1
+
+
+def test_a_dummy_batch_that_no_cache_knows_logs_what_the_other_ranks_log(data, cache):
+    begun = cached(data, cache).begin()
+    batch = begun.batches()[0]
+    (expected,) = begun.update([batch])
+    unknown = {key: value for key, value in batch.items() if key != "teacher"}
+    (log,) = begun.update([unknown], dummy=True)
+    assert log.keys() == expected.keys()
+
+
+def test_a_subset_that_is_not_cached_is_validated_alone(data, cache):
+    import shutil
+
+    shutil.rmtree(str(cache / "valid"))
+    begun = cached(data, cache).begin()
+    assert "kd_loss" not in begun.validate(begun.batches("valid")[0])
+
+
+# The queue of scores
+
+
+def test_scores_enter_when_the_update_is_done(data, teacher):
+    begun = training(data, teacher, **SELECTING).begin()
+    queue = begun.task.queue
+    first, second = begun.batches()[:2]
+    begun.update([first, second])
+    tokens = int(first["ntokens"] + second["ntokens"])
+    assert queue.scores.numel() == tokens
+
+    before = queue.scores.clone()
+    begun.update([second], overflows=True)  # and is repeated
+    assert torch.equal(queue.scores, before)
+    begun.update([second])
+    assert queue.scores.numel() == tokens + int(second["ntokens"])
+    begun.validate(begun.batches("valid")[0])
+    begun.update([first], dummy=True)
+    assert queue.scores.numel() == tokens + int(second["ntokens"])
+
+
+def test_the_queue_travels_in_the_train_iterators_state(data, teacher, caplog):
+    begun = training(data, teacher, **SELECTING).begin()
+    begun.update(begun.batches())
+    state = begun.iterator.state_dict()
+
+    resumed = training(data, teacher, **SELECTING).begin()
+    resumed.iterator.load_state_dict(state)
+    resumed.updates = 1
+    with caplog.at_level(logging.WARNING):
+        resumed.update(resumed.batches())
+    assert not any("--reset-dataloader" in message for message in caplog.messages)
+    begun.update(begun.batches())
+    assert torch.equal(resumed.task.queue.scores, begun.task.queue.scores)
+
+
+def test_a_lost_queue_is_said_once(data, teacher, caplog):
+    resumed = training(data, teacher, **SELECTING).begin()
+    resumed.updates = 7
+    with caplog.at_level(logging.WARNING):
+        resumed.update(resumed.batches())
+        resumed.update(resumed.batches())
+    assert sum("--reset-dataloader" in message for message in caplog.messages) == 1
+
+
+def test_the_students_checkpoint_holds_its_vocabulary_and_nothing_of_the_teacher(data, teacher):
+    begun = training(data, teacher).begin()
+    state = begun.task.state_dict()
+    assert state == {
+        "source_symbols": begun.task.src_dict.symbols,
+        "target_symbols": begun.task.tgt_dict.symbols,
+    }
+    assert isinstance(begun.task.source, RunningTeacher)

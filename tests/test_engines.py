@@ -1,0 +1,89 @@
+"""What decodes, and what it decodes, where it refuses."""
+
+from collections import namedtuple
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.tasks.translation import TranslationTask
+
+from kd_plugin.decoding import Corpus, CTranslate2Engine, DataBin, FairseqEngine, databin
+from kd_plugin.errors import UserError
+
+ONE_SENTENCE = {"id": torch.tensor([7]), "net_input": {"src_tokens": torch.tensor([[4, 2]])}}
+
+
+@pytest.fixture
+def task():
+    task = TranslationTask.__new__(TranslationTask)  # without data
+    task.src_dict = task.tgt_dict = Dictionary()
+    return task
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ({"sampling": True, "diverse_beam_groups": 2}, "mutually exclusive"),
+        ({"sampling_topk": 5}, "--sampling-topk requires --sampling"),
+        ({"temperature": 0.0}, "--temperature must be greater than 0"),
+    ],
+)
+def test_flags_that_fairseqs_generator_refuses_are_the_users_mistake(flags, told, task):
+    class Model(torch.nn.Linear):
+        def max_decoder_positions(self):
+            return 9
+
+    with pytest.raises(UserError, match="refuses the flags of the search: .*" + told):
+        FairseqEngine(task, [Model(1, 1)], GenerationConfig(**flags), 1)
+
+
+def engine_of(kind, **attributes):
+    engine = kind.__new__(kind)
+    for name, value in attributes.items():
+        setattr(engine, name, value)
+    return engine
+
+
+def test_flags_that_are_refused_while_decoding(task):
+    generator = namedtuple("Generator", "max_len")(9)
+
+    def step(*_):
+        raise ValueError("DiverseBeamSearch requires --beam to be divisible by the groups")
+
+    task.inference_step = step
+    engine = engine_of(
+        FairseqEngine,
+        **{"task": task, "models": [], "generation": GenerationConfig(), "seed": 1},
+        **{"cuda": False, "generator": generator, "strip": set()},
+    )
+    with pytest.raises(UserError, match="fairseq's generator refuses.*to be divisible"):
+        list(engine.decode([ONE_SENTENCE]))
+
+
+def test_flags_that_ctranslate2_refuses_are_the_users_mistake(task):
+    class Translator:
+        def translate_batch(self, *_, **options):
+            raise ValueError("min_decoding_length is greater than max_decoding_length")
+
+    task.src_dict.add_symbol("a")
+    engine = engine_of(
+        CTranslate2Engine,
+        **{"task": task, "generation": GenerationConfig(), "max_positions": 9, "workers": 1},
+        **{"split": {}, "translator": Translator()},
+    )
+    with pytest.raises(UserError, match="CTranslate2 refuses.*min_decoding_length is greater"):
+        list(engine.decode([ONE_SENTENCE]))
+
+
+def test_sides_of_different_lengths_are_the_users_mistake(task, tmp_path):
+    """fairseq has an assertion for it."""
+    sentence = torch.tensor([4, 2], dtype=torch.int32)
+    for lang, count in (("aa", 3), ("bb", 2)):
+        task.src_dict.save(str(tmp_path / f"dict.{lang}.txt"))
+        writer = databin.Writer(tmp_path / f"test.aa-bb.{lang}", 8)
+        for _ in range(count):
+            writer.add(sentence)
+        writer.close()
+    with pytest.raises(UserError, match="test has 3 sentences in aa and 2 in bb"):
+        Corpus.of_subset(task, DataBin(str(tmp_path), "aa", "bb"), "test")

@@ -1,0 +1,188 @@
+"""A training in this process: fairseq's calls of the task in their order, without its Trainer.
+
+Data, student and teacher are real, and so small that a whole training takes a tenth of a second.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+from fairseq import models
+from fairseq.data import Dictionary
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf
+
+from kd_plugin.decoding import databin
+from kd_plugin.flags import CRITERION, KDLabelSmoothedCrossEntropyCriterionConfig
+from kd_plugin.tasks.translation import KDTranslationConfig, KDTranslationTask
+
+SOURCE, TARGET = "abcdefg", "ABCDEFGHI"
+SENTENCES = {
+    "train": [("abac", "ABAC"), ("gfe", "GIFE"), ("d", "DH"), ("bb", "B"), ("acf", "CA")],
+    "valid": [("ab", "BAC"), ("fed", "DEF")],
+}
+
+
+def dictionary(symbols: str) -> Dictionary:
+    made = Dictionary()
+    for symbol in symbols:
+        made.add_symbol(symbol)
+    return made
+
+
+def save_dictionaries(folder: Path, source: Dictionary, target: Dictionary) -> None:
+    source.save(str(folder / "dict.aa.txt"))
+    target.save(str(folder / "dict.bb.txt"))
+
+
+def write_teacher(
+    folder: Path,
+    source: str = SOURCE,
+    target: str = TARGET,
+    arch: str = "transformer",
+    knowing: bool = False,
+) -> str:
+    """A model as it was initialised, with its dictionaries beside it.
+
+    Args:
+        knowing: teach it ``SENTENCES``, so that it beats a uniform guess on them.
+    """
+    args = arguments(arch)
+    sides = dictionary(source), dictionary(target)
+    torch.manual_seed(1)
+    model = models.build_model(args, TranslationTask(TranslationConfig(), *sides))
+    if knowing:
+        _teach(model, *sides)
+    save_dictionaries(folder, *sides)
+    torch.save({"args": args, "model": model.state_dict()}, str(folder / "teacher.pt"))
+    return str(folder / "teacher.pt")
+
+
+def _teach(model: Any, source: Dictionary, target: Dictionary) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(5):
+        for a, b in SENTENCES["train"]:
+            read = databin.encode(source, " ".join(a)).long()[None]
+            expected = databin.encode(target, " ".join(b)).long()[None]
+            shifted = torch.cat([expected[:, -1:], expected[:, :-1]], dim=1)
+            logits = model(read, torch.tensor([read.size(1)]), shifted)[0]
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits[0], expected[0]).backward()
+            optimizer.step()
+
+
+def arguments(arch: str = "transformer", width: int = 8) -> Namespace:
+    """Of a model with one layer on each side."""
+    sides = {"layers": 1, "embed_dim": width, "ffn_embed_dim": 16, "attention_heads": 2}
+    sides.update(hidden_size=width, out_embed_dim=width)  # an lstm's
+    args = Namespace(arch=arch, criterion="cross_entropy", source_lang="aa", target_lang="bb")
+    for side in ("encoder", "decoder"):
+        vars(args).update({f"{side}_{key}": value for key, value in sides.items()})
+    models.ARCH_CONFIG_REGISTRY[arch](args)
+    return args
+
+
+def write_data(folder: Path, sentences: Dict[str, List[Any]] = SENTENCES) -> Path:
+    """A data-bin; each character is a symbol."""
+    folder.mkdir()
+    sides = dictionary(SOURCE), dictionary(TARGET)
+    save_dictionaries(folder, *sides)
+    for split, pairs in sentences.items():
+        for lang, own, texts in zip(("aa", "bb"), sides, zip(*pairs)):
+            writer = databin.Writer(folder / f"{split}.aa-bb.{lang}", len(own))
+            for text in texts:
+                writer.add(databin.encode(own, " ".join(text)))
+            writer.close()
+    return folder
+
+
+def new_task(**flags: Any) -> KDTranslationTask:
+    """A task with these flags, on its own."""
+    return KDTranslationTask(_task_config(flags), dictionary(SOURCE), dictionary(TARGET))
+
+
+def _task_config(flags: Dict[str, Any]) -> KDTranslationConfig:
+    config = KDTranslationConfig(
+        source_lang="aa",
+        target_lang="bb",
+        train_subset="train",
+        dataset_impl=None,
+        required_seq_len_multiple=1,
+        disable_validation=False,
+        save_dir="nowhere",
+        restore_file="checkpoint_last.pt",
+    )
+    for name, value in flags.items():
+        assert hasattr(config, name), name
+        setattr(config, name, value)
+    config._name = "kd_translation"
+    return config
+
+
+def criterion_config(**flags: Any) -> Any:
+    config = KDLabelSmoothedCrossEntropyCriterionConfig(sentence_avg=False, **flags)
+    config._name = CRITERION
+    return OmegaConf.structured(config)
+
+
+class Training:
+    """What fairseq-train does with the task, up to the first update.
+
+    Args:
+        task: the task's flags; ``criterion``: the criterion's.
+    """
+
+    def __init__(self, data: Path, task: Dict[str, Any], **criterion: Any) -> None:
+        self.task = KDTranslationTask.setup_task(_task_config({"data": str(data), **task}))
+        torch.manual_seed(2)
+        self.model = models.build_model(arguments(), self.task)
+        self.criterion = self.task.build_criterion(criterion_config(**criterion))
+        self.updates = 0
+        self.optimizer = Namespace(
+            backward=lambda loss: loss.backward(), step=lambda: None, zero_grad=lambda: None
+        )
+
+    def load(self, subset: str) -> Any:
+        """Its batch iterator."""
+        self.task.load_dataset(subset)
+        return self.task.get_batch_iterator(
+            self.task.dataset(subset),
+            max_sentences=2,
+            max_positions=(1024, 1024),
+            seed=1,
+            epoch=1,
+        )
+
+    def begin(self) -> "Training":
+        """Everything before the first update."""
+        self.load("valid")
+        self.iterator = self.load("train")
+        self.iterator.next_epoch_itr(shuffle=False)
+        self.task.begin_epoch(1, self.model)
+        return self
+
+    def batches(self, subset: str = "train") -> List[Dict[str, Any]]:
+        dataset = self.task.dataset(subset)
+        order = range(len(dataset))
+        return [dataset.collater([dataset[i] for i in order[at : at + 2]]) for at in order[::2]]
+
+    def update(self, batches: List[Dict[str, Any]], overflows: bool = False, dummy: bool = False):
+        """One update of several micro-batches; returns what each logs."""
+        self.criterion.train()
+        logs = [
+            self.task.train_step(
+                *(batch, self.model, self.criterion, self.optimizer, self.updates),
+                ignore_grad=dummy,
+            )[2]
+            for batch in batches
+        ]
+        if not overflows:
+            self.task.optimizer_step(self.optimizer, self.model, self.updates)
+            self.updates += 1
+        return logs
+
+    def validate(self, batch: Dict[str, Any]) -> Dict[str, Any]:
+        """What it logs."""
+        self.criterion.eval()
+        return self.task.valid_step(batch, self.model, self.criterion)[2]
