@@ -199,9 +199,9 @@ def _evaluate(
         for here in _slices(block.start, block.stop, size):
             if several is not None:
                 part = slice(here.start - block.start, here.stop - block.start)
-                ask = partial(_some_of, several.rows(part))
+                ask = partial(_rows_of_block, several.rows(part))
             elif answer is not None:
-                ask = partial(_some_rows, answer, rows[here], like)
+                ask = partial(_rows_of_answer, answer, rows[here], like)
             terms, slope = _chunk(
                 logits[place(here)].to(like),
                 target[here],
@@ -231,11 +231,13 @@ def _joined(parts: List[_RowTerms]) -> _RowTerms:
     return _RowTerms(*columns)
 
 
-def _some_of(teacher: TeacherRows, index: Optional[Tensor]) -> TeacherRows:
+def _rows_of_block(teacher: TeacherRows, index: Optional[Tensor]) -> TeacherRows:
     return teacher if index is None else teacher.rows(index)
 
 
-def _some_rows(answer: Answer, rows: Tensor, like: Tensor, index: Optional[Tensor]) -> TeacherRows:
+def _rows_of_answer(
+    answer: Answer, rows: Tensor, like: Tensor, index: Optional[Tensor]
+) -> TeacherRows:
     return answer.rows(rows if index is None else rows[index], like)
 
 
