@@ -17,8 +17,7 @@ from ..checkpoints import Checkpoint
 from ..decoding import databin
 from ..decoding.corpus import Corpus
 from ..decoding.databin import DataBin
-from ..export.ctranslate2 import export_ctranslate2
-from ..export.fairseq import ExportError
+from ..export import ExportError, export_ctranslate2
 from ..files import (
     UNFINISHED,
     FileError,
