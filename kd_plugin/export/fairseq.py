@@ -259,13 +259,13 @@ def compare(checkpoint: Checkpoint, text: verify.Text, exported: Path, beam: int
     for i, hypothesis in sorted(expected.items()):
         if found[i][1] != hypothesis.subwords:
             raise ExportError(
-                f"the export does not translate as the checkpoint: sentence {i} is {found[i][1]!r} "
-                f"in stock fairseq, {hypothesis.subwords!r} before"
+                f"the export differs from the checkpoint: sentence {i} is {found[i][1]!r} in stock "
+                f"fairseq, {hypothesis.subwords!r} before"
             )
     difference = max(abs(found[i][0] - expected[i].score) for i in expected)
     if not difference <= TOLERANCE:
         raise ExportError(
-            f"the export's scores are not the checkpoint's: they differ by up to {difference:.2g} "
-            f"per token ({TOLERANCE:.0e} at most was expected)"
+            f"the export differs from the checkpoint: its scores by up to {difference:.2g} per "
+            f"token ({TOLERANCE:.0e} at most was expected)"
         )
     return difference
