@@ -1,5 +1,6 @@
 """What decodes, and what it decodes, where it refuses."""
 
+from argparse import Namespace
 from collections import namedtuple
 
 import pytest
@@ -8,7 +9,14 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.tasks.translation import TranslationTask
 
-from kd_plugin.decoding import Corpus, CTranslate2Engine, DataBin, FairseqEngine, databin
+from kd_plugin.decoding import (
+    Corpus,
+    CTranslate2Engine,
+    DataBin,
+    FairseqEngine,
+    databin,
+    placement,
+)
 from kd_plugin.errors import UserError
 
 ONE_SENTENCE = {"id": torch.tensor([7]), "net_input": {"src_tokens": torch.tensor([[4, 2]])}}
@@ -87,3 +95,11 @@ def test_sides_of_different_lengths_are_the_users_mistake(task, tmp_path):
         writer.close()
     with pytest.raises(UserError, match="test has 3 sentences in aa and 2 in bb"):
         Corpus.of_subset(task, DataBin(str(tmp_path), "aa", "bb"), "test")
+
+
+def test_a_gpu_that_is_not_there_is_the_users_mistake(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cfg = Namespace(common=Namespace(cpu=False, fp16=False, bf16=False))
+    with pytest.raises(UserError, match="--device-id 2: expected less than 2"):
+        placement(cfg, 2)

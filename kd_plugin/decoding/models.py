@@ -24,6 +24,9 @@ def placement(cfg: Any, device_id: int) -> Tuple[torch.device, torch.dtype]:
     if cfg.common.fp16 and not cuda:
         raise FileError("--fp16 needs a GPU; on a CPU take --bf16 or neither")
     if cuda:
+        gpus = torch.cuda.device_count()
+        if device_id not in range(gpus):
+            raise FileError(f"--device-id {device_id}: expected less than {gpus}, the GPUs here")
         torch.cuda.set_device(device_id)
     precision = "fp16" if cfg.common.fp16 else "bf16" if cfg.common.bf16 else "fp32"
     return torch.device("cuda", device_id) if cuda else torch.device("cpu"), DTYPES[precision]
