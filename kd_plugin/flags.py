@@ -23,14 +23,16 @@ class TeacherConfig(FairseqDataclass):
 
     teacher_checkpoint_path: Optional[str] = field(
         default=None,
-        metadata={"help": "the teacher's checkpoint; several with ':' between are an ensemble"},
+        metadata={
+            "help": "the teacher's checkpoint, or several with ':' between them for an ensemble"
+        },
     )
     teacher_data: Optional[str] = field(
         default=None,
         metadata={
-            "help": "folder with the teacher's dict.*.txt, one for all teachers or one each with "
-            "':' between them (default: looked for in the checkpoint, beside it, and in the data "
-            "folder that it names; if nowhere, the student's, with a warning)"
+            "help": "folder with the teacher's dict.*.txt: one for all teachers, or one for each with "
+            "':' between them (default: found in the checkpoint, beside it, or in the data folder "
+            "that it names; failing that the student's, with a warning)"
         },
     )
     teacher_weights: Optional[str] = field(
@@ -96,8 +98,8 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     ce_weight: Optional[float] = field(
         default=None,
         metadata={
-            "help": "constant weight of the label-smoothed cross-entropy, >= 0 (default: what a "
-            "token's distillation term leaves of 1)"
+            "help": "constant weight of the label-smoothed cross-entropy, >= 0 (default: 1 minus "
+            "the weight of the token's distillation term)"
         },
     )
     kd_temperature: Optional[float] = field(
@@ -117,14 +119,14 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         default=0,
         metadata={
             "help": "distil only the teacher's K likeliest symbols, from 0 to all of the "
-            "vocabulary (0: all that are known; Tan et al. 2019)"
+            "vocabulary (0: all that the teacher gives; Tan et al. 2019)"
         },
     )
     kd_tail: Optional[ChoiceEnum(topk.TAILS)] = field(  # type: ignore
         default=None,
         metadata={
-            "help": "what becomes of the rest under --kd-top-k: bucket keeps its mass as "
-            "one more outcome, renormalise leaves it out (default: bucket)"
+            "help": "what happens to the other symbols under --kd-top-k or --teacher-cache: bucket "
+            "keeps their mass as one more outcome, renormalise leaves them out (default: bucket)"
         },
     )
     kd_selection: ChoiceEnum(selection.NAMES) = field(  # type: ignore
@@ -137,7 +139,7 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         metadata={
             "help": "how the weight moves: constant, linear:FROM:TO:STEPS or cosine:FROM:TO:STEPS "
             "(Loshchilov & Hutter 2017) over updates (instead of --kd-weight), or adaptive, token "
-            "by token: kd_weight * sigmoid(student's nll - teacher's nll), of this project"
+            "by token: kd_weight * sigmoid(student's nll - teacher's nll), introduced here"
         },
     )
     kd_temperature_schedule: str = field(

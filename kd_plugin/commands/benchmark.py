@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds that are measured")
+    parser.add_argument("--repeats", type=int, default=9, help="how many rounds to measure")
     parser.add_argument("--output", metavar="FILE", help="write all figures there, as JSON")
     steps = parser.add_argument_group("steps")
     steps.add_argument(
@@ -50,13 +50,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--rows", type=int, default=4096, help="target tokens of a batch (0: leave this part out)"
     )
     objective.add_argument(
-        "--vocabularies", type=_sizes, default="8000,32000", help="sizes to time it at"
+        "--vocabularies", type=_sizes, default="8000,32000", help="vocabulary sizes to time"
     )
     objective.add_argument(
-        "--objective-dtype", choices=DTYPES, default="fp32", help="of the logits"
+        "--objective-dtype", choices=DTYPES, default="fp32", help="precision of the logits"
     )
     objective.add_argument(
-        "--every-divergence", action="store_true", help="time the others and top-k 8, too"
+        "--every-divergence",
+        action="store_true",
+        help="also time the other divergences and top-k 8",
     )
     return parser
 

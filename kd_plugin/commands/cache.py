@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="",
         metavar="T[,T...]",
         help="temperatures other than 1 at which --kd-tail bucket will be trained (2 bytes per "
-        "token each; 1 among them keeps even its smallest rests exactly)",
+        "token each; naming 1 too stores its tail mass exactly)",
     )
     add_trust(group.add_argument, dest="teacher_trust_checkpoint")  # the task's, as elsewhere
     return parser

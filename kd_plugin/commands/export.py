@@ -26,14 +26,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="the checkpoint; several with --average",
     )
     add("--average", action="store_true", help="average the checkpoints' weights first")
-    add("--output", required=True, metavar="OUT", help="the file or, of CTranslate2, the folder")
-    add("--format", default="fairseq", choices=tuple(FORMATS), help="whose it will be")
+    add("--output", required=True, metavar="OUT", help="file to write, or folder for CTranslate2")
+    add(
+        "--format",
+        default="fairseq",
+        choices=tuple(FORMATS),
+        help="software that will open the model",
+    )
     for format in FORMATS.values():
         for flag, what in format.flags.items():
             add(flag, **what)
-    add("-s", "--source-lang", metavar="SRC", help="(default: the checkpoint's)")
-    add("-t", "--target-lang", metavar="TRG", help="(default: the checkpoint's)")
-    add("--overwrite", action="store_true", help="replace what is there, once the new one is good")
+    add("-s", "--source-lang", metavar="SRC", help="language (default: the checkpoint's)")
+    add("-t", "--target-lang", metavar="TRG", help="language (default: the checkpoint's)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing output once the new one is verified",
+    )
     add_trust(add)
     add = parser.add_argument_group("verification").add_argument
     add(
@@ -42,14 +51,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="data-bin to verify on, with the model's dictionaries (default: the one that the "
         "checkpoint names)",
     )
-    add("--gen-subset", default="valid", metavar="SPLIT", help="which sentences")
+    add("--gen-subset", default="valid", metavar="SPLIT", help="subset to verify on")
     add(
         "--verify-sentences",
         type=int,
         metavar="N",
         help="only the first N; 0 for all (default: 200, or all for CTranslate2's BLEU)",
     )
-    add("--beam", type=int, default=5, metavar="N", help="of the translations that are compared")
+    add(
+        "--beam",
+        type=int,
+        default=5,
+        metavar="N",
+        help="beam of the translations that are compared",
+    )
     add(
         "--remove-bpe",
         "--post-process",
@@ -57,9 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
         const="@@ ",
         dest="post_process",
         metavar="SYMBOL",
-        help="what BLEU is scored without, as fairseq-generate has it",
+        help="subword marks to remove before BLEU is scored, as in fairseq-generate",
     )
-    add("--no-verify", action="store_true", help="compare nothing")
+    add("--no-verify", action="store_true", help="skip the comparison")
     return parser
 
 

@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="the model that significance is tested against (default: the one named baseline or "
         "plain, else the first)",
     )
-    add("--greedy", action="store_true", help="also decode with beam 1, as rows of their own")
+    add("--greedy", action="store_true", help="also decode with beam 1, shown in rows of its own")
     add(
         "--model-data",
         nargs="+",
@@ -61,7 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="raw references, one per line (default: DATA's own, without subwords)",
     )
-    add("--bleu-tokenize", default="13a", metavar="NAME", help="BLEU's, as sacrebleu --tokenize")
+    add(
+        "--bleu-tokenize",
+        default="13a",
+        metavar="NAME",
+        help="tokenizer of BLEU, as sacrebleu --tokenize",
+    )
     add(
         "--significance",
         default="bs",
@@ -72,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--significance-samples",
         type=int,
         metavar="N",
-        help="of that test (default: sacreBLEU's, 1000 for bs and 10000 for ar)",
+        help="samples of that test (default: sacreBLEU's, 1000 for bs and 10000 for ar)",
     )
     add("--repeats", type=int, default=3, metavar="N", help="passes over the data that are timed")
     add(

@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--metric",
         default="bleu",
         choices=sequences.METRICS,
-        help="of that closeness: sacreBLEU's, of sentences, on text without subwords",
+        help="how closeness is measured: sacreBLEU's sentence-level score, on text without subwords",
     )
     add(
         "--hypotheses",
@@ -68,20 +68,26 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("original",),
         help="put the original training set of DATA before the distilled one",
     )
-    add("--repeat-original", type=int, default=1, metavar="N", help="with --mix: so many times")
+    add(
+        "--repeat-original",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many times --mix puts it there",
+    )
     add(
         "--student-data",
         metavar="DIR",
-        help="data-bin of a student with other dictionaries than the teacher's: they, and its "
-        "valid and test, are taken from there",
+        help="data-bin of a student with other dictionaries than the teacher's: its dictionaries, "
+        "valid and test are copied from there",
     )
     add(
         "--student-spm",
         metavar="MODEL",
-        help="the student's SentencePiece model, to encode with what --remove-bpe or --bpe has "
-        "decoded",
+        help="the student's SentencePiece model, which encodes the text that --remove-bpe or --bpe "
+        "has decoded",
     )
-    add("--engine", default="fairseq", choices=sequences.ENGINES, help="what decodes")
+    add("--engine", default="fairseq", choices=sequences.ENGINES, help="software that decodes")
     add(
         "--compute-type",
         choices=QUANTIZATIONS,
@@ -89,21 +95,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", help="replace what another command made in --output")
     add_trust(add)
-    add = parser.add_argument_group("filters: what drops a sentence").add_argument
+    add = parser.add_argument_group("filters: which sentences are dropped").add_argument
     defaults = sequences.Filters()
-    add("--no-filters", action="store_true", help="none of the following ones unless named")
+    add("--no-filters", action="store_true", help="switch off all filters but those given as flags")
     add(
         "--max-length",
         type=int,
         metavar="N",
-        help=f"more subwords on either side (default: {defaults.max_length})",
+        help=f"drop if either side has more than N subwords (default: {defaults.max_length})",
     )
     add(
         "--max-length-ratio",
         type=float,
         metavar="R",
         help=(
-            "one side longer than R times the other, in subwords, the end of sentence included "
+            "drop if one side is more than R times as long as the other, in subwords with the end of "
+            "sentence "
             f"(default: {defaults.max_length_ratio})"
         ),
     )
@@ -112,8 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help=(
-            "the hypothesis's commonest 4-gram occurs more than N times more often than the "
-            f"source's commonest does (default: {defaults.max_repeats})"
+            "drop if the hypothesis repeats its most frequent 4-gram more than N times more often "
+            f"than the source repeats its own (default: {defaults.max_repeats})"
         ),
     )
     add(
@@ -130,14 +137,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--min-closeness",
         type=float,
         metavar="X",
-        help="less than this --metric against the reference, 0 to 100",
+        help="drop if the --metric against the reference is below X, 0 to 100",
     )
     add(
         "--min-score-quantile",
         type=float,
         default=0.0,
         metavar="Q",
-        help="this share of the sentences, those with the teacher's lowest score per token",
+        help="drop this share of the sentences: those with the teacher's lowest score per token",
     )
     return parser
 

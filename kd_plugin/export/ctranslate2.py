@@ -45,7 +45,7 @@ class CTranslate2Format(Format):
     needs_references = True
     flags = {
         "--quantization": dict(
-            choices=QUANTIZATIONS, help="of CTranslate2's weights (default: float32)"
+            choices=QUANTIZATIONS, help="precision of CTranslate2's weights (default: float32)"
         ),
         "--spm": dict(
             metavar="MODEL",
@@ -55,8 +55,8 @@ class CTranslate2Format(Format):
         "--max-positions": dict(
             type=int,
             metavar="N",
-            help="longest sentence, in subwords, that CTranslate2's model takes; a small model "
-            "gets smaller by what is left out (default: the checkpoint's)",
+            help="longest sentence, in subwords, that CTranslate2's model takes; a lower "
+            "limit makes a small model smaller (default: the checkpoint's)",
         ),
     }
 

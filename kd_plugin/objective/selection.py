@@ -65,21 +65,21 @@ SELECTIONS = (
     ),
     _Described(
         "teacher-entropy",
-        "the share with the lowest teacher entropy, compared likewise (of this project)",
+        "the share with the lowest teacher entropy, compared likewise (introduced here)",
         score=lambda tokens: -tokens.teacher_entropy,  # type: ignore[operator]
         needs=("teacher_entropy",),
         takes_rate=True,
     ),
     _Described(
         "teacher-correct",
-        "those where the teacher's likeliest symbol is the reference (of this project)",
+        "those where the teacher's likeliest symbol is the reference (introduced here)",
         decide=lambda tokens, rate: tokens.teacher_correct,
         needs=("teacher_correct",),
     ),
     _Described(
         "teacher-better",
-        "those whose reference the teacher gives more probability than the student does (of this "
-        "project)",
+        "those whose reference the teacher gives more probability than the student does (introduced "
+        "here)",
         decide=lambda tokens, rate: tokens.student_nll > tokens.teacher_nll,  # type: ignore
         needs=("teacher_nll",),
     ),
@@ -97,7 +97,7 @@ RATE = Parameter(
     default=0.5,
     valid=lambda x: 0 < x <= 1,
     expected="above 0, at most 1",
-    meaning=f"share of the tokens that {', '.join(WITH_RATE)} select",
+    meaning=f"share of the tokens that {' and '.join(WITH_RATE)} select",
 )
 QUEUE_SIZE = Parameter(
     flag="--kd-queue-size",
@@ -105,7 +105,7 @@ QUEUE_SIZE = Parameter(
     default=30000,  # Wang et al. 2021
     valid=lambda x: x >= 1,
     expected="at least 1",
-    meaning=f"how many of the last tokens {', '.join(WITH_QUEUE)} compare with",
+    meaning=f"how many of the last tokens {' and '.join(WITH_QUEUE)} compare with",
 )
 
 
