@@ -30,9 +30,9 @@ class TeacherConfig(FairseqDataclass):
     teacher_data: Optional[str] = field(
         default=None,
         metadata={
-            "help": "folder with the teacher's dict.*.txt: one for all teachers, or one for each with "
-            "':' between them (default: found in the checkpoint, beside it, or in the data folder "
-            "that it names; failing that the student's, with a warning)"
+            "help": "folder with the teacher's dict.*.txt: one for all teachers, or one for each "
+            "with ':' between them (default: found in the checkpoint, beside it, or in the data "
+            "folder that it names; failing that the student's, with a warning)"
         },
     )
     teacher_weights: Optional[str] = field(

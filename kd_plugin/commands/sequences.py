@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--metric",
         default="bleu",
         choices=sequences.METRICS,
-        help="how closeness is measured: sacreBLEU's sentence-level score, on text without subwords",
+        help="measure of closeness: sacreBLEU's sentence-level score, on text without subwords",
     )
     add(
         "--hypotheses",
@@ -109,8 +109,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         metavar="R",
         help=(
-            "drop if one side is more than R times as long as the other, in subwords with the end of "
-            "sentence "
+            "drop if one side is more than R times as long as the other, in subwords and the end "
+            "of sentence "
             f"(default: {defaults.max_length_ratio})"
         ),
     )

@@ -78,8 +78,8 @@ SELECTIONS = (
     ),
     _Described(
         "teacher-better",
-        "those whose reference the teacher gives more probability than the student does (introduced "
-        "here)",
+        "those whose reference the teacher gives more probability than the student does "
+        "(introduced here)",
         decide=lambda tokens, rate: tokens.student_nll > tokens.teacher_nll,  # type: ignore
         needs=("teacher_nll",),
     ),
