@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import importlib
 import io
 import math
 import os
@@ -212,6 +213,23 @@ def test_dictionaries_where_they_are(save, tmp_path):
 def test_overrides_that_are_not_a_dictionary(text):
     with pytest.raises(UserError, match=r"--model-overrides: expected a dictionary.*; got"):
         parse_overrides(text, "--model-overrides")
+
+
+@pytest.mark.parametrize("text", ["dropout=0", "[]"])
+@pytest.mark.parametrize("command", ["sequences", "cache"])
+def test_commands_refuse_such_overrides_in_one_line(tmp_path, capsys, command, text):
+    for language in ("aa", "bb"):
+        (tmp_path / f"dict.{language}.txt").write_text("a 1\n")
+    (tmp_path / "teacher.pt").write_bytes(b"never opened")
+    out = {"sequences": "--output", "cache": "--cache"}[command]
+    arguments = [str(tmp_path), "--path", str(tmp_path / "teacher.pt"), out, str(tmp_path / "out")]
+    arguments += ["-s", "aa", "-t", "bb", "--cpu", "--model-overrides", text]
+    main = importlib.import_module("kd_plugin.commands." + command).main
+    assert main(arguments) == 1
+    expected = "expected a dictionary of options, {'dropout': 0.1} say; got " + repr(text)
+    assert capsys.readouterr().err.endswith(
+        f"fairseq-kd-{command}: --model-overrides: {expected}\n"
+    )
 
 
 def test_overrides():

@@ -3,6 +3,7 @@
 import dataclasses
 import pickletools
 import random
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from omegaconf import OmegaConf
 from kd_plugin.checkpoints import Checkpoint, Role, count_parameters
 from kd_plugin.commands import export as command
 from kd_plugin.decoding import DataBin, FairseqEngine, databin
+from kd_plugin.export import FORMATS, Asked, make
 from kd_plugin.export import ctranslate2 as to_ctranslate2
 from kd_plugin.export import fairseq as to_fairseq
 from kd_plugin.export import verify as verification
-from kd_plugin.export.fairseq import ExportError
+from kd_plugin.export.formats import ExportError, Format, Model, Verdict
 
 LANGS = (support.SOURCE, support.TARGET)
 TRANSFORMER = [
@@ -113,7 +115,7 @@ def assert_generates_the_same(path, stock, data, tmp_path):
     exported = tmp_path / "exported.pt"
     torch.save(stock, str(exported))
     text = text_of(data, tmp_path / "text")
-    generation = verification._generation(3)
+    generation = verification.generation(3)
     generation.max_len_b = 12
     engine = FairseqEngine(text.task, [verification.build(read(path), text, 3)], generation, 1)
     expected = verification.translations(engine, text)
@@ -121,7 +123,7 @@ def assert_generates_the_same(path, stock, data, tmp_path):
         "fairseq-generate",
         *(data, "--path", exported, "--gen-subset", "valid", "--cpu", "--beam", 3),
         *("--max-len-b", 12, "--num-workers", 0, "--required-batch-size-multiple", 1),
-        *("--max-tokens", verification._MAX_TOKENS, *support.LANGUAGES),
+        *("--max-tokens", verification.MAX_TOKENS, *support.LANGUAGES),
     ).ok()
     assert support.hypotheses(run.text) == [expected[i].subwords for i in sorted(expected)]
     scores = {
@@ -154,15 +156,15 @@ def test_ctranslate2_scores_the_same(name, data, tmp_path):
     path = made(data, tmp_path / "model.pt", MODELS[name])
     checkpoint, stock = opened(path, data)
     to_ctranslate2.check(checkpoint)
-    to_ctranslate2.convert(checkpoint, stock, tmp_path / "ct2")
+    to_ctranslate2.convert(Model(checkpoint, stock), tmp_path / "ct2")
     text = text_of(data, tmp_path / "text")
     model = verification.build(checkpoint, text, 1)
     assert checkpoint.max_positions == model.max_positions()
     expected = verification.reference_scores(model, text)
     translator = ctranslate2.Translator(str(tmp_path / "ct2"))
-    assert verification.compare_token_scores(expected, translator, text)[0] < 1e-3
+    assert to_ctranslate2.compare_token_scores(expected, translator, text)[0] < 1e-3
     changed = {i: [score + 0.01 for score in scores] for i, scores in expected.items()}
-    largest, mean = verification.compare_token_scores(changed, translator, text)
+    largest, mean = to_ctranslate2.compare_token_scores(changed, translator, text)
     assert largest == pytest.approx(0.01, abs=1e-3) and mean == pytest.approx(0.01, abs=1e-3)
 
 
@@ -172,15 +174,16 @@ def test_ctranslate2_without_positions_that_never_come(name, data, tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2")
     path = made(data, tmp_path / "model.pt", MODELS[name])
     checkpoint, stock = opened(path, data)
-    to_ctranslate2.convert(checkpoint, stock, tmp_path / "long")
-    to_ctranslate2.convert(checkpoint, to_fairseq.shortened(stock, 10), tmp_path / "short")
+    to_ctranslate2.convert(Model(checkpoint, stock), tmp_path / "long")
+    short = Model(checkpoint, to_fairseq.shortened(stock, 10))
+    to_ctranslate2.convert(short, tmp_path / "short")
     sizes = [(tmp_path / n / "model.bin").stat().st_size for n in ("long", "short")]
     # sinusoidal tables are the same on both sides and written once
     assert sizes[0] - sizes[1] == (64 - 10) * 16 * 4 * (1 if name == "tied" else 2)
     text = text_of(data, tmp_path / "text")
     expected = verification.reference_scores(verification.build(checkpoint, text, 1), text)
     translator = ctranslate2.Translator(str(tmp_path / "short"))
-    assert verification.compare_token_scores(expected, translator, text)[0] < 1e-3
+    assert to_ctranslate2.compare_token_scores(expected, translator, text)[0] < 1e-3
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -307,6 +310,60 @@ def test_averaging(data, tmp_path, capsys):
     assert not (tmp_path / "no.pt").exists()
 
 
+def test_averaging_refuses_models_that_are_not_of_one_kind(data, tmp_path, capsys):
+    """Weights of the same names and shapes, of which no mean makes sense."""
+    one = made(data, tmp_path / "one.pt", TRANSFORMER)
+    other = made(data, tmp_path / "other.pt", [*TRANSFORMER, "--encoder-attention-heads", 4])
+    moved = tmp_path / "moved"
+    shutil.copytree(str(data), str(moved))
+    lines = (moved / "dict.bb.txt").read_text().splitlines()
+    (moved / "dict.bb.txt").write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    elsewhere = made(moved, tmp_path / "elsewhere.pt", TRANSFORMER)
+    for path, words in (
+        (other, "encoder_attention_heads is 2 and 4"),
+        (elsewhere, "their target dictionaries differ (34 and 34 symbols)"),
+    ):
+        arguments = ("--path", f"{one}:{path}", "--average", "--output", tmp_path / "no.pt")
+        code, error = run(capsys, *arguments, "--no-verify")
+        assert code == 1 and f"{one} and model {path} cannot be averaged: {words}" in error
+    assert not (tmp_path / "no.pt").exists()
+
+
+class Names(Format):
+    """A format as somebody might add it: the names of the weights, in a text file."""
+
+    name = "names"
+    flags = {"--separator": dict(metavar="X", help="between two names")}
+
+    def faults(self, options):
+        return [f"--separator {x}" for x in [options.get("separator")] if x == "bad"]
+
+    def write(self, model, output, options):
+        output.write_text(options.get("separator", "\n").join(model.stock["model"]))
+
+    def verify(self, model, output, options, proof):
+        return Verdict([f"verified on {proof.text.sentences} sentences"], {})
+
+
+def test_a_further_format_is_a_class_and_a_line(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(FORMATS, "names", Names())
+    path, output = made(data, tmp_path / "model.pt", MODELS["tied"]), tmp_path / "names.txt"
+    arguments = ("--path", path, "--output", output, "--separator", "|")
+    code, error = run(capsys, *arguments)
+    assert code == 1 and "--separator needs --format names" in error
+    code, error = run(capsys, *arguments, "--format", "names", "--separator", "bad")
+    assert code == 1 and error.endswith("fairseq-kd-export: --separator bad\n")
+    assert run(capsys, *arguments, "--format", "names", "--verify-sentences", 4)[0] == 0
+    assert output.read_text().split("|")[0] == "encoder.version"
+    # and without the command
+    asked = Asked([str(path)], str(output), "names", overwrite=True)
+    exported, size, proved = make(asked)
+    assert exported == f"exported {output}" and proved == "| verified on 24 sentences"
+    assert size.endswith(f" without embeddings, {output.stat().st_size:,} bytes")
+    with pytest.raises(ExportError, match="--format other: expected one of fairseq, ctranslate2"):
+        make(asked._replace(format="other"))
+
+
 def test_what_is_not_the_same_is_not_left_behind(data, tmp_path, monkeypatch, capsys):
     """Neither a new file nor a change of an old one."""
     path = made(data, tmp_path / "model.pt", MODELS["tied"])
@@ -322,7 +379,7 @@ def test_what_is_not_the_same_is_not_left_behind(data, tmp_path, monkeypatch, ca
     output.parent.mkdir()
     arguments = ("--path", path, "--output", output, "--verify-sentences", 4)
     code, error = run(capsys, *arguments)
-    assert code == 1 and "otherwise than the checkpoint" in error
+    assert code == 1 and "differs from the checkpoint" in error
     assert not list(output.parent.iterdir())
     output.write_bytes(b"an earlier one")
     assert run(capsys, *arguments, "--overwrite")[0] == 1
@@ -333,11 +390,11 @@ def test_ctranslate2_that_scores_otherwise_is_not_left_behind(data, tmp_path, mo
     pytest.importorskip("ctranslate2")
     path = made(data, tmp_path / "model.pt", MODELS["tied"])
     monkeypatch.setattr(
-        verification, "compare_token_scores", lambda *arguments: (float("nan"), float("nan"))
+        to_ctranslate2, "compare_token_scores", lambda *arguments: (float("nan"), float("nan"))
     )
     arguments = ("--path", path, "--output", tmp_path / "ct2", "--format", "ctranslate2")
     code, error = run(capsys, *arguments)
-    assert code == 1 and "scores otherwise than fairseq" in error
+    assert code == 1 and "scores are not fairseq's" in error
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
 
@@ -350,7 +407,7 @@ def test_outputs_that_would_destroy_something_are_refused(data, tmp_path, capsys
         (tmp_path, ("--overwrite", "--format", "ctranslate2"), "would overwrite"),
         (data, ("--overwrite", "--format", "ctranslate2"), "replaces only what"),
         (data, ("--overwrite",), "replaces only what"),
-        (data, (), "is there already"),
+        (data, (), "already exists"),
         (tmp_path / "no" / "out.pt", (), "there is no folder"),
     ):
         code, error = run(capsys, "--path", path, "--output", output, *more, "--no-verify")
@@ -390,6 +447,7 @@ def test_nothing_to_verify_on(data, tmp_path, capsys):
     torch.save(state, str(path))
     code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt")
     assert code == 1 and "found nowhere" in error and "--data" in error
+    assert "TAKEN TO BE" not in error and "teacher" not in error
     for lang in LANGS:
         name = f"dict.{lang}.txt"
         (tmp_path / name).write_text((data / name).read_text())

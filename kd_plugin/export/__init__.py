@@ -1,5 +1,22 @@
-"""Models that need no plugin, for stock fairseq or CTranslate2, proved to be the same."""
+"""Models that need no plugin, for stock fairseq or CTranslate2, proved to be the same.
 
-from .ctranslate2 import QUANTIZATIONS
+``make`` does all of it; a further format is a file like ``fairseq.py`` and a line in
+``pipeline.FORMATS``.
+"""
 
-__all__ = ["QUANTIZATIONS"]
+from .ctranslate2 import QUANTIZATIONS, export_ctranslate2, read_record, symbols_of
+from .formats import ExportError, Format, flag_name
+from .pipeline import FORMATS, Asked, make
+
+__all__ = [
+    "FORMATS",
+    "QUANTIZATIONS",
+    "Asked",
+    "ExportError",
+    "Format",
+    "export_ctranslate2",
+    "flag_name",
+    "make",
+    "read_record",
+    "symbols_of",
+]

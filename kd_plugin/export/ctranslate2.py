@@ -1,17 +1,26 @@
 """Models for CTranslate2: a folder with the model, its README and a record of what it is."""
 
 import json
+import logging
 import os
 import re
+import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, data_utils
+from sentencepiece import SentencePieceProcessor
 
-from ..checkpoints import Checkpoint
-from ..files import FileError, naming, passing_folder, read_json
-from .fairseq import ExportError, model_arguments, stock_state, write
+from .. import decoding
+from ..checkpoints import Checkpoint, digest
+from ..decoding import databin
+from ..files import FileError, naming, passing_folder, read_json, write_json
+from . import verify
+from .fairseq import model_arguments, shortened, stock_state, write
+from .formats import ExportError, Format, Model, Proof, Verdict
+
+logger = logging.getLogger(__name__)
 
 QUANTIZATIONS = (
     "float32",
@@ -24,6 +33,108 @@ QUANTIZATIONS = (
     "int8_bfloat16",
 )
 RECORD = "kd_export.json"  # in the folder: what it was made of
+TOLERANCE = 1e-3  # of log-probabilities per token, in float32: rounding, and no more
+
+
+class CTranslate2Format(Format):
+    """A folder for CTranslate2, verified by its scores of references and its BLEU."""
+
+    name = "ctranslate2"
+    is_folder = True
+    sentences = 0
+    needs_references = True
+    flags = {
+        "--quantization": dict(
+            choices=QUANTIZATIONS, help="of CTranslate2's weights (default: float32)"
+        ),
+        "--spm": dict(
+            metavar="MODEL",
+            help="SentencePiece model to put into CTranslate2's folder; implies --remove-bpe "
+            "sentencepiece",
+        ),
+        "--max-positions": dict(
+            type=int,
+            metavar="N",
+            help="longest sentence, in subwords, that CTranslate2's model takes; a small model "
+            "gets smaller by what is left out (default: the checkpoint's)",
+        ),
+    }
+
+    def faults(self, options: Mapping[str, Any]) -> List[str]:
+        found = []
+        longest, spm = options.get("max_positions"), options.get("spm")
+        if longest is not None and longest < 2:
+            found.append("--max-positions must be 2 or more")
+        if spm:
+            try:
+                SentencePieceProcessor(model_file=spm)
+            except (OSError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                found.append(f"--spm {spm}: not a SentencePiece model ({reason})")
+        return found
+
+    def refuse(self, checkpoint: Checkpoint) -> None:
+        check(checkpoint)
+
+    def adapt(self, model: Model, options: Mapping[str, Any]) -> Model:
+        longest = options.get("max_positions")
+        return model._replace(stock=shortened(model.stock, longest)) if longest else model
+
+    def write(self, model: Model, output: Path, options: Mapping[str, Any]) -> None:
+        quantization, spm = _quantization(options), options.get("spm")
+        logger.info(f"converting {model.checkpoint} to {quantization}")
+        convert(model, output, quantization)
+        if spm:
+            shutil.copyfile(spm, str(output / "spm.model"))
+        text = readme(model.languages, quantization, bool(spm), RECORD)
+        (output / "README.md").write_text(text, encoding="utf-8")
+
+    def verify(
+        self, model: Model, output: Path, options: Mapping[str, Any], proof: Proof
+    ) -> Verdict:
+        post_process = proof.post_process or ("sentencepiece" if options.get("spm") else None)
+        found = compare(model, output, _quantization(options), proof, post_process)
+        found.update(subset=proof.text.subset, beam=proof.beam, remove_bpe=post_process)
+        lines = [
+            f"verified in CTranslate2 {_ctranslate2().__version__}: tokens of "
+            f"{found['sentences']} references scored within "
+            f"{found['max_token_difference_float32']:.1g} before quantization, "
+            f"{found['max_token_difference']:.2g} ({found['mean_token_difference']:.2g} on "
+            f"average) as {found['compute_type']}",
+            f"BLEU {found['bleu_fairseq']:.2f} in fairseq, {found['bleu']:.2f} in CTranslate2: "
+            f"drop {found['bleu_drop']:.2f} ({found['bleu_signature']}, {found['sentences']} "
+            f"sentences of {found['subset']}, beam {found['beam']})",
+        ]
+        return Verdict(lines, found)
+
+    def record(
+        self,
+        model: Model,
+        output: Path,
+        options: Mapping[str, Any],
+        paths: Sequence[str],
+        figures: Optional[Dict[str, Any]],
+    ) -> None:
+        total, rest = model.parameters()
+        content = {
+            **dict(zip(("source_lang", "target_lang"), model.languages)),
+            "checkpoints": [{"path": os.path.abspath(p), "sha256": digest(p)} for p in paths],
+            "quantization": _quantization(options),
+            "parameters": total,
+            "parameters_without_embeddings": rest,
+            **dict(zip(("max_source_positions", "max_target_positions"), model.max_positions)),
+            "sentencepiece": "spm.model" if options.get("spm") else None,
+            "ctranslate2": _ctranslate2().__version__,
+            "verification": figures,
+        }
+        write_json(output / RECORD, content)
+
+    def made(self, output: Path) -> bool:
+        return output.is_dir() and ((output / RECORD).is_file() or not any(output.iterdir()))
+
+
+def _quantization(options: Mapping[str, Any]) -> str:
+    return options.get("quantization") or "float32"
 
 
 def export_ctranslate2(
@@ -39,7 +150,7 @@ def export_ctranslate2(
         ExportError: CTranslate2 is not installed, or takes no such model.
     """
     check(checkpoint)
-    convert(checkpoint, stock_state(checkpoint, source, target, langs), folder)
+    convert(Model(checkpoint, stock_state(checkpoint, source, target, langs)), folder)
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -70,24 +181,17 @@ def check(checkpoint: Checkpoint) -> None:
         raise _not_taken(checkpoint, "; ".join(faults))
 
 
-def convert(
-    checkpoint: Checkpoint, stock: Dict[str, Any], folder: Path, quantization: str = "float32"
-) -> None:
+def convert(model: Model, folder: Path, quantization: str = "float32") -> None:
     """Write a model in CTranslate2's format into a new folder.
 
     CTranslate2's converter opens files with a full unpickler; the one that it gets here was
     written for it a moment before, from plain types.
 
-    Args:
-        checkpoint: for messages.
-        stock: what ``stock_state`` made of it.
-
     Raises:
         ExportError: CTranslate2 is not installed, or takes no such model.
     """
     converters = _ctranslate2().converters
-    task = stock["cfg"]["task"]
-    langs = task["source_lang"], task["target_lang"]
+    stock, langs = model.stock, model.languages
     args = Namespace(**{**stock["cfg"]["model"], "task": "translation"})
     with naming(folder), passing_folder(folder) as passing:
         file = os.path.join(passing, "model.pt")
@@ -105,7 +209,112 @@ def convert(
         except OSError:
             raise
         except Exception as error:
-            raise _not_taken(checkpoint, str(error).strip() or type(error).__name__) from error
+            reason = str(error).strip() or type(error).__name__
+            raise _not_taken(model.checkpoint, reason) from error
+
+
+def compare_token_scores(
+    expected: Dict[int, List[float]], translator: Any, text: verify.Text
+) -> Tuple[float, float]:
+    """References scored by CTranslate2.
+
+    Args:
+        expected: ``verify.reference_scores`` of fairseq.
+
+    Returns:
+        the largest and the mean difference, in nats per token.
+    """
+    ids = sorted(expected)
+    source, target = [
+        [databin.words(databin.decode(dictionary, side[i].tolist())) for i in ids]
+        for dictionary, side in (
+            (text.task.source_dictionary, text.corpus.source),
+            (text.task.target_dictionary, text.corpus.references or []),
+        )
+    ]
+    found = translator.score_batch(
+        source, target, max_batch_size=verify.MAX_TOKENS, batch_type="tokens", max_input_length=0
+    )
+    differences = []
+    for i, result in zip(ids, found):
+        if len(result.log_probs) != len(expected[i]):
+            raise ExportError(
+                f"CTranslate2 scores {len(result.log_probs)} tokens in reference {i}, fairseq "
+                f"{len(expected[i])}"
+            )
+        differences += [abs(a - b) for a, b in zip(expected[i], result.log_probs)]
+    return max(differences), sum(differences) / len(differences)
+
+
+def compare(
+    model: Model, folder: Path, quantization: str, proof: Proof, post_process: Optional[str]
+) -> Dict[str, Any]:
+    """A conversion has to be right to rounding in float32; what quantization costs is measured.
+
+    Args:
+        folder: the conversion.
+        post_process: what BLEU is scored without.
+
+    Returns:
+        differences of the references' token scores, in nats, and BLEU of both.
+
+    Raises:
+        ExportError: CTranslate2 says something else in float32.
+    """
+    text = proof.text
+
+    def detokenise(subwords: str) -> str:
+        return data_utils.post_process(subwords, post_process)
+
+    def engine(folder: Path) -> Any:
+        settings, longest = verify.generation(proof.beam), model.max_positions[1]
+        return decoding.CTranslate2Engine(
+            *(text.task, folder, settings),
+            device="cpu",
+            compute_type="default",
+            max_positions=longest,
+        )
+
+    logger.info(f"scoring {text.sentences} references with {model.checkpoint} and CTranslate2")
+    torch_model = verify.build(model.checkpoint, text, proof.beam)
+    expected = verify.reference_scores(torch_model, text)
+    with passing_folder(folder) as passing:
+        exact = folder
+        if quantization != "float32":
+            exact = Path(passing) / "float32"
+            convert(model, exact)
+        largest, _ = compare_token_scores(expected, engine(exact).translator, text)
+    if not largest <= TOLERANCE:
+        raise ExportError(
+            f"CTranslate2's scores are not fairseq's: they differ by up to {largest:.2g} per token "
+            f"in float32 ({TOLERANCE:.0e} at most was expected), so it does not convert this model "
+            "as it is. --format fairseq takes any"
+        )
+    converted = engine(folder)
+    compute_type = converted.translator.compute_type
+    if not compute_type.startswith(quantization):
+        logger.warning(
+            f"this CPU does not compute in {quantization}: the files are {quantization}, and are "
+            f"verified as {compute_type}"
+        )
+    logger.info(f"translating {text.sentences} sentences with {model.checkpoint} and CTranslate2")
+    differences = compare_token_scores(expected, converted.translator, text)
+    systems = [
+        verify.by_fairseq(torch_model, text, proof.beam),
+        verify.translations(converted, text),
+    ]
+    (before, after), signature = verify.bleu(systems, text, detokenise)
+    return {
+        "sentences": text.sentences,
+        "compute_type": compute_type,
+        "max_token_difference_float32": largest,
+        "max_token_difference": differences[0],
+        "mean_token_difference": differences[1],
+        "bleu_fairseq": before,
+        "bleu": after,
+        "bleu_drop": before - after,
+        "bleu_signature": signature,
+    }
 
 
 def read_record(folder: Path) -> Dict[str, Any]:

@@ -1,8 +1,15 @@
 """Models for stock fairseq: checkpoints of plain types, without the plugin or a teacher."""
 
 import io
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
 from argparse import Namespace
-from typing import Any, Dict, Tuple
+from pathlib import Path
+from typing import Any, Dict, Mapping, Tuple
 
 import torch
 from fairseq import models
@@ -20,12 +27,41 @@ from ..checkpoints import (
     build_model,
     translation_task,
 )
-from ..errors import UserError
 from ..files import naming
+from . import verify
+from .formats import ExportError, Format, Model, Proof, Verdict
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-5  # of log-probabilities per token: rounding, and no more
+
+# fairseq-generate; that the plugin is not there is part of the proof
+_STOCK = """
+import sys
+from fairseq_cli.generate import cli_main
+cli_main()
+sys.exit("the plugin was imported" if "kd_plugin" in sys.modules else 0)
+"""
 
 
-class ExportError(UserError):
-    """A model that cannot be exported; the message says why and what to do."""
+class FairseqFormat(Format):
+    """A checkpoint that stock fairseq opens, verified by fairseq-generate in another process."""
+
+    name = "fairseq"
+
+    def write(self, model: Model, output: Path, options: Mapping[str, Any]) -> None:
+        write(model.stock, output)
+
+    def verify(
+        self, model: Model, output: Path, options: Mapping[str, Any], proof: Proof
+    ) -> Verdict:
+        text = proof.text
+        difference = compare(model.checkpoint, text, output, proof.beam)
+        line = (
+            f"verified in stock fairseq: {text.sentences} sentences of {text.subset} translated "
+            f"the same (beam {proof.beam}), scores within {difference:.1g} per token"
+        )
+        return Verdict([line], {})
 
 
 def model_arguments(checkpoint: Checkpoint) -> Namespace:
@@ -173,3 +209,63 @@ def write(state: Dict[str, Any], path: Any) -> None:
     torch.save(state, content)
     with naming(path), open(path, "wb") as file:
         file.write(content.getbuffer())
+
+
+def compare(checkpoint: Checkpoint, text: verify.Text, exported: Path, beam: int) -> float:
+    """Translations of the export by stock fairseq, in a process that has never seen the plugin.
+
+    Args:
+        checkpoint: translates here, in this process.
+
+    Returns:
+        the largest difference of two scores, in nats per token.
+
+    Raises:
+        ExportError: they are not the checkpoint's.
+    """
+    logger.info(f"translating {text.sentences} sentences with {checkpoint}")
+    expected = verify.by_fairseq(verify.build(checkpoint, text, beam), text, beam)
+    logger.info("translating them with the export, in stock fairseq without the plugin")
+    source, target = text.corpus.data.langs
+    command = [
+        *(sys.executable, "-W", "ignore", "-c", _STOCK, str(text.folder.resolve())),
+        *("--path", str(exported.resolve()), "--gen-subset", text.subset, "--beam", str(beam)),
+        *("--source-lang", source, "--target-lang", target, "--cpu", "--num-workers", "0"),
+        *("--max-tokens", str(verify.MAX_TOKENS), "--required-batch-size-multiple", "1"),
+        *("--max-source-positions", str(text.task.cfg.max_source_positions)),
+        *("--max-target-positions", str(text.task.cfg.max_target_positions)),
+        "--skip-invalid-size-inputs-valid-test",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=str(text.folder),
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    if done.returncode:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
+        raise ExportError(f"stock fairseq cannot use the export: {lines[-1][:500]}")
+    found = {}
+    for line in re.findall(r"^H-(.*)$", done.stdout.decode("utf-8"), re.MULTILINE):
+        i, score, subwords = line.split("\t", 2)
+        found[int(i)] = (float(score) * math.log(2), subwords)  # it prints them to base 2
+    if found.keys() != expected.keys():
+        raise ExportError(
+            f"stock fairseq translates {len(found)} sentences with the export, the checkpoint "
+            f"{len(expected)}"
+        )
+    for i, hypothesis in sorted(expected.items()):
+        if found[i][1] != hypothesis.subwords:
+            raise ExportError(
+                f"the export differs from the checkpoint: sentence {i} is {found[i][1]!r} in stock "
+                f"fairseq, {hypothesis.subwords!r} before"
+            )
+    difference = max(abs(found[i][0] - expected[i].score) for i in expected)
+    if not difference <= TOLERANCE:
+        raise ExportError(
+            f"the export differs from the checkpoint: its scores by up to {difference:.2g} per "
+            f"token ({TOLERANCE:.0e} at most was expected)"
+        )
+    return difference

@@ -1,11 +1,5 @@
-"""Whether an exported model says what the checkpoint says: in another process, in CTranslate2."""
+"""What an export is compared on, and what the checkpoint itself says about it."""
 
-import logging
-import math
-import os
-import re
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
@@ -18,24 +12,9 @@ from sacrebleu.metrics import BLEU
 from .. import decoding
 from ..checkpoints import Checkpoint, translation_task
 from ..decoding import databin
-from ..files import FileError, passing_folder
-from .ctranslate2 import convert
-from .fairseq import ExportError
+from ..files import FileError
 
-logger = logging.getLogger(__name__)
-
-# of log-probabilities per token: rounding, and no more
-STOCK_TOLERANCE = 1e-5
-CTRANSLATE2_TOLERANCE = 1e-3
-_MAX_TOKENS = 2048
-
-# fairseq-generate; that the plugin is not there is part of the proof
-_STOCK = """
-import sys
-from fairseq_cli.generate import cli_main
-cli_main()
-sys.exit("the plugin was imported" if "kd_plugin" in sys.modules else 0)
-"""
+MAX_TOKENS = 2048  # of a batch
 
 
 class Text(NamedTuple):
@@ -95,7 +74,7 @@ class Text(NamedTuple):
         if data.side(subset, data.langs[0]) is None:
             decoding.Corpus.of_subset(task, data, subset)  # names what there is
         corpus = decoding.Corpus.of_subset(task, decoding.DataBin(str(folder), *data.langs), subset)
-        batches = decoding.plan(task, corpus, [max_positions], max_tokens=_MAX_TOKENS)
+        batches = decoding.plan(task, corpus, [max_positions], max_tokens=MAX_TOKENS)
         if not batches:
             raise FileError(f"{data.folder}, {subset}: no sentence to verify with")
         return cls(folder, subset, task, corpus, batches)
@@ -113,12 +92,13 @@ class Text(NamedTuple):
 
 def build(checkpoint: Checkpoint, text: Text, beam: int) -> Any:
     """The checkpoint's model, in float32 on the CPU, as fairseq-generate prepares it."""
-    cfg = Namespace(generation=_generation(beam))
+    cfg = Namespace(generation=generation(beam))
     device = torch.device("cpu")
     return decoding.build_models([checkpoint], text.task, {}, cfg, device, torch.float32)[0]
 
 
-def _generation(beam: int) -> Any:
+def generation(beam: int) -> Any:
+    """fairseq-generate's settings of its search."""
     return OmegaConf.structured(GenerationConfig(beam=beam))
 
 
@@ -128,66 +108,7 @@ def translations(engine: Any, text: Text) -> Dict[int, decoding.Hypothesis]:
 
 
 def by_fairseq(model: Any, text: Text, beam: int) -> Dict[int, decoding.Hypothesis]:
-    return translations(decoding.FairseqEngine(text.task, [model], _generation(beam), 1), text)
-
-
-def compare_with_stock(checkpoint: Checkpoint, text: Text, exported: Path, beam: int) -> float:
-    """Translations of the export by stock fairseq, in a process that has never seen the plugin.
-
-    Args:
-        checkpoint: translates here, in this process.
-
-    Returns:
-        the largest difference of two scores, in nats per token.
-
-    Raises:
-        ExportError: they are not the checkpoint's.
-    """
-    logger.info(f"translating {text.sentences} sentences with {checkpoint}")
-    expected = by_fairseq(build(checkpoint, text, beam), text, beam)
-    logger.info("translating them with the export, in stock fairseq without the plugin")
-    source, target = text.corpus.data.langs
-    command = [
-        *(sys.executable, "-W", "ignore", "-c", _STOCK, str(text.folder.resolve())),
-        *("--path", str(exported.resolve()), "--gen-subset", text.subset, "--beam", str(beam)),
-        *("--source-lang", source, "--target-lang", target, "--cpu", "--num-workers", "0"),
-        *("--max-tokens", str(_MAX_TOKENS), "--required-batch-size-multiple", "1"),
-        *("--max-source-positions", str(text.task.cfg.max_source_positions)),
-        *("--max-target-positions", str(text.task.cfg.max_target_positions)),
-        "--skip-invalid-size-inputs-valid-test",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=str(text.folder),
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    if done.returncode:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
-        raise ExportError(f"stock fairseq cannot use the export: {lines[-1][:500]}")
-    found = {}
-    for line in re.findall(r"^H-(.*)$", done.stdout.decode("utf-8"), re.MULTILINE):
-        i, score, words = line.split("\t", 2)
-        found[int(i)] = (float(score) * math.log(2), words)  # it prints them to base 2
-    if found.keys() != expected.keys():
-        raise ExportError(
-            f"stock fairseq translates {len(found)} sentences with the export, the checkpoint "
-            f"{len(expected)}"
-        )
-    for i, hypothesis in sorted(expected.items()):
-        if found[i][1] != hypothesis.subwords:
-            raise ExportError(
-                f"the export translates otherwise than the checkpoint: sentence {i} is "
-                f"{found[i][1]!r} with stock fairseq, {hypothesis.subwords!r} before"
-            )
-    difference = max(abs(found[i][0] - expected[i].score) for i in expected)
-    if not difference <= STOCK_TOLERANCE:
-        raise ExportError(
-            f"the export scores otherwise than the checkpoint: by up to {difference:.2g} per token"
-        )
-    return difference
+    return translations(decoding.FairseqEngine(text.task, [model], generation(beam), 1), text)
 
 
 @torch.no_grad()
@@ -204,39 +125,6 @@ def reference_scores(model: Any, text: Text) -> Dict[int, List[float]]:
     return found
 
 
-def compare_token_scores(
-    expected: Dict[int, List[float]], translator: Any, text: Text
-) -> Tuple[float, float]:
-    """References scored by CTranslate2.
-
-    Args:
-        expected: fairseq's ``reference_scores``.
-
-    Returns:
-        the largest and the mean difference, in nats per token.
-    """
-    ids = sorted(expected)
-    source, target = [
-        [databin.words(databin.decode(dictionary, side[i].tolist())) for i in ids]
-        for dictionary, side in (
-            (text.task.source_dictionary, text.corpus.source),
-            (text.task.target_dictionary, text.corpus.references or []),
-        )
-    ]
-    found = translator.score_batch(
-        source, target, max_batch_size=_MAX_TOKENS, batch_type="tokens", max_input_length=0
-    )
-    differences = []
-    for i, result in zip(ids, found):
-        if len(result.log_probs) != len(expected[i]):
-            raise ExportError(
-                f"CTranslate2 scores {len(result.log_probs)} tokens in reference {i}, fairseq "
-                f"{len(expected[i])}"
-            )
-        differences += [abs(a - b) for a, b in zip(expected[i], result.log_probs)]
-    return max(differences), sum(differences) / len(differences)
-
-
 def bleu(
     systems: Sequence[Dict[int, decoding.Hypothesis]], text: Text, detokenise: Callable[[str], str]
 ) -> Tuple[List[float], str]:
@@ -247,7 +135,7 @@ def bleu(
     """
     dictionary, ids = text.task.target_dictionary, sorted(systems[0])
     references = [
-        # an unknown word is nobody's hit
+        # an unknown symbol counts as wrong
         detokenise(dictionary.string(text.corpus.references[i], escape_unk=True))
         for i in ids
         if text.corpus.references is not None
@@ -258,77 +146,3 @@ def bleu(
         for found in systems
     ]
     return scores, str(metric.get_signature())
-
-
-def compare_with_ctranslate2(
-    checkpoint: Checkpoint,
-    stock: Dict[str, Any],
-    text: Text,
-    folder: Path,
-    quantization: str,
-    beam: int,
-    detokenise: Callable[[str], str],
-) -> Dict[str, Any]:
-    """A conversion has to be right to rounding in float32; what quantization costs is measured.
-
-    Args:
-        stock: what was converted.
-        folder: the conversion.
-
-    Returns:
-        differences of the references' token scores, in nats, and BLEU of both.
-
-    Raises:
-        ExportError: CTranslate2 says something else in float32.
-    """
-
-    def engine(model: Path) -> Any:
-        longest = stock["cfg"]["model"]["max_target_positions"]
-        generation = _generation(beam)
-        return decoding.CTranslate2Engine(
-            text.task,
-            model,
-            generation,
-            device="cpu",
-            compute_type="default",
-            max_positions=longest,
-        )
-
-    logger.info(f"scoring {text.sentences} references with {checkpoint} and CTranslate2")
-    model = build(checkpoint, text, beam)
-    expected = reference_scores(model, text)
-    with passing_folder(folder) as passing:
-        exact = folder
-        if quantization != "float32":
-            exact = Path(passing) / "float32"
-            convert(checkpoint, stock, exact)
-        largest, _ = compare_token_scores(expected, engine(exact).translator, text)
-    if not largest <= CTRANSLATE2_TOLERANCE:
-        raise ExportError(
-            f"CTranslate2 scores otherwise than fairseq, by up to {largest:.2g} per token in "
-            f"float32 ({CTRANSLATE2_TOLERANCE:.0e} at most was expected): it does not convert "
-            "this model as it is. --format fairseq takes any"
-        )
-    converted = engine(folder)
-    compute_type = converted.translator.compute_type
-    if not compute_type.startswith(quantization):
-        logger.warning(
-            "this CPU does not compute in {0}: the files are {0}, and are verified as {1}".format(
-                quantization, compute_type
-            )
-        )
-    logger.info(f"translating {text.sentences} sentences with {checkpoint} and CTranslate2")
-    differences = compare_token_scores(expected, converted.translator, text)
-    systems = [by_fairseq(model, text, beam), translations(converted, text)]
-    (before, after), signature = bleu(systems, text, detokenise)
-    return {
-        "sentences": text.sentences,
-        "compute_type": compute_type,
-        "max_token_difference_float32": largest,
-        "max_token_difference": differences[0],
-        "mean_token_difference": differences[1],
-        "bleu_fairseq": before,
-        "bleu": after,
-        "bleu_drop": before - after,
-        "bleu_signature": signature,
-    }

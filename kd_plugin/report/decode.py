@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .. import decoding
 from ..checkpoints import Role, lacking
 from ..decoding.databin import words
-from ..export.ctranslate2 import read_record, symbols_of
+from ..export import read_record, symbols_of
 from ..files import FileError, read_json, write_json
 from .systems import CTRANSLATE2, Model, System
 

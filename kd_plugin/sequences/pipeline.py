@@ -16,8 +16,7 @@ from omegaconf import OmegaConf, open_dict
 from .. import decoding
 from ..checkpoints import Checkpoint, Role, digest, parse_overrides
 from ..decoding import Corpus, DataBin, databin
-from ..export.ctranslate2 import export_ctranslate2
-from ..export.fairseq import ExportError
+from ..export import ExportError, export_ctranslate2
 from ..files import Busy, FileError, temporary
 from .choice import Choice, choose
 from .hypotheses import HypothesisStore

@@ -128,7 +128,7 @@ def test_ctranslate2(quantization, distilled, corpus, tmp_path):
     assert re.fullmatch(r"(b\d\d ?)+", printed.strip())
 
     again = exported(distilled.checkpoint, output, *more)
-    assert again.code == 1 and "is there already" in again.text
+    assert again.code == 1 and "already exists" in again.text
     exported(distilled.checkpoint, output, *more, "--overwrite", "--verify-sentences", 8).ok()
     assert json.loads((output / "kd_export.json").read_text())["verification"]["sentences"] == 8
     assert [file.name for file in tmp_path.iterdir()] == ["student"]

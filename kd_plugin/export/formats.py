@@ -1,0 +1,133 @@
+"""What a format of exported models is.
+
+A new one is a file with a subclass of ``Format``, and a line in ``pipeline.FORMATS``.
+"""
+
+import abc
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from ..checkpoints import Checkpoint, count_parameters
+from ..errors import UserError
+from .verify import Text
+
+
+class ExportError(UserError):
+    """A model that cannot be exported; the message says why and what to do."""
+
+
+class Model(NamedTuple):
+    """What is exported.
+
+    Attributes:
+        checkpoint: what it is made of; of several, their average.
+        stock: the same as a checkpoint of plain types for stock fairseq: ``fairseq.stock_state``.
+    """
+
+    checkpoint: Checkpoint
+    stock: Dict[str, Any]
+
+    @property
+    def languages(self) -> Tuple[str, str]:
+        task = self.stock["cfg"]["task"]
+        return task["source_lang"], task["target_lang"]
+
+    @property
+    def max_positions(self) -> Tuple[int, int]:
+        """Tokens of the longest source and target that it takes."""
+        options = self.stock["cfg"]["model"]
+        return options["max_source_positions"], options["max_target_positions"]
+
+    def parameters(self) -> Tuple[int, int]:
+        return count_parameters(self.stock["model"])
+
+
+class Proof(NamedTuple):
+    """What an export is compared on.
+
+    Attributes:
+        text: the sentences.
+        beam: of the translations that are compared.
+        post_process: what BLEU is scored without, as fairseq's ``--post-process``.
+    """
+
+    text: Text
+    beam: int
+    post_process: Optional[str]
+
+
+class Verdict(NamedTuple):
+    """How an export compares: in lines for the user, and in figures for the export's record."""
+
+    lines: List[str]
+    figures: Dict[str, Any]
+
+
+class Format(abc.ABC):
+    """One format. Options are its own flags' values, by name; absent where not given.
+
+    Attributes:
+        name: of ``--format``.
+        is_folder: whether the output is a folder; else it is a file.
+        sentences: how many to verify on unless told otherwise; 0 for all.
+        needs_references: whether those must have references.
+        flags: its own flags, with what argparse is told of each.
+    """
+
+    name: str
+    is_folder = False
+    sentences = 200
+    needs_references = False
+    flags: Mapping[str, Mapping[str, Any]] = {}
+
+    def faults(self, options: Mapping[str, Any]) -> List[str]:
+        """What is wrong with options, before any file of a model is opened."""
+        return []
+
+    def refuse(self, checkpoint: Checkpoint) -> None:  # noqa: B027
+        """Refuse models that the format does not take, before any work.
+
+        Raises:
+            ExportError: it is one, or what writes the format is not installed.
+        """
+
+    def adapt(self, model: Model, options: Mapping[str, Any]) -> Model:
+        """The model as its options ask for it."""
+        return model
+
+    @abc.abstractmethod
+    def write(self, model: Model, output: Path, options: Mapping[str, Any]) -> None:
+        """Write it as a new file or folder.
+
+        Raises:
+            ExportError: it cannot be written in this format.
+        """
+
+    @abc.abstractmethod
+    def verify(
+        self, model: Model, output: Path, options: Mapping[str, Any], proof: Proof
+    ) -> Verdict:
+        """Compare what was written with the checkpoint.
+
+        Raises:
+            ExportError: they are not the same.
+        """
+
+    def record(  # noqa: B027
+        self,
+        model: Model,
+        output: Path,
+        options: Mapping[str, Any],
+        paths: Sequence[str],
+        figures: Optional[Dict[str, Any]],
+    ) -> None:
+        """Write down what it was made of, and how it compares; None is unverified."""
+
+    def made(self, output: Path) -> bool:
+        """Whether an existing output is one of this format, so that another may replace it."""
+        return output.is_dir() == self.is_folder
+
+
+def flag_name(flag: str) -> str:
+    """The name by which the value of a flag is kept: ``max_positions`` of ``--max-positions``."""
+    return flag.lstrip("-").replace("-", "_")

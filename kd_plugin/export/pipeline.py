@@ -1,0 +1,250 @@
+"""From checkpoints to a model that goes without the plugin, and is proved to be the same one."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from fairseq.data import Dictionary, data_utils
+
+from ..checkpoints import Checkpoint, Role, average
+from ..decoding import DataBin
+from ..errors import Faults
+from ..files import temporary
+from . import fairseq
+from .ctranslate2 import CTranslate2Format
+from .fairseq import FairseqFormat
+from .formats import ExportError, Format, Model, Proof, flag_name
+from .verify import Text
+
+logger = logging.getLogger(__name__)
+
+ROLE = Role("model", "--trust-checkpoint", "--data")
+FORMATS: Dict[str, Format] = {
+    format.name: format for format in (FairseqFormat(), CTranslate2Format())
+}
+
+
+class Asked(NamedTuple):
+    """What is to be exported.
+
+    Attributes:
+        paths: the checkpoint, or several to average.
+        output: file or, where the format is one of folders, folder to write.
+        format: a name of ``FORMATS``.
+        options: of the format, by name: ``{"quantization": "int8"}``.
+        average: whether several checkpoints are meant to be averaged.
+        source_lang, target_lang: unless they are the checkpoint's.
+        overwrite: replace what is there, once the new one is good.
+        trust: open checkpoints with the full pickle machinery.
+        verify: compare the export with the checkpoint.
+        data: data-bin to verify on, unless it is the one that the checkpoint names.
+        subset: which sentences of it.
+        sentences: only the first so many; 0 for all, None as many as is usual for the format.
+        beam: of the translations that are compared.
+        post_process: what BLEU is scored without, as fairseq-generate has it.
+    """
+
+    paths: Sequence[str]
+    output: str
+    format: str = "fairseq"
+    options: Mapping[str, Any] = {}
+    average: bool = False
+    source_lang: Optional[str] = None
+    target_lang: Optional[str] = None
+    overwrite: bool = False
+    trust: bool = False
+    verify: bool = True
+    data: Optional[str] = None
+    subset: str = "valid"
+    sentences: Optional[int] = None
+    beam: int = 5
+    post_process: Optional[str] = None
+
+
+def make(asked: Asked) -> List[str]:
+    """Export a model; it gets its name once it is proved to be the same one.
+
+    Returns:
+        lines for the user: what was written, how large it is, how it compares.
+
+    Raises:
+        UserError: something does not fit, or the export is not the same model. Nothing of it
+            stays then, and what was there before does.
+    """
+    _refuse(asked)
+    format, output = FORMATS[asked.format], Path(asked.output)
+    if len(asked.paths) > 1:
+        checkpoint = average(asked.paths, ROLE, asked.trust)
+        logger.info(f"averaged {len(asked.paths)} checkpoints")
+    else:
+        checkpoint = Checkpoint.open(asked.paths[0], ROLE, asked.trust)
+    format.refuse(checkpoint)
+    langs = _languages(asked, checkpoint)
+    data, source, target = _dictionaries(asked, checkpoint, langs)
+    stock = fairseq.stock_state(checkpoint, source, target, langs)
+    model = format.adapt(Model(checkpoint, stock), asked.options)
+    lines = [f"exported {output}"]
+    with _proof(asked, model, data) as proof, _replacing(output, asked.overwrite) as new:
+        format.write(model, new, asked.options)
+        lines.append(_size(model, new))
+        figures = None
+        if proof is not None:
+            verdict = format.verify(model, new, asked.options, proof)
+            figures = verdict.figures
+            lines += [f"| {line}" for line in verdict.lines]
+        format.record(model, new, asked.options, asked.paths, figures)
+    if proof is None:
+        names = ":".join(asked.paths)
+        logger.warning(f"{output} is UNVERIFIED: nobody has compared it with {names}")
+    return lines
+
+
+def _refuse(asked: Asked) -> None:
+    """Flags that mean nothing together, and an output that would destroy something.
+
+    Raises:
+        ExportError: all of them.
+    """
+    faults = Faults()
+    if asked.format not in FORMATS:
+        raise ExportError(f"--format {asked.format}: expected one of {', '.join(FORMATS)}")
+    format, output = FORMATS[asked.format], Path(asked.output)
+    faults.check(
+        len(asked.paths) == 1 or asked.average,
+        f"--path names {len(asked.paths)} checkpoints: --average makes one model of them; an "
+        "ensemble cannot be exported",
+    )
+    for other in FORMATS.values():
+        for flag in other.flags:
+            faults.check(
+                flag in format.flags or asked.options.get(flag_name(flag)) is None,
+                f"{flag} needs --format {other.name}",
+            )
+        for fault in other.faults(asked.options):
+            faults.add(fault)
+    faults.check(asked.beam >= 1, "--beam must be 1 or more")
+    faults.check(
+        asked.sentences is None or asked.sentences >= 0,
+        "--verify-sentences must be 0 (all) or more",
+    )
+    faults.check(
+        output.resolve().parent.is_dir(), f"--output {output}: there is no folder {output.parent}"
+    )
+    faults.check(
+        not asked.data or os.path.isdir(asked.data), f"--data {asked.data}: there is no such folder"
+    )
+    written = os.path.realpath(asked.output) + os.sep
+    given = [value for value in asked.options.values() if isinstance(value, str)]
+    for name in (*asked.paths, asked.data, *filter(os.path.exists, given)):
+        if name and (os.path.realpath(name) + os.sep).startswith(written):
+            faults.add(f"--output {output} would overwrite {name}")
+    if output.exists():
+        if not asked.overwrite:
+            faults.add(f"--output {output} already exists; choose another, or --overwrite")
+        elif not format.made(output):
+            faults.add(
+                f"--output {output}: --overwrite replaces only what fairseq-kd-export --format "
+                f"{format.name} has made"
+            )
+    faults.raise_if_any(ExportError)
+
+
+def _languages(asked: Asked, checkpoint: Checkpoint) -> Tuple[str, str]:
+    found = checkpoint.languages
+    if not all(found):  # fairseq-train had them from the data's file names, and told nobody
+        folder = asked.data or checkpoint.data
+        if folder and os.path.isdir(folder):
+            found = data_utils.infer_language_pair(folder)
+    source, target = asked.source_lang or found[0], asked.target_lang or found[1]
+    if not (source and target):
+        raise ExportError(f"{checkpoint} names no languages: give --source-lang and --target-lang")
+    return source, target
+
+
+def _dictionaries(
+    asked: Asked, checkpoint: Checkpoint, langs: Tuple[str, str]
+) -> Tuple[Optional[DataBin], Dictionary, Dictionary]:
+    """The data to verify on, if there are any, and the model's dictionaries."""
+    found = checkpoint.dictionaries(langs)
+    data = None
+    if asked.data:
+        data = DataBin(asked.data, *langs)
+    elif checkpoint.data and asked.verify:
+        # what is missing there is told when it is needed
+        with contextlib.suppress(ValueError):
+            data = DataBin(checkpoint.data, *langs)
+    if found is None:
+        if data is None:
+            files = " and ".join(f"dict.{lang}.txt" for lang in langs)
+            raise ExportError(
+                f"{checkpoint}: its dictionaries were found nowhere; --data DIR names a folder "
+                f"with {files}"
+            )
+        return data, data.source, data.target
+    if data is not None:
+        for lang, mine, other in zip(langs, found, (data.source, data.target)):
+            if mine.symbols != other.symbols:
+                raise ExportError(
+                    f"{checkpoint}: dict.{lang}.txt in {data.folder} ({len(other)} symbols) is not "
+                    f"the model's, {found.origin} ({len(mine)} symbols); --data names a data-bin "
+                    "that was made with the model's dictionaries"
+                )
+    return data, found.source, found.target
+
+
+@contextlib.contextmanager
+def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Optional[Proof]]:
+    """What to verify on; None if that is not wanted."""
+    if not asked.verify:
+        yield None
+        return
+    if data is None:
+        raise ExportError(
+            f"no data to prove the export on: {model.checkpoint} names no data-bin that is there. "
+            "--data DIR names one; --no-verify exports without a proof"
+        )
+    format = FORMATS[asked.format]
+    count = format.sentences if asked.sentences is None else asked.sentences
+    with tempfile.TemporaryDirectory() as folder:
+        text = Text.cut(data, asked.subset, count, model.max_positions, Path(folder))
+        if format.needs_references and text.corpus.references is None:
+            raise ExportError(
+                f"{data.folder}: {asked.subset} has no references, and --format {format.name} is "
+                "verified on them"
+            )
+        yield Proof(text, asked.beam, asked.post_process)
+
+
+@contextlib.contextmanager
+def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Where to write; it becomes ``output`` if all goes well, and leaves nothing otherwise."""
+    new = temporary(output)
+    try:
+        yield new
+        if output.exists() and not overwrite:
+            raise ExportError(f"{output} already exists: it was made while this export ran")
+        if output.is_dir():
+            old = temporary(output)
+            os.replace(output, old)
+            os.replace(new, output)
+            shutil.rmtree(old)
+        else:
+            os.replace(new, output)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new)
+        elif new.exists():
+            new.unlink()
+
+
+def _size(model: Model, new: Path) -> str:
+    total, rest = model.parameters()
+    files = sorted(new.iterdir()) if new.is_dir() else [new]
+    return (
+        f"| {total:,} parameters, {rest:,} without embeddings, "
+        f"{sum(file.stat().st_size for file in files):,} bytes"
+    )
