@@ -286,7 +286,7 @@ def _scheduled(
         faults.check(valid(value), f"{flag} must be a number {expected}, got {value}")
         return schedules.constant(value)
     faults.check(value is None, f"{flag} {value} and {flag}-schedule {text} exclude each other")
-    with faults.collecting(ValueError):
+    with faults.collecting():
         return schedules.parse(text, flag + "-schedule", valid, expected)
     return schedules.constant(default)
 

@@ -131,7 +131,7 @@ def test_rate_and_size_of_the_queue_describe_themselves():
     )
     assert rate.valid(1) and not rate.valid(0) and not rate.valid(1.1)
     assert size.valid(1) and not size.valid(0)
-    assert "batch, global, teacher-entropy" in rate.help
+    assert "batch and global and teacher-entropy" in rate.help
 
 
 def run_rank(rank, address, results):

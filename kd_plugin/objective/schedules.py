@@ -3,6 +3,8 @@
 import math
 from typing import Callable, NamedTuple, Optional
 
+from ..errors import UserError
+
 
 class Schedule(NamedTuple):
     """A value at every update: ``start`` before the first, ``end`` from update ``steps`` on."""
@@ -36,7 +38,7 @@ def parse(text: str, flag: str, valid: Callable[[float], bool], expected: str) -
         valid: whether the scheduled thing can have the value FROM or TO; ``expected`` says it.
 
     Raises:
-        ValueError: anything else; names ``flag``.
+        UserError: anything else; names ``flag``.
     """
     parts = text.split(":")
     try:
@@ -46,7 +48,7 @@ def parse(text: str, flag: str, valid: Callable[[float], bool], expected: str) -
         if schedule.steps < 1 or not (valid(schedule.start) and valid(schedule.end)):
             raise ValueError
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"{flag} must be constant, linear:FROM:TO:STEPS or cosine:FROM:TO:STEPS with FROM and "
             f"TO {expected} and STEPS >= 1, got {text!r}"
         ) from None

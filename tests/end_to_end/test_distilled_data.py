@@ -399,7 +399,7 @@ def test_dictionaries_that_are_not_the_teachers(corpus, data, weak, tmp_path):
     options = write_dictionaries(tmp_path / "dictionaries", *both)
     shuffled = binarise(corpus.text, tmp_path / "data", *options)
     message = write_sequences(shuffled, weak, tmp_path / "no").refusal
-    assert "dictionary" in message and "--student-data" in message and "number 4 is" in message
+    assert "dictionary" in message and "--student-data" in message and "symbol 4 is" in message
 
 
 def test_bad_flags_are_named_together(data, weak, tmp_path):
