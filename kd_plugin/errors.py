@@ -55,7 +55,7 @@ class Faults:
         faults = Faults()
         faults.check(options.beam >= 1, f"--beam: expected 1 or more, got {options.beam}")
         with faults.collecting():
-            temperature = Schedule.parse(options.temperature)
+            overrides = parse_overrides(options.model_overrides, "--model-overrides")
         faults.raise_if_any()  # from here on, all of it holds
     """
 
