@@ -23,7 +23,6 @@ from .checkpoints import allow_fairseq_globals  # noqa: E402
 
 allow_fairseq_globals()
 
-from . import criterion  # noqa: E402, F401
-from .tasks import translation as task  # noqa: E402, F401
+from . import criterion, tasks  # noqa: E402, F401
 
 __version__ = "0.1.0"

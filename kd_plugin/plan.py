@@ -163,8 +163,8 @@ class Plan(NamedTuple):
         )
         faults.check(
             self.top_k != 1 or self.tail == "bucket",
-            "--kd-top-k 1 with --kd-tail renormalise leaves nothing to learn, the one symbol has "
-            "probability 1 on both sides: take --kd-tail bucket or more symbols",
+            "--kd-top-k 1 with --kd-tail renormalise leaves nothing to learn, because the one "
+            "symbol has probability 1 on both sides: take --kd-tail bucket or more symbols",
         )
         if self.divergence.of_logits:
             faults.check(
@@ -206,8 +206,8 @@ def read_teacher(task: Any) -> Optional[TeacherSettings]:
     dtype, on_cpu = choice_value(task.teacher_dtype), choice_value(task.teacher_device) == "cpu"
     faults.check(
         not on_cpu or dtype in ("same", "fp32"),
-        f"--teacher-device cpu runs the teacher in fp32; --teacher-dtype {dtype} cannot be had "
-        "there",
+        f"--teacher-device cpu runs the teacher in fp32; --teacher-dtype {dtype} is not "
+        "available there",
     )
     faults.raise_if_any()
     if not paths:
@@ -263,7 +263,7 @@ def _given(parameter: Parameter, criterion: Any, faults: Faults, applies: bool, 
     given = getattr(criterion, parameter.field)
     if given is None:
         return parameter.default
-    if faults.check(applies, f"{parameter.flag} means nothing with {where}"):
+    if faults.check(applies, f"{parameter.flag} has no effect with {where}"):
         faults.check(
             parameter.valid(given), f"{parameter.flag} must be {parameter.expected}, got {given}"
         )

@@ -66,14 +66,14 @@ def test_what_torch_cannot_allocate_is_one_sentence(capsys):
 def test_a_full_disk_keeps_what_a_command_can_go_on_from(capsys):
     full = OSError(errno.ENOSPC, "No space left on device", "f")
     assert ends(full) == 1
-    assert "run the same command again to go on" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert ends(full, resumable=False) == 1
     assert capsys.readouterr().err == "prog: [Errno 28] No space left on device: 'f'\n"
 
 
 def test_an_interruption_is_one_line(capsys):
     assert ends(KeyboardInterrupt()) == 130
-    assert capsys.readouterr().err == "prog: run the same command again to go on\n"
+    assert capsys.readouterr().err == "prog: run the same command again to continue\n"
     assert ends(KeyboardInterrupt(), resumable=False) == 130
     assert capsys.readouterr().err == "prog: interrupted\n"
 

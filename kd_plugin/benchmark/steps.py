@@ -34,7 +34,7 @@ class Steps:
     """Training steps of one student on the same batches, plain and with what teaches it.
 
     Args:
-        cfg: fairseq's configuration of a distilling training, with a teacher to run, a cache, or
+        cfg: fairseq's configuration of a distillation run, with a teacher to run, a cache, or
             both.
         batches: how many of its batches to take, from the shortest to the longest sentences.
     """

@@ -9,7 +9,6 @@ from omegaconf import open_dict
 
 from ..checkpoints import Role
 from ..errors import UserError
-from . import layout
 from .fill import fill, open_writer, summary_lines
 from .layout import CacheError
 
@@ -79,7 +78,7 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
                 "k": asked.k,
                 "temperatures": list(asked.temperatures),
                 **described,
-                **layout.describe_data(task, subset, combine),
+                **task.describe_data(subset, combine),
             },
             max_tokens=asked.max_tokens,
             max_sentences=asked.max_sentences,
@@ -92,7 +91,7 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
         else:
             print(
                 f"{writer.folder}: shard {asked.shard_id} of {asked.num_shards} is done; the last "
-                "one to end merges them",
+                "one to finish merges them",
                 flush=True,
             )
     return made

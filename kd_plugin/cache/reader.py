@@ -36,7 +36,7 @@ class CachedSubset:
         found = layout.data_differences(data, self.manifest)
         if found:
             raise CacheError(
-                f"the cache {self.folder} was made from something else than what it is used with: "
+                f"the cache {self.folder} was made from something other than what it is used with: "
                 f"{'; '.join(found)}. Use it with its own data, dictionaries and settings, or "
                 "make a new one with fairseq-kd-cache."
             )

@@ -95,7 +95,7 @@ class Checkpoint:
         if role.trust:
             advice = (
                 " If you know where this file comes from and trust it, "
-                f"{role.trust} opens it all the same."
+                f"{role.trust} opens it anyway."
             )
         try:
             opened = cls._of(path, role, _load(path, trust))

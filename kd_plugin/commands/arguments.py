@@ -207,14 +207,14 @@ def exit_code(prog: str, work: Callable[[], Any], *, resumable: bool = True) -> 
         message = str(error)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         if full and resumable:
-            message += ". What is written is kept: run the same command again to go on."
+            message += ". What has been written is kept: run the same command again to continue."
     except (MemoryError, RuntimeError) as error:
         reason = out_of_memory(error)
         if reason is None:
             raise
         message = reason
     except KeyboardInterrupt:
-        advice = "run the same command again to go on" if resumable else "interrupted"
+        advice = "run the same command again to continue" if resumable else "interrupted"
         print(f"{prog}: {advice}", file=sys.stderr)
         return INTERRUPTED
     print(f"{prog}: {printable(message)}", file=sys.stderr)

@@ -143,21 +143,21 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _configuration(training: List[str]) -> Any:
-    """fairseq's configuration of a distilling training."""
+    """fairseq's configuration of a distillation run."""
     training = ["--task", "kd_translation", "--criterion", CRITERION, *training]
     accept_user_dir(training)
     arch = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     arch.add_argument("--arch", "-a")
     if arch.parse_known_args(training)[0].arch is None:
         make_parser().error(  # fairseq's error says nothing
-            "expected the arguments of a distilling training, and got no --arch of a student"
+            "expected the arguments of a distillation run, and got no --arch of a student"
         )
     parser = fairseq_options.get_training_parser()
     cfg = convert_namespace_to_omegaconf(fairseq_options.parse_args_and_arch(parser, training))
     if cfg.task._name != "kd_translation" or cfg.criterion._name != CRITERION:
         make_parser().error(  # fairseq's would print its hundreds of flags first
-            "expected the arguments of a distilling training (--task kd_translation --criterion "
-            f"{CRITERION}); plain steps are timed beside it anyway"
+            "expected the arguments of a distillation run (--task kd_translation --criterion "
+            f"{CRITERION}); plain steps are timed as well"
         )
     return cfg
 

@@ -6,11 +6,13 @@ from typing import List, Optional
 
 from fairseq import options as fairseq_options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.tasks import TASK_REGISTRY
 
 from .. import cache, decoding
 from ..cache import CacheError
 from ..checkpoints import parse_overrides
 from ..errors import Faults
+from ..tasks.distillation import Distillation
 from .arguments import Help, add_trust, run_like_fairseq, shard_of_process
 
 PROG = "fairseq-kd-cache"
@@ -80,8 +82,9 @@ def _refuse(options: argparse.Namespace) -> None:
         options.path, "--path: expected the teacher's checkpoint, or several with ':' between"
     )
     faults.check(
-        options.task == "kd_translation",
-        "--task must be kd_translation, whatever the teacher was trained with",
+        issubclass(TASK_REGISTRY.get(options.task, object), Distillation),
+        "--task must be kd_translation, or another task with a teacher, whatever the teacher was "
+        "trained with",
     )
     faults.check(
         not getattr(options, "amp", False), "--amp is for training: give --fp16, --bf16 or neither"

@@ -33,9 +33,9 @@ def make_parser() -> argparse.ArgumentParser:
         choices=tuple(FORMATS),
         help="software that will open the model",
     )
-    for format in FORMATS.values():
-        for flag, what in format.flags.items():
-            add(flag, **what)
+    flags = {flag: what for format in FORMATS.values() for flag, what in format.flags.items()}
+    for flag, what in flags.items():
+        add(flag, **{**what, "default": None})  # None: not given, as formats expect
     add("-s", "--source-lang", metavar="SRC", help="language (default: the checkpoint's)")
     add("-t", "--target-lang", metavar="TRG", help="language (default: the checkpoint's)")
     add(

@@ -199,7 +199,7 @@ class CTranslate2Engine:
             ]
         improbable = [i for i, nbest in found.items() if not math.isfinite(nbest[0].score)]
         if improbable:
-            raise _no_translation(improbable, "CTranslate2 scores them so")
+            raise _no_translation(improbable, "CTranslate2's scores are not finite")
         return found
 
 

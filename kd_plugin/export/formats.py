@@ -124,8 +124,11 @@ class Format(abc.ABC):
         """Write down what it was made of, and how it compares; None is unverified."""
 
     def made(self, output: Path) -> bool:
-        """Whether an existing output is one of this format, so that another may replace it."""
-        return output.is_dir() == self.is_folder
+        """Whether an existing output is one of this format, so that another may replace it.
+
+        Unless told otherwise, of a folder format only an empty folder is.
+        """
+        return not any(output.iterdir()) if output.is_dir() else not self.is_folder
 
 
 def flag_name(flag: str) -> str:

@@ -99,7 +99,7 @@ def make(asked: Asked) -> List[str]:
         format.record(model, new, asked.options, asked.paths, figures)
     if proof is None:
         names = ":".join(asked.paths)
-        logger.warning(f"{output} is UNVERIFIED: nobody has compared it with {names}")
+        logger.warning(f"{output} is UNVERIFIED: it was not compared with {names}")
     return lines
 
 
@@ -204,8 +204,8 @@ def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Opti
         return
     if data is None:
         raise ExportError(
-            f"no data to prove the export on: {model.checkpoint} names no data-bin that is there. "
-            "--data DIR names one; --no-verify exports without a proof"
+            f"no data to verify the export on: {model.checkpoint} names no data-bin that is there. "
+            "--data DIR names one; --no-verify exports unverified"
         )
     format = FORMATS[asked.format]
     count = format.sentences if asked.sentences is None else asked.sentences

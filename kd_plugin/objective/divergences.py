@@ -41,7 +41,6 @@ SKEW = Parameter(
     expected="at least 0, below 1",
     meaning="first distribution's share of the mixture in skew-kl and skew-reverse-kl",
 )
-PARAMETERS = (BETA, SKEW)
 
 
 class Distribution(NamedTuple):
@@ -195,6 +194,7 @@ DIVERGENCES = (
     ),
 )
 NAMES = tuple(one.name for one in DIVERGENCES)
+PARAMETERS = tuple(dict.fromkeys(one.parameter for one in DIVERGENCES if one.parameter))
 # the help of --kd-divergence
 HELP = "divergence between teacher p and student q, m a mixture of both: " + "; ".join(
     f"{one.name}, {one.summary}" for one in DIVERGENCES

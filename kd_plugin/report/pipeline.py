@@ -320,7 +320,7 @@ def _notes(results: _Results) -> List[str]:
     if len({run for one in good for run in one.runs}) > 1:
         notes.append(
             "The passes come from several runs of the command, so they did not all take turns: "
-            "speeds compare less well."
+            "speeds are less comparable."
         )
     if any(len(seconds) > asked.repeats for one in good for seconds in one.seconds.values()):
         notes.append(f"Some models were timed in more than {asked.repeats} passes.")

@@ -38,7 +38,7 @@ class Candidates:
         similarity: Callable[[str, str], float],
     ) -> None:
         self.hypotheses, self.reference = hypotheses, reference
-        self._to_text, self._similarity = to_text, similarity
+        self._to_text, self.similarity = to_text, similarity
         self._texts: Dict[int, str] = {}
         self._closeness: Dict[int, float] = {}
 
@@ -54,7 +54,7 @@ class Candidates:
         """Similarity of hypothesis ``i`` to the reference, 0 to 100."""
         assert self.reference is not None
         if i not in self._closeness:
-            self._closeness[i] = self._similarity(self.text(i), self.reference)
+            self._closeness[i] = self.similarity(self.text(i), self.reference)
         return self._closeness[i]
 
 
@@ -67,6 +67,7 @@ class Selector(NamedTuple):
         values: of each hypothesis; the highest is chosen.
         needs_references: whether they are compared with references.
         needs_several: whether one hypothesis leaves nothing to choose.
+        uses_metric: whether the values depend on ``--metric``, which compares running text.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Selector(NamedTuple):
     values: Callable[[Candidates], Sequence[float]]
     needs_references: bool = False
     needs_several: bool = False
+    uses_metric: bool = False
 
 
 def _rank(candidates: Candidates) -> List[float]:
@@ -94,6 +96,7 @@ SELECTORS = {
             _closeness,
             needs_references=True,
             needs_several=True,
+            uses_metric=True,
         ),
     )
 }
@@ -141,6 +144,10 @@ class Choice(NamedTuple):
     @property
     def selector(self) -> Selector:
         return SELECTORS[self.select]
+
+    @property
+    def uses_metric(self) -> bool:
+        return self.selector.uses_metric or self.min_closeness is not None
 
     @property
     def needs_references(self) -> bool:

@@ -108,8 +108,8 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         store.clean_up()
     elif not _translate(asked, cfg, task, corpus, teacher=teacher, store=store, output=output):
         print(
-            f"{folder}: shard {asked.shard_id} of {asked.num_shards} is done; the last one to end "
-            "writes the data",
+            f"{folder}: shard {asked.shard_id} of {asked.num_shards} is done; the last one to "
+            "finish writes the data",
             flush=True,
         )
         return None
@@ -173,7 +173,7 @@ def _settings(asked: Asked, cfg: Any, header: Dict[str, Any], student: Student) 
     return {
         "hypotheses": header,
         "select": choice.select,
-        "metric": choice.metric if choice.needs_references else None,
+        "metric": choice.metric if choice.uses_metric else None,
         "filters": dict(choice.filters._asdict()),
         "min_closeness": choice.min_closeness,
         "min_score_quantile": choice.min_score_quantile,
@@ -193,7 +193,7 @@ def _refuse_subwords(asked: Asked, cfg: Any, data: DataBin) -> None:
     """Subwords that would be compared, or encoded anew, as if they were words."""
     if asked.student_spm:
         flag = "--student-spm"
-    elif asked.choice.selector.needs_references:
+    elif asked.choice.selector.uses_metric:
         flag = f"--select {asked.choice.select}"
     elif asked.choice.min_closeness is not None:
         flag = "--min-closeness"

@@ -50,9 +50,9 @@ def probe(teacher: Teacher, dataset: Any, student: Student, subset: str) -> None
         raise TeacherError(
             f"the teacher knows nothing of this data: on {len(chosen)} sentences of {subset} its "
             f"nll_loss is {bits:.2f} bits per token, a uniform guess over the "
-            f"{len(student.target)} symbols has {guess:.2f}. Likely causes: its vocabulary has "
-            "another order than the dictionaries found for it (--teacher-data), it translates in "
-            "another direction, or its subword model is another one."
+            f"{len(student.target)} symbols has {guess:.2f}. Likely causes: its vocabulary is "
+            "in a different order from the dictionaries found for it (--teacher-data), it "
+            "translates in the other direction, or it uses a different subword model."
         )
 
 

@@ -60,8 +60,8 @@ class Needs(NamedTuple):
         reasons = []
         if k == 1 and self.rest_at is None:
             reasons.append(
-                "one symbol with --kd-tail renormalise leaves nothing to learn, it has probability "
-                "1 on both sides: take --kd-tail bucket, or cache more symbols"
+                "one symbol with --kd-tail renormalise leaves nothing to learn, because it has "
+                "probability 1 on both sides: take --kd-tail bucket, or cache more symbols"
             )
         if self.top_k > k:
             reasons.append(f"--kd-top-k {self.top_k} is more than the {k} of the cache")
@@ -219,8 +219,8 @@ class CachedTeacher(NoTeacher):
     def _check(self, cache: CachedSubset) -> None:
         if self.cache is not None and not self.cache.compatible_with(cache):
             raise CacheError(
-                f"the caches {cache.folder} and {self.cache.folder} are not of the same teachers, "
-                "top k and temperatures: make one of them again"
+                f"the caches {cache.folder} and {self.cache.folder} were not made with the same "
+                "teachers, top k and temperatures: make one of them again"
             )
         unmet = self.needs.unmet(cache.k, cache.temperatures, cache.whole)
         if unmet:

@@ -224,7 +224,7 @@ def test_what_the_command_refuses(options, words, data, teacher, tmp_path):
     run = write_cache(data, teacher, tmp_path / "cache", *options, tool=tool)
     assert run.code == 1 and "Traceback" not in run.text
     (line,) = [s for s in run.text.splitlines() if s.startswith("fairseq-kd-cache: ")]
-    assert words in line and "What is written is kept" not in line
+    assert words in line and "What has been written is kept" not in line
     assert not list(tmp_path.rglob("manifest.json"))
 
 
