@@ -11,7 +11,7 @@ from fairseq import utils
 from torch import Tensor
 from tqdm import tqdm
 
-from ..objective.answer import RunningAnswer, not_finite_teacher, rows_ahead, rows_at_once
+from ..objective.answer import NotFiniteTeacherError, rows_ahead, rows_at_once
 from .layout import CacheError
 from .writer import CacheWriter, teacher_rows
 
@@ -150,15 +150,12 @@ def rows_of_batch(
             here = slice(start, start + size)
             part = block_answer.rows(here)
             if part.bad().any():
-                _refuse(answer, block[here][part.bad()], ids, target.size(1))
+                bad = block[here][part.bad()]
+                error = NotFiniteTeacherError(answer.not_finite(bad), bad)
+                raise error.naming(batch["id"], target.size(1))
             references = target.flatten()[block[here]]
             parts.append(teacher_rows(part, references, header["k"], header["temperatures"]))
     return {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
-
-
-def _refuse(answer: RunningAnswer, bad: Tensor, ids: np.ndarray, width: int) -> None:
-    sentences = sorted({int(ids[row // width]) for row in bad.tolist()})
-    raise not_finite_teacher(" and ".join(answer.not_finite(bad)), sentences)
 
 
 def _in_order(real: Tensor, ids: np.ndarray, plan: np.ndarray) -> Tensor:
