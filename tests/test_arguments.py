@@ -3,6 +3,8 @@
 import argparse
 import errno
 import importlib
+import os
+import sys
 
 import pytest
 import torch
@@ -107,6 +109,25 @@ def test_flags_that_fairseq_refuses(more, told, capsys):
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "command, rest",
+    [
+        ("benchmark", ["data", "--arch", "transformer"]),
+        ("cache", ["data", "--cache", "c", "--path", "t.pt"]),
+        ("report", ["data", "--output", "out", "--models", "a=a.pt"]),
+        ("sequences", ["data", "--output", "out", "--path", "t.pt"]),
+    ],
+)
+@pytest.mark.parametrize("folder", ["no/such/folder", "no/such/kd_plugin"])
+def test_a_user_dir_that_is_not_there(command, rest, folder, capsys, monkeypatch):
+    """From a command line, where fairseq imports it as soon as a parser is made."""
+    module = importlib.import_module("kd_plugin.commands." + command)
+    monkeypatch.setattr(sys, "argv", [module.PROG, *rest, "--user-dir", folder])
+    assert module.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{module.PROG}: --user-dir: no such folder: {os.path.abspath(folder)}"
+
+
 # refusals
 
 
@@ -125,6 +146,27 @@ def test_unsupported_flags_are_all_named_at_once():
         "--beam must be 1 or more, got 0",
         "--batch-size must be 1 or more, got -2",
     ]
+
+
+@pytest.mark.parametrize(
+    "flags, environment, gpus, expected",
+    [
+        ((1, 0, 7), {}, 2, 7),  # the user's own: decoding.placement refuses it
+        ((4, 3, 7), {}, 2, 7),
+        ((1, 0, 1), dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0"), 2, 1),
+        ((1, 0, 0), dict(WORLD_SIZE="8", RANK="5", LOCAL_RANK="5"), 2, 1),  # they share GPUs
+        ((1, 0, 0), dict(WORLD_SIZE="8", RANK="5", LOCAL_RANK="5"), 0, 0),
+        ((1, 0, 7), {}, 0, 0),
+    ],
+)
+def test_the_gpu_of_a_process(flags, environment, gpus, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    options = argparse.Namespace(**dict(zip(("num_shards", "shard_id", "device_id"), flags)))
+    assert arguments.shard_of_process(options).device_id == expected
 
 
 def test_a_rank_that_is_no_number(monkeypatch):

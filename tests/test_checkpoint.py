@@ -397,6 +397,17 @@ def test_average_is_summed_in_float64(trained):
     assert average(paths, AVERAGED).weights["w"].item() == pytest.approx(2.0**-30 / 3, rel=1e-6)
 
 
+def test_average_of_tied_float64_weights(trained):
+    """Two names of one storage: adding to one must not add to the other."""
+    paths = []
+    for value in (1.0, 3.0):
+        weight = torch.full((2,), value, dtype=torch.float64)
+        tied = OrderedDict(embedding=weight, projection=weight)
+        paths.append(trained(str(int(value)), weight, model=tied))
+    for weight in average(paths, AVERAGED).weights.values():
+        assert weight.tolist() == [2.0, 2.0]
+
+
 def test_average_holds_one_checkpoint_at_a_time_without_its_optimizer(trained, monkeypatch):
     paths = [trained(str(i), torch.zeros(10)) for i in range(5)]
     alive = []

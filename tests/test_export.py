@@ -108,7 +108,8 @@ def opened(path, data):
 
 def text_of(data, folder):
     folder.mkdir()
-    return verification.Text.cut(DataBin(str(data), *LANGS), "valid", 0, (64, 64), folder)
+    bins = DataBin(str(data), *LANGS)
+    return verification.Text.cut(bins, "valid", 0, max_positions=(64, 64), folder=folder)
 
 
 def assert_generates_the_same(path, stock, data, tmp_path):
@@ -310,6 +311,16 @@ def test_averaging(data, tmp_path, capsys):
     assert not (tmp_path / "no.pt").exists()
 
 
+def test_averaging_is_refused_before_all_are_read(data, tmp_path, capsys):
+    """What CTranslate2 does not take is told of the first checkpoint: the second is not there."""
+    paths = f"{made(data, tmp_path / 'lstm.pt', OTHERS['lstm'])}:absent.pt"
+    arguments = ("--path", paths, "--average", "--output", tmp_path / "no", "--no-verify")
+    code, error = run(capsys, *arguments, "--format", "ctranslate2")
+    last = error.strip().split("\n")[-1]
+    assert code == 1 and "'lstm'" in last and "absent.pt" not in last
+    assert not (tmp_path / "no").exists()
+
+
 def test_averaging_refuses_models_that_are_not_of_one_kind(data, tmp_path, capsys):
     """Weights of the same names and shapes, of which no mean makes sense."""
     one = made(data, tmp_path / "one.pt", TRANSFORMER)
@@ -446,13 +457,13 @@ def test_nothing_to_verify_on(data, tmp_path, capsys):
     state["cfg"]["task"]["data"] = str(tmp_path / "gone")
     torch.save(state, str(path))
     code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt")
-    assert code == 1 and "found nowhere" in error and "--data" in error
+    assert code == 1 and "its dictionaries were not found; --data DIR" in error
     assert "TAKEN TO BE" not in error and "teacher" not in error
     for lang in LANGS:
         name = f"dict.{lang}.txt"
         (tmp_path / name).write_text((data / name).read_text())
     code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt")
-    assert code == 1 and "--data DIR names one; --no-verify" in error
+    assert code == 1 and "names no existing data-bin. --data DIR names one; --no-verify" in error
     code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt", "--no-verify")
     assert code == 0 and "UNVERIFIED" in error
 

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+import uuid
 import weakref
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_plugin.errors import UserError
-from kd_plugin.files import FileError
+from kd_plugin.files import FileError, locked
 from kd_plugin.objective.answer import Member, RunningAnswer
 from kd_plugin.report import compare, curves, decode, draw, named, pick, read_models
 from kd_plugin.report import pipeline as build
@@ -497,6 +498,85 @@ def test_without_a_teacher_that_can_be_compared_no_student_is(monkeypatch):
     results = build._Results(build.Asked(models, models[0], models[1], None, "out"), None, {}, {})
     reason = "the teacher cannot be compared: it failed"
     assert build._differences(results) == ({}, {"a": reason, "b": reason})
+
+
+def test_workers_of_ctranslate2_are_part_of_what_is_kept(tmp_path, monkeypatch):
+    """Measured with another number of them, its speed is another; fairseq's is not."""
+    folder, checkpoint = tmp_path / "ct2", tmp_path / "a.pt"
+    folder.mkdir()
+    for path in (folder / "model.bin", checkpoint):
+        path.write_bytes(b"x")
+    cfg = SimpleNamespace(
+        common=SimpleNamespace(cpu=True, fp16=False, bf16=False),
+        distributed_training=SimpleNamespace(device_id=0),
+    )
+    corpus = SimpleNamespace(data=SimpleNamespace(folder=tmp_path))
+    data = build._TestSet(cfg, None, corpus, [], [], True)
+
+    def settings_with(workers, path):
+        monkeypatch.setattr(build, "threads", lambda: workers, raising=False)
+        return build._model_settings(Model("m", str(path), str(tmp_path)), data)
+
+    assert settings_with(1, folder) != settings_with(2, folder)
+    # as ever, so that what was measured before stays
+    assert settings_with(1, checkpoint) == settings_with(2, checkpoint)
+    assert set(settings_with(1, checkpoint)) == {"model", "model_data"}
+
+
+# the folder
+
+
+def hexadecimal(name):
+    return f"{name}.{uuid.uuid4().hex}.new"
+
+
+def test_only_what_a_kill_of_ours_has_left_is_removed(tmp_path):
+    ours = tmp_path / "ours"
+    for inner in ("measured/0a", "translations", "notes"):
+        (ours / inner).mkdir(parents=True)
+    left = [
+        ours / hexadecimal("report.md"),
+        ours / "measured" / "0a" / hexadecimal("teacher.json"),
+        ours / "translations" / hexadecimal("teacher.txt"),
+    ]
+    (ours / "settings.json").write_text("{}")
+    others = [
+        ours / "draft.new",
+        ours / "notes" / "draft.new",
+        ours / "translations" / "b.new",
+        ours / "notes" / hexadecimal("report.md"),
+    ]
+    for path in left + others:
+        path.write_text("x")
+    (ours / "folder.new").mkdir()
+    (ours / hexadecimal("folder")).mkdir()
+    with build._prepared(ours, {}, False):
+        assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
+
+
+def test_a_folder_of_other_files_named_new_is_refused(tmp_path):
+    (tmp_path / "draft.new").write_text("x")
+    with pytest.raises(UserError, match="files that this command did not write"):
+        with build._prepared(tmp_path, {}, False):
+            pass
+    assert (tmp_path / "draft.new").read_text() == "x"
+
+
+def test_after_an_error_the_folder_is_free(tmp_path, monkeypatch):
+    models = [Model(name, name, "data") for name in ("teacher", "a")]
+    asked = build.Asked(models, models[0], models[1], None, str(tmp_path))
+
+    def fail(*_):
+        raise UserError("no model could be judged")
+
+    monkeypatch.setattr(build, "_read", lambda asked: None)
+    monkeypatch.setattr(build, "_settings", lambda data: {})
+    monkeypatch.setattr(build, "_measure", fail)
+    with pytest.raises(UserError, match="could be judged") as kept:
+        build.make(asked)
+    locked(tmp_path / ".lock").close()
+    assert kept.value.__traceback__ is not None  # which would keep the lock's file open
 
 
 # pages

@@ -42,7 +42,8 @@ def peak_of_another_process(arguments: Sequence[str]) -> int:
         universal_newlines=True,
     )
     if done.returncode != 0:
-        raise UserError(f"measuring the peak memory failed:\n{done.stderr}")
+        # the reason is at the end; what is too long for a message is cut there
+        raise UserError(f"measuring the peak memory failed:\n{done.stderr[-3000:].strip()}")
     return int(done.stdout.split()[-1])
 
 

@@ -1,8 +1,9 @@
 """What whole training steps cost, plain and with what teaches the student."""
 
+import contextlib
 import tempfile
 from copy import deepcopy
-from typing import Any, Callable, Dict, Iterable, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
 from ..cache import rows_of_batch
+from ..errors import UserError
 from ..flags import RUN_TEACHER
 from ..tasks.translation import KDTranslationConfig, KDTranslationTask
 from ..timing import Timings, peak_memory
@@ -36,6 +38,9 @@ class Steps:
         cfg: fairseq's configuration of a distillation run, with a teacher to run, a cache, or
             both.
         batches: how many of its batches to take, from the shortest to the longest sentences.
+
+    Raises:
+        UserError: by all methods, where fairseq cannot set up such a training.
     """
 
     def __init__(self, cfg: Any, batches: int) -> None:
@@ -105,8 +110,9 @@ class Steps:
             if temperature is not None:
                 cfg.criterion.kd_temperature = temperature
         utils.set_torch_seed(cfg.common.seed)
-        task = (KDTranslationTask if with_teacher else TranslationTask).setup_task(cfg.task)
-        model = task.build_model(cfg.model)
+        with _refusing_as_fairseq():
+            task = (KDTranslationTask if with_teacher else TranslationTask).setup_task(cfg.task)
+            model = task.build_model(cfg.model)
         if with_teacher:
             criterion = task.build_criterion(cfg.criterion)
         else:
@@ -189,6 +195,23 @@ class Steps:
                         file.write(array.tobytes())
 
         return work
+
+
+@contextlib.contextmanager
+def _refusing_as_fairseq() -> Iterator[None]:
+    """Flags and data that fairseq refuses, by an assertion or an error of no special kind.
+
+    Raises:
+        UserError: instead of these errors; others, which are mistakes of ours, pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) not in (Exception, ValueError, AssertionError, NotImplementedError):
+            raise
+        raise UserError(
+            f"fairseq cannot set up this training: {str(error) or repr(error)}"
+        ) from error
 
 
 def _stock_criterion(task: Any, cfg: Any) -> LabelSmoothedCrossEntropyCriterion:

@@ -1,10 +1,11 @@
 """One model of several checkpoints of a training: the mean of their weights."""
 
 import re
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
+from ..errors import Faults
 from .checkpoint import Checkpoint, CheckpointError
 from .roles import Role
 
@@ -16,10 +17,18 @@ _NOT_COMPUTED = re.compile(
 _MOST_NAMED = 5  # differences in a message
 
 
-def average(paths: Sequence[str], role: Role, trust: bool = False) -> Checkpoint:
+def average(
+    paths: Sequence[str],
+    role: Role,
+    trust: bool = False,
+    refuse: Optional[Callable[[Checkpoint], None]] = None,
+) -> Checkpoint:
     """The mean of several checkpoints' weights, summed in float64, in the first one's dtypes.
 
     They are read one after the other, so that there is one at a time in memory besides the sum.
+
+    Args:
+        refuse: called with the first checkpoint before the others are read; may raise.
 
     Returns:
         the last checkpoint, with these weights.
@@ -29,21 +38,26 @@ def average(paths: Sequence[str], role: Role, trust: bool = False) -> Checkpoint
             same options, for the same languages, symbols and parameters.
     """
     first = Checkpoint.open(paths[0], role, trust)
+    if refuse is not None:
+        refuse(first)
     dtypes = {name: weight.dtype for name, weight in first.weights.items()}
     total = {
-        name: weight.double() if weight.is_floating_point() else weight
+        # copied also where they are float64: tied weights share storage, to be added to once
+        name: weight.to(torch.float64, copy=True) if weight.is_floating_point() else weight
         for name, weight in first.weights.items()
     }
     shapes, model = _shapes(first), _Model.of(first)
     first = last = first.with_weights({})
     for path in paths[1:]:
         last = Checkpoint.open(path, role, trust)
-        faults = model.differences(_Model.of(last))
+        faults = Faults()
+        for difference in model.differences(_Model.of(last)):
+            faults.add(difference)
         different = _differing(shapes, _shapes(last))
-        if different:
-            faults.append(f"they differ in {len(different)} parameters: {_some(different)}")
-        if faults:
-            raise CheckpointError(f"{first} and {last} cannot be averaged: {'; '.join(faults)}")
+        faults.check(
+            not different, f"they differ in {len(different)} parameters: {_some(different)}"
+        )
+        faults.raise_if_any(CheckpointError, f"{first} and {last} cannot be averaged: ")
         for name, summed in total.items():
             if dtypes[name].is_floating_point:
                 summed += last.weights[name]

@@ -46,7 +46,7 @@ def run_like_fairseq(
     given = sys.argv[1:] if arguments is None else arguments
 
     def work() -> None:
-        accept_user_dir(given)
+        import_user_dir(given)
         run(parse_like_fairseq(make_parser(), given))
 
     return exit_code(prog, work)
@@ -56,7 +56,7 @@ def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) ->
     """Parse fairseq's flags, the task's included; unlike fairseq's own, --help shows these, too.
 
     Raises:
-        UserError: fairseq refuses a flag, or cannot import --user-dir.
+        UserError: fairseq refuses a flag.
     """
     help_wanted = {"-h", "--help"} & set(arguments)
     if help_wanted:
@@ -73,14 +73,18 @@ def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) ->
     rest = [argument for argument in arguments if argument not in help_wanted]
     try:
         return fairseq_options.parse_args_and_arch(parser, rest, modify_parser=modify)
-    except FileNotFoundError as error:  # fairseq's has the path alone
-        raise UserError(f"--user-dir: no such folder: {error}") from error
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         raise UserError(f"fairseq refuses these arguments: {error}") from error
 
 
-def accept_user_dir(arguments: List[str]) -> None:
-    """Let --user-dir name any copy of this plugin; fairseq refuses a second folder of its name."""
+def import_user_dir(arguments: List[str]) -> None:
+    """Import --user-dir before fairseq does, which happens as soon as a parser is made.
+
+    It may name any copy of this plugin; fairseq refuses a second folder of the same name.
+
+    Raises:
+        UserError: there is no such folder, or it cannot be imported.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--user-dir")
     user_dir = parser.parse_known_args(arguments)[0].user_dir
@@ -88,6 +92,12 @@ def accept_user_dir(arguments: List[str]) -> None:
     if user_dir and os.path.basename(folder) == "kd_plugin":
         imported: Any = getattr(utils.import_user_module, "memo", set())
         utils.import_user_module.memo = imported | {folder}
+    try:
+        utils.import_user_module(argparse.Namespace(user_dir=user_dir))
+    except FileNotFoundError as error:  # fairseq's has the path alone
+        raise UserError(f"--user-dir: no such folder: {error}") from error
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--user-dir {user_dir} cannot be imported: {error}") from error
 
 
 def add_trust(add: Callable[..., Any], **options: Any) -> None:
@@ -111,25 +121,30 @@ class Shard(NamedTuple):
 def shard_of_process(options: Any) -> Shard:
     """The shard of fairseq's flags or, without them, the rank that torchrun or srun gives.
 
-    A batch script that SLURM runs has no step; only what it starts with srun has.
+    A batch script that SLURM runs has no step; only what it starts with srun has. Ranks that
+    outnumber the GPUs share them; a --device-id of the user's stays as it is.
 
     Raises:
         UserError: a rank in the environment is not a number.
     """
-    found = Shard(options.num_shards, options.shard_id, options.device_id)
+    gpus = torch.cuda.device_count()
+    given = Shard(options.num_shards, options.shard_id, options.device_id if gpus else 0)
+    if given.num_shards > 1:
+        return given
     for names in (
         ("WORLD_SIZE", "RANK", "LOCAL_RANK"),
         ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     ):
-        if found.num_shards == 1 and all(name in os.environ for name in names):
+        if all(name in os.environ for name in names):
             try:
                 found = Shard(*(int(os.environ[name]) for name in names))
             except ValueError as error:
                 raise UserError(
                     f"the environment's {', '.join(names)}: expected integers ({error})"
                 ) from None
-    gpus = torch.cuda.device_count()
-    return found._replace(device_id=found.device_id % gpus if gpus else 0)
+            if found.num_shards > 1:
+                return found._replace(device_id=found.device_id % max(gpus, 1))
+    return given
 
 
 # Refusing

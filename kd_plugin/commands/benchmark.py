@@ -5,25 +5,23 @@ and distilled, and the teacher's forward pass. Without any it times the objectiv
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, List, Optional
 
 import torch
 from fairseq import options as fairseq_options
 from fairseq.dataclass.configs import OptimizationConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
-from tqdm import tqdm
 
 from .. import benchmark
 from ..checkpoints import DTYPES
 from ..flags import CRITERION, KDLabelSmoothedCrossEntropyCriterionConfig
 from ..tasks.translation import KDTranslationConfig
-from .arguments import Help, accept_user_dir, exit_code
+from .arguments import Help, exit_code, import_user_dir, parse_like_fairseq
 
 PROG = "fairseq-kd-benchmark"
 
@@ -96,39 +94,20 @@ def run(arguments: List[str]) -> None:
         assert steps is not None
         print(steps.peak_memory(options.peak_memory_of))
         return
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if steps is not None and steps.cfg.common.cpu:
-        device = torch.device("cpu")
-    measured: Dict[str, Any] = {"machine": benchmark.describe(device)}
-    machine = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
-    print(machine + "\n", flush=True)
-    # Each table is shown as soon as it is measured: the whole may take long.
-    if options.rows > 0:
-        measured["objective"] = []
-        for vocabulary in options.vocabularies:
-            costs = benchmark.objective_costs(
-                rows=options.rows,
-                vocabulary=vocabulary,
-                repeats=options.repeats,
-                device=device,
-                dtype=DTYPES[options.objective_dtype],
-                every_divergence=options.every_divergence,
-            )
-            measured["objective"].append(costs)
-            print(benchmark.objective_table(costs), flush=True)
-    if steps is not None:
-        measured["steps"] = steps.costs(options.repeats)
-        print(benchmark.step_tables(measured["steps"]), flush=True)
-        peaks = {}
-        for name in tqdm(measured["steps"]["costs"], desc="peak memory", unit="process"):
-            peaks[name] = benchmark.peak_of_another_process(
-                ["-m", "kd_plugin.commands.benchmark", *arguments, "--peak-memory-of", name]
-            )
-        print(benchmark.memory_table(peaks), flush=True)
-        measured["peak_memory"] = peaks
-    if options.output:
-        Path(options.output).write_text(json.dumps(measured, indent=2) + "\n")
+    on_cpu = steps is not None and steps.cfg.common.cpu
+    benchmark.make(
+        benchmark.Asked(
+            device=torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu"),
+            repeats=options.repeats,
+            vocabularies=options.vocabularies if options.rows > 0 else (),
+            rows=options.rows,
+            dtype=DTYPES[options.objective_dtype],
+            every_divergence=options.every_divergence,
+            steps=steps,
+            peak_command=("-m", "kd_plugin.commands.benchmark", *arguments, "--peak-memory-of"),
+            output=options.output,
+        )
+    )
 
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +124,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
 def _configuration(training: List[str]) -> Any:
     """fairseq's configuration of a distillation run."""
     training = ["--task", "kd_translation", "--criterion", CRITERION, *training]
-    accept_user_dir(training)
+    import_user_dir(training)
     arch = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     arch.add_argument("--arch", "-a")
     if arch.parse_known_args(training)[0].arch is None:
@@ -153,7 +132,7 @@ def _configuration(training: List[str]) -> Any:
             "expected the arguments of a distillation run, and got no --arch of a student"
         )
     parser = fairseq_options.get_training_parser()
-    cfg = convert_namespace_to_omegaconf(fairseq_options.parse_args_and_arch(parser, training))
+    cfg = convert_namespace_to_omegaconf(parse_like_fairseq(parser, training))
     if cfg.task._name != "kd_translation" or cfg.criterion._name != CRITERION:
         make_parser().error(  # fairseq's would print its hundreds of flags first
             "expected the arguments of a distillation run (--task kd_translation --criterion "

@@ -1,4 +1,4 @@
-"""``fairseq-kd-export``: a model that goes without the plugin, and is proved to be the same one.
+"""``fairseq-kd-export``: a model that works without the plugin, verified to be the same.
 
 Writes a checkpoint for stock fairseq, or a folder for CTranslate2; averages checkpoints first if
 wanted. What it has written is compared with the checkpoint before it gets its name.

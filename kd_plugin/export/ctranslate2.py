@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from .. import decoding
 from ..checkpoints import Checkpoint, digest
 from ..decoding import databin
+from ..errors import Faults
 from ..files import FileError, naming, passing_folder, read_json, write_json
 from . import verify
 from .fairseq import model_arguments, shortened, stock_state, write
@@ -93,7 +94,7 @@ class CTranslate2Format(Format):
         self, model: Model, output: Path, options: Mapping[str, Any], proof: Proof
     ) -> Verdict:
         post_process = proof.post_process or ("sentencepiece" if options.get("spm") else None)
-        found = compare(model, output, _quantization(options), proof, post_process)
+        found = compare(model, output, _quantization(options), proof, post_process=post_process)
         found.update(subset=proof.text.subset, beam=proof.beam, remove_bpe=post_process)
         lines = [
             f"verified in CTranslate2 {_ctranslate2().__version__}: tokens of "
@@ -113,6 +114,7 @@ class CTranslate2Format(Format):
         output: Path,
         options: Mapping[str, Any],
         paths: Sequence[str],
+        *,
         figures: Optional[Dict[str, Any]],
     ) -> None:
         total, rest = model.parameters()
@@ -142,6 +144,7 @@ def export_ctranslate2(
     source: Dictionary,
     target: Dictionary,
     langs: Tuple[str, str],
+    *,
     folder: Path,
 ) -> None:
     """Write a checkpoint as a new folder that CTranslate2 opens, in float32; unverified.
@@ -161,24 +164,30 @@ def check(checkpoint: Checkpoint) -> None:
     """
     converter = _ctranslate2().converters.fairseq
     args = model_arguments(checkpoint)
-    faults = []
+    faults = Faults()
     try:
         converter._get_model_spec(args)
     except AttributeError:
         pass  # another version of CTranslate2, which refuses while it converts
     except Exception as error:
-        faults = re.findall(r"^- (.*)$", str(error), re.MULTILINE) or [str(error)]
+        for reason in re.findall(r"^- (.*)$", str(error), re.MULTILINE) or [str(error)]:
+            faults.add(" ".join(reason.split()))
     if not faults:  # options that it does not look at
         for name in ("adaptive_input", "cross_self_attention", "no_cross_attention"):
-            if getattr(args, name, False):
-                faults.append(f"Option --{name.replace('_', '-')} is not supported")
-        if getattr(args, "adaptive_softmax_cutoff", None):
-            faults.append("Option --adaptive-softmax-cutoff is not supported")
+            faults.check(
+                not getattr(args, name, False),
+                f"Option --{name.replace('_', '-')} is not supported",
+            )
+        faults.check(
+            not getattr(args, "adaptive_softmax_cutoff", None),
+            "Option --adaptive-softmax-cutoff is not supported",
+        )
         for name in ("decoder_input_dim", "decoder_output_dim"):
-            if getattr(args, name, args.decoder_embed_dim) != args.decoder_embed_dim:
-                faults.append(f"Option --{name.replace('_', '-')} must be as --decoder-embed-dim")
-    if faults:
-        raise _not_taken(checkpoint, "; ".join(faults))
+            faults.check(
+                getattr(args, name, args.decoder_embed_dim) == args.decoder_embed_dim,
+                f"Option --{name.replace('_', '-')} must be as --decoder-embed-dim",
+            )
+    faults.raise_if_any(ExportError, _cannot_take(checkpoint))
 
 
 def convert(model: Model, folder: Path, quantization: str = "float32") -> None:
@@ -209,8 +218,8 @@ def convert(model: Model, folder: Path, quantization: str = "float32") -> None:
         except OSError:
             raise
         except Exception as error:
-            reason = str(error).strip() or type(error).__name__
-            raise _not_taken(model.checkpoint, reason) from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ExportError(_cannot_take(model.checkpoint) + reason) from error
 
 
 def compare_token_scores(
@@ -247,7 +256,7 @@ def compare_token_scores(
 
 
 def compare(
-    model: Model, folder: Path, quantization: str, proof: Proof, post_process: Optional[str]
+    model: Model, folder: Path, quantization: str, proof: Proof, *, post_process: Optional[str]
 ) -> Dict[str, Any]:
     """A conversion has to be right to rounding in float32; what quantization costs is measured.
 
@@ -288,7 +297,7 @@ def compare(
         raise ExportError(
             f"CTranslate2's scores are not fairseq's: they differ by up to {largest:.2g} per token "
             f"in float32 ({TOLERANCE:.0e} at most was expected), so it does not convert this model "
-            "as it is. --format fairseq takes any"
+            "as it is. --format fairseq takes any of them"
         )
     converted = engine(folder)
     compute_type = converted.translator.compute_type
@@ -367,11 +376,8 @@ def _ctranslate2() -> Any:
     return ctranslate2
 
 
-def _not_taken(checkpoint: Checkpoint, reason: str) -> ExportError:
-    return ExportError(
-        f"CTranslate2 {_ctranslate2().__version__} cannot take {checkpoint}: "
-        f"{' '.join(reason.split())}"
-    )
+def _cannot_take(checkpoint: Checkpoint) -> str:
+    return f"CTranslate2 {_ctranslate2().__version__} cannot take {checkpoint}: "
 
 
 def _write_symbols(symbols: List[str], path: str) -> None:

@@ -160,7 +160,7 @@ def stock_state(
 def shortened(stock: Dict[str, Any], longest: int) -> Dict[str, Any]:
     """A ``stock_state`` for sentences of at most so many tokens, with no positions beyond.
 
-    CTranslate2 writes them all down in float32, sinusoidal ones too: a fifth of a small model.
+    CTranslate2 writes them all down in float32, sinusoidal ones too: a sixth of a small model.
     """
     model, weights = dict(stock["cfg"]["model"]), dict(stock["model"])
     for side, module in (("source", "encoder"), ("target", "decoder")):

@@ -119,6 +119,7 @@ class Format(abc.ABC):
         output: Path,
         options: Mapping[str, Any],
         paths: Sequence[str],
+        *,
         figures: Optional[Dict[str, Any]],
     ) -> None:
         """Write down what it was made of, and how it compares; None is unverified."""

@@ -1,4 +1,4 @@
-"""From checkpoints to a model that goes without the plugin, and is proved to be the same one."""
+"""From checkpoints to a model that works without the plugin, verified to be the same."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ from fairseq.data import Dictionary, data_utils
 
 from ..checkpoints import Checkpoint, Role, average
 from ..decoding import DataBin
-from ..errors import Faults
+from ..errors import Faults, UserError
 from ..files import temporary
 from . import fairseq
 from .ctranslate2 import CTranslate2Format
@@ -66,7 +66,7 @@ class Asked(NamedTuple):
 
 
 def make(asked: Asked) -> List[str]:
-    """Export a model; it gets its name once it is proved to be the same one.
+    """Export a model; it gets its name once it is verified to be the same.
 
     Returns:
         lines for the user: what was written, how large it is, how it compares.
@@ -78,11 +78,11 @@ def make(asked: Asked) -> List[str]:
     _refuse(asked)
     format, output = FORMATS[asked.format], Path(asked.output)
     if len(asked.paths) > 1:
-        checkpoint = average(asked.paths, ROLE, asked.trust)
+        checkpoint = average(asked.paths, ROLE, asked.trust, format.refuse)
         logger.info(f"averaged {len(asked.paths)} checkpoints")
     else:
         checkpoint = Checkpoint.open(asked.paths[0], ROLE, asked.trust)
-    format.refuse(checkpoint)
+        format.refuse(checkpoint)
     langs = _languages(asked, checkpoint)
     data, source, target = _dictionaries(asked, checkpoint, langs)
     stock = fairseq.stock_state(checkpoint, source, target, langs)
@@ -96,7 +96,7 @@ def make(asked: Asked) -> List[str]:
             verdict = format.verify(model, new, asked.options, proof)
             figures = verdict.figures
             lines += [f"| {line}" for line in verdict.lines]
-        format.record(model, new, asked.options, asked.paths, figures)
+        format.record(model, new, asked.options, asked.paths, figures=figures)
     if proof is None:
         names = ":".join(asked.paths)
         logger.warning(f"{output} is UNVERIFIED: it was not compared with {names}")
@@ -175,13 +175,13 @@ def _dictionaries(
         data = DataBin(asked.data, *langs)
     elif checkpoint.data and asked.verify:
         # what is missing there is told when it is needed
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UserError):
             data = DataBin(checkpoint.data, *langs)
     if found is None:
         if data is None:
             files = " and ".join(f"dict.{lang}.txt" for lang in langs)
             raise ExportError(
-                f"{checkpoint}: its dictionaries were found nowhere; --data DIR names a folder "
+                f"{checkpoint}: its dictionaries were not found; --data DIR names a folder "
                 f"with {files}"
             )
         return data, data.source, data.target
@@ -204,13 +204,15 @@ def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Opti
         return
     if data is None:
         raise ExportError(
-            f"no data to verify the export on: {model.checkpoint} names no data-bin that is there. "
+            f"no data to verify the export on: {model.checkpoint} names no existing data-bin. "
             "--data DIR names one; --no-verify exports unverified"
         )
     format = FORMATS[asked.format]
     count = format.sentences if asked.sentences is None else asked.sentences
     with tempfile.TemporaryDirectory() as folder:
-        text = Text.cut(data, asked.subset, count, model.max_positions, Path(folder))
+        text = Text.cut(
+            *(data, asked.subset, count), max_positions=model.max_positions, folder=Path(folder)
+        )
         if format.needs_references and text.corpus.references is None:
             raise ExportError(
                 f"{data.folder}: {asked.subset} has no references, and --format {format.name} is "

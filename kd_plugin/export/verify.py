@@ -38,6 +38,7 @@ class Text(NamedTuple):
         data: decoding.DataBin,
         subset: str,
         sentences: int,
+        *,
         max_positions: Tuple[int, int],
         folder: Path,
     ) -> "Text":

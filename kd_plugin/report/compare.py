@@ -146,12 +146,15 @@ def buckets(tokens: Tokens, counts: np.ndarray, end: int) -> Dict[str, List[Buck
     lengths = np.zeros(int(tokens.sentence.max(initial=0)) + 1, dtype=np.int64)
     np.add.at(lengths, tokens.sentence, 1)
     is_end = tokens.symbol == end
-    frequency = _split(tokens.only(~is_end), counts[tokens.symbol[~is_end]], _COUNTS, 0, "{:,}")
+    words = tokens.only(~is_end)
+    frequency = _split(words, counts[words.symbol], _COUNTS, least=0, write="{:,}")
     return {
         "frequency": frequency + _unless_empty(Bucket.of("end of sentence", tokens.only(is_end))),
-        "position": _split(tokens, tokens.position, _POSITIONS, 1, "{}"),
-        "length": _split(tokens, lengths[tokens.sentence], _LENGTHS, 1, "{}"),
-        "entropy": _split(tokens, tokens.entropy, _ENTROPIES, 0, "{:g}", whole=False),
+        "position": _split(tokens, tokens.position, _POSITIONS, least=1, write="{}"),
+        "length": _split(tokens, lengths[tokens.sentence], _LENGTHS, least=1, write="{}"),
+        "entropy": _split(
+            *(tokens, tokens.entropy, _ENTROPIES), least=0, write="{:g}", whole=False
+        ),
     }
 
 
@@ -159,6 +162,7 @@ def _split(
     tokens: Tokens,
     values: np.ndarray,
     ends: Sequence[float],
+    *,
     least: float,
     write: str,
     whole: bool = True,

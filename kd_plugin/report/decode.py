@@ -334,7 +334,6 @@ class _Decoder:
             )
             self.positions = [one.max_positions() for one in self.model]
             del checkpoints
-        self.device_index = cfg.distributed_training.device_id
         plan = decoding.plan(
             self.task,
             corpus,
@@ -373,7 +372,7 @@ class _Decoder:
                 self.model,
                 generation,
                 device=self.device.type,
-                device_index=self.device_index,
+                device_index=self.device.index or 0,
                 compute_type="default",
                 max_positions=self.positions[0][1],
             )

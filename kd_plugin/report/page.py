@@ -25,7 +25,7 @@ _CAPTIONS = {
 
 
 class Table(NamedTuple):
-    """A table of the report, with what stands below it.
+    """A table of the report, with the sentences below it.
 
     Attributes:
         notes: sentences; ``failures`` are those that a reader must not miss.
@@ -289,8 +289,8 @@ def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
         parts.append(f"<h2>Sentences where {e(name)} is farthest from its teacher</h2>")
         parts.append(
             '<p class="note">Each token of the reference with its KL in bits: the redder, the '
-            "larger. Where the two disagree, what the teacher (T) and the student (S) predicted "
-            "stands below.</p>"
+            "larger. Where the two disagree, the predictions of teacher (T) and student (S) are "
+            "shown below.</p>"
         )
         parts += [
             _sentence(sentence, "" if i else " open")
@@ -312,10 +312,10 @@ def _html_table(table: Table) -> str:
 
 
 def _picture(name: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode("ascii")
+    data, caption = base64.b64encode(png).decode("ascii"), html.escape(_CAPTIONS[name])
     return (
-        '<figure><img alt="{0}" src="data:image/png;base64,{1}"><figcaption>{0}</figcaption>'
-        "</figure>".format(html.escape(_CAPTIONS[name]), data)
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -333,28 +333,20 @@ def _sentence(sentence: Dict[str, Any], opened: str) -> str:
     )
     tokens = "".join(map(_token, sentence["tokens"]))
     return (
-        "<details{}><summary>sentence {}, {:.2f} bits per token: "
-        '<span dir="auto">{}</span></summary><dl>{}</dl>'
-        '<div class="tokens">{}</div></details>'.format(
-            *(opened, sentence["number"], sentence["kl"], e(sentence["reference"] or "")),
-            *(texts, tokens),
-        )
+        f"<details{opened}><summary>sentence {sentence['number']}, {sentence['kl']:.2f} bits per "
+        f"token: <span dir=\"auto\">{e(sentence['reference'] or '')}</span></summary>"
+        f'<dl>{texts}</dl><div class="tokens">{tokens}</div></details>'
     )
 
 
 def _token(token: Dict[str, Any]) -> str:
+    e = html.escape
     shade = min(token["kl"] / 8, 1) * 0.75  # a divergence of 8 bits is as red as it gets
-    differ = token["teacher"] != token["student"]
+    teacher, student = e(token["teacher"]), e(token["student"])
+    predictions = ""
+    if teacher != student:
+        predictions = f"<small>T <bdi>{teacher}</bdi><br>S <bdi>{student}</bdi></small>"
     return (
-        '<span class="token" style="background:rgba(213,94,0,{:.2f})"><bdi>{}</bdi>'
-        "<small>{:.2f}</small>{}</span>".format(
-            shade,
-            html.escape(token["symbol"]),
-            token["kl"],
-            "<small>T <bdi>{}</bdi><br>S <bdi>{}</bdi></small>".format(
-                html.escape(token["teacher"]), html.escape(token["student"])
-            )
-            if differ
-            else "",
-        )
+        f'<span class="token" style="background:rgba(213,94,0,{shade:.2f})">'
+        f"<bdi>{e(token['symbol'])}</bdi><small>{token['kl']:.2f}</small>{predictions}</span>"
     )

@@ -7,7 +7,7 @@ import math
 import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -17,15 +17,9 @@ from omegaconf import OmegaConf
 from .. import decoding
 from ..checkpoints import Checkpoint
 from ..decoding import databin
+from ..decoding.engines import threads
 from ..errors import UserError
-from ..files import (
-    UNFINISHED,
-    all_or_nothing,
-    differences,
-    locked,
-    read_json,
-    write_json,
-)
+from ..files import all_or_nothing, differences, leftovers, locked, read_json, write_json
 from ..teachers import Student, Teacher, TeacherSettings
 from ..timing import Quartiles
 from . import compare, page
@@ -47,7 +41,9 @@ class Asked(NamedTuple):
         models: the models to judge.
         teacher: the model that the others are students of.
         baseline: the model that significance is tested against.
-        options: fairseq-generate's, parsed; the test set, the search and the device are theirs.
+        options: fairseq-generate's, parsed, which name the test set, the search and the device.
+            Not fairseq's ``cfg``, as the other pipelines take it: that is made of them anew for
+            each model, with the model's data and path.
         output: folder to write: ``report.json``, ``.md``, ``.html``, PNG files, ``translations``.
         beam: of the search; with ``greedy``, beam 1 beside it.
         repeats: passes over the data that are timed.
@@ -131,7 +127,14 @@ def make(asked: Asked) -> Dict[str, Any]:
     data = _read(asked)
     folder = Path(asked.output)
     settings = _settings(data)
-    lock = _prepare(folder, settings, asked.overwrite)
+    with _prepared(folder, settings, asked.overwrite):
+        return _make(asked, data, curves, settings)
+
+
+def _make(
+    asked: Asked, data: _TestSet, curves: Dict[str, Any], settings: Dict[str, Any]
+) -> Dict[str, Any]:
+    folder = Path(asked.output)
     # each set of settings has its folder: the results of an earlier report stay until the end
     kept = folder / _MEASURED / _digest(settings)
     results = _measure(asked, data, settings, kept)
@@ -159,7 +162,6 @@ def make(asked: Asked) -> Dict[str, Any]:
         if path != kept:
             shutil.rmtree(path)
     write_json(folder / _SETTINGS, settings)
-    lock.close()
     return report
 
 
@@ -227,12 +229,16 @@ def _settings(data: _TestSet) -> Dict[str, Any]:
 
 
 def _model_settings(model: Model, data: _TestSet) -> Dict[str, Any]:
-    """What its translations depend on beside that: its files, and its own data-bin's."""
+    """What they depend on beside that: the model's files, its own data-bin's, its workers."""
     own = {}
     if _has_own_data(model, data):
         bins = decoding.DataBin(model.data, *data.corpus.data.langs)
         own = decoding.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
-    return {"model": model.fingerprint(), "model_data": own}
+    found: Dict[str, Any] = {"model": model.fingerprint(), "model_data": own}
+    device, _ = decoding.placement(data.cfg, data.cfg.distributed_training.device_id)
+    if model.kind == CTRANSLATE2 and device.type == "cpu":
+        found["ctranslate2_workers"] = threads()
+    return found
 
 
 def _has_own_data(model: Model, data: _TestSet) -> bool:
@@ -243,8 +249,9 @@ def _digest(settings: Dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
-    """Make the folder and lock it.
+@contextlib.contextmanager
+def _prepared(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Iterator[None]:
+    """The folder, made, locked for as long as it is written, and without what kills have left.
 
     Raises:
         UserError: it holds a report of other settings, or files of somebody else.
@@ -252,7 +259,28 @@ def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: expected a folder, found a file")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = locked(folder / ".lock")
+    with locked(folder / ".lock"):
+        left = [path for path in leftovers(folder) if path.is_file()]
+        _refuse_others(folder, settings, overwrite, left)
+        for inner in (folder / _TRANSLATIONS, *(folder / _MEASURED).glob("*")):
+            if inner.is_dir():
+                left += [path for path in leftovers(inner) if path.is_file()]
+        for path in left:
+            path.unlink()
+        yield
+
+
+def _refuse_others(
+    folder: Path, settings: Dict[str, Any], overwrite: bool, left: Sequence[Path]
+) -> None:
+    """Refuse a folder that this command has not written with these settings.
+
+    Args:
+        left: what kills have left there, which does not count.
+
+    Raises:
+        UserError: it is one.
+    """
     if (folder / _SETTINGS).is_file():
         found = read_json(folder / _SETTINGS)
         different = differences(settings, found, settings)
@@ -265,15 +293,12 @@ def _prepare(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Any:
         ours = {".lock", _MEASURED}
         if (folder / _MEASURED).is_dir():  # killed before the settings, which come last
             ours |= {_TRANSLATIONS, *_PICTURES, *_PAGES}
-        names = {path.name for path in folder.iterdir()} - ours
-        if not all(name.endswith(UNFINISHED) for name in names):
+        others = {path.name for path in folder.iterdir()} - ours - {path.name for path in left}
+        if others:
             raise UserError(
                 f"--output {folder} holds files that this command did not write: choose another "
                 "folder"
             )
-    for left in folder.rglob("*" + UNFINISHED):
-        left.unlink()
-    return lock
 
 
 # Quality and cost
@@ -524,7 +549,7 @@ def _difference(
         "all": compare.Bucket.of("all", tokens)._asdict(),
         "by": {kind: [bucket._asdict() for bucket in own] for kind, own in buckets.items()},
         "farthest": [
-            _sentence(i, tokens, data, teacher[i], student[i])
+            _sentence(i, tokens, data, teacher=teacher[i], student=student[i])
             for i in compare.farthest(tokens, asked.examples)
         ],
     }
@@ -546,7 +571,12 @@ def _counts(data: _TestSet) -> np.ndarray:
 
 
 def _sentence(
-    i: int, tokens: compare.Tokens, data: _TestSet, teacher: Optional[str], student: Optional[str]
+    i: int,
+    tokens: compare.Tokens,
+    data: _TestSet,
+    *,
+    teacher: Optional[str],
+    student: Optional[str],
 ) -> Dict[str, Any]:
     own = tokens.only(tokens.sentence == i)
     symbols = data.task.target_dictionary.symbols

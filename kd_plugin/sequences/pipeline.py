@@ -351,7 +351,7 @@ def convert_for_ctranslate2(checkpoint: Checkpoint, task: Any, folder: Path) -> 
     langs = task.cfg.source_lang, task.cfg.target_lang
     try:
         dictionaries = task.source_dictionary, task.target_dictionary
-        export_ctranslate2(checkpoint, *dictionaries, langs, new)
+        export_ctranslate2(checkpoint, *dictionaries, langs, folder=new)
         with contextlib.suppress(OSError):  # another process was first
             os.replace(new, folder)
     except ExportError as error:

@@ -17,7 +17,8 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from fairseq.tasks.translation import TranslationConfig
 
 from kd_plugin import benchmark
-from kd_plugin.benchmark.machine import peak_allocated
+from kd_plugin.benchmark import pipeline
+from kd_plugin.benchmark.machine import peak_allocated, peak_of_another_process
 from kd_plugin.commands import benchmark as command
 from kd_plugin.criterion import KDLabelSmoothedCrossEntropyCriterionConfig
 from kd_plugin.errors import UserError
@@ -187,7 +188,7 @@ def test_another_training_is_refused(other, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("data-bin", "--cpu"), ["distilling training", "--arch"]),
+        (("data-bin", "--cpu"), ["a distillation run", "--arch"]),
         (("--rows", "0", "--output", "nowhere/x.json"), ["nowhere/x.json", "no such folder"]),
         (("--vocabularies", "8k"), ["--vocabularies", "8000,32000", "'8k'"]),
         (("--vocabularies", "8000,1"), ["--vocabularies", "above 1"]),
@@ -219,7 +220,7 @@ def test_what_ends_it_is_one_sentence(fault, code, shown, capsys, monkeypatch):
     def fail(**asked):
         raise fault
 
-    monkeypatch.setattr(benchmark, "objective_costs", fail)
+    monkeypatch.setattr(pipeline, "objective_costs", fail)
     assert command.main(["--rows", "8", "--vocabularies", "12"]) == code
     error = capsys.readouterr().err
     assert "Traceback" not in error and "\x1b" not in error and "\x07" not in error
@@ -231,8 +232,27 @@ def test_what_a_failing_process_says_is_escaped():
     """The peak memory is measured in processes of their own, whose words end up in a message."""
     script = "import sys; sys.exit('arch evil\x1b[2J')"
     with pytest.raises(UserError) as failed:
-        benchmark.peak_of_another_process(["-c", script])
+        peak_of_another_process(["-c", script])
     assert "peak memory" in str(failed.value) and "\x1b" not in str(failed.value)
+
+
+def test_of_a_failing_process_the_last_lines_are_shown():
+    """A traceback says at its end what went wrong; what came before may be long."""
+    script = "import sys; print('first', 'x' * 9000, file=sys.stderr); sys.exit('the reason')"
+    with pytest.raises(UserError) as failed:
+        peak_of_another_process(["-c", script])
+    assert str(failed.value).endswith("x\nthe reason") and "first" not in str(failed.value)
+
+
+def test_a_student_that_fairseq_cannot_build(data, teacher, tmp_path, capsys):
+    """In one sentence: two dictionaries cannot share their embeddings."""
+    training = support.kd_arguments(data, teacher, tmp_path, "--share-all-embeddings")
+    assert command.main([*map(str, training), "--rows", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("fairseq-kd-benchmark: fairseq cannot set up this training: ")
+    assert "--share-all-embeddings requires a joined dictionary" in last
 
 
 @pytest.mark.parametrize(
