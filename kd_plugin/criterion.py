@@ -29,7 +29,6 @@ from .objective import (
     Selection,
     Terms,
     distillation_objective,
-    not_finite_teacher,
 )
 from .plan import Plan
 from .teachers import Step
@@ -39,7 +38,7 @@ from .teachers import Step
 class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
     def __init__(self, cfg: KDLabelSmoothedCrossEntropyCriterionConfig, task: Any) -> None:
         super().__init__(task)
-        self.plan = Plan.read(task.cfg, cfg, len(task.target_dictionary))
+        self.plan = Plan.read(cfg, task)
         self.selection = self.plan.new_selection()
         self.sentence_avg = cfg.sentence_avg
         self.ignore_prefix_size = cfg.ignore_prefix_size
@@ -105,9 +104,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
                 settings,
             )
         except NotFiniteTeacherError as error:
-            sentences = torch.div(error.rows, target.size(1), rounding_mode="floor").unique()
-            ids = sample["id"][sentences.to(sample["id"].device)]
-            raise not_finite_teacher(error.teachers, ids.tolist()) from None
+            raise error.naming(sample["id"], target.size(1)) from None
 
     def _sums(self, terms: Terms) -> Dict[str, Any]:
         """What is logged: sums over tokens and their counts, the same keys on every rank."""

@@ -1,31 +1,27 @@
 """Files that are whole or not there, locks, and reading what a command has written.
 
-This is the one place that knows what systems differ in. Linux has all that is used here, and is
-what the tests run on; macOS has it, too. Without file locks (Windows, some network file systems)
-everything works but the refusal of a second process that writes the same files.
+On file systems without locks (some network file systems) everything works but the refusal of a
+second process that writes the same files.
 """
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import struct
-import tempfile
 import uuid
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Sequence
 
 from .errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
-
 UNFINISHED = ".new"  # what a kill in the middle of writing a whole file leaves behind
-_TEMPORARY = re.compile(rf".+\.[0-9a-f]+{re.escape(UNFINISHED)}(\..+)?")
+# A name of ``temporary``, also where an ending was put behind it: nobody else writes such names
+_TEMPORARY = re.compile(rf".+\.[0-9a-f]{{32}}{re.escape(UNFINISHED)}(\..+)?")
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +50,9 @@ def temporary(path: Path) -> Path:
 
 
 def leftovers(folder: Path) -> List[Path]:
-    """Files and folders with a ``temporary`` name: what kills have left behind there."""
+    """What kills have left directly in a folder: files and folders with a ``temporary`` name."""
+    if not folder.is_dir():
+        return []
     return [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
 
 
@@ -67,9 +65,15 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def passing_folder(path: Path) -> Any:
-    """A folder for what is needed while a path is made: beside it, and named after it."""
-    return tempfile.TemporaryDirectory(UNFINISHED, path.name + ".", str(path.parent))
+@contextlib.contextmanager
+def passing_folder(path: Path) -> Iterator[str]:
+    """A folder for what is needed while a path is made: beside it, with a ``temporary`` name."""
+    folder = temporary(path)
+    folder.mkdir(mode=0o700)
+    try:
+        yield str(folder)
+    finally:
+        remove(folder)
 
 
 def write_json(path: Path, content: Dict[str, Any]) -> None:
@@ -90,10 +94,16 @@ def naming(path: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading_binarised(what: Any) -> Iterator[None]:
+def reading_binarised(
+    what: Any, advice: str = "Binarise it again with fairseq-preprocess"
+) -> Iterator[None]:
     """Data that a kill or a full disk cut short: fairseq says only which number did not fit.
 
     Its index is read first, and no sentence is missed before it is asked for; so ask for the last.
+
+    Args:
+        what: the data, for the message.
+        advice: what to do about it.
 
     Raises:
         FileError: instead of these errors.
@@ -101,9 +111,9 @@ def reading_binarised(what: Any) -> Iterator[None]:
     try:
         yield
     except (ValueError, AssertionError, struct.error) as error:
+        reason = (str(error) or repr(error)).split("\n")[0]
         raise FileError(
-            "{} cannot be read ({}): its .bin or .idx is damaged or cut short. Binarise it again "
-            "with fairseq-preprocess.".format(what, (str(error) or repr(error)).split("\n")[0])
+            f"{what} cannot be read ({reason}): its .bin or .idx is damaged or cut short. {advice}."
         ) from error
 
 
@@ -113,7 +123,7 @@ def refuse_unknown_numbers(tokens: Sequence[int], symbols: int) -> None:
     if highest >= symbols:
         raise FileError(
             f"the data holds symbol number {highest}, and its dictionary has {symbols} symbols: "
-            "it was binarised with another dict.*.txt than lies beside it, or is damaged"
+            "it was binarised with a different dict.*.txt from the one beside it, or is damaged"
         )
 
 
@@ -158,6 +168,15 @@ def _is_checksum(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64
 
 
+def digest(path: str) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 22), b""):
+            found.update(block)
+    return found.hexdigest()
+
+
 def size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
@@ -170,7 +189,7 @@ def no_link(path: str, flags: int) -> int:
     """
     if os.path.islink(path):
         raise FileError(f"{path} is a link: expected a file that this command has written")
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_all(file: Any, block: memoryview) -> None:
@@ -188,8 +207,6 @@ def locked(path: Path, wait: bool = False) -> Any:
     """
     file = open(path, "w", opener=no_link)
     try:
-        if fcntl is None:
-            raise OSError("this system has no file locks")
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.close()

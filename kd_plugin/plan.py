@@ -1,7 +1,7 @@
 """The flags of task and criterion, read once into one ``Plan``, or refused, every fault at once."""
 
 import math
-from typing import Any, Callable, List, NamedTuple, Optional
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence
 
 from fairseq import utils
 
@@ -27,6 +27,8 @@ class Plan(NamedTuple):
     Attributes:
         teacher: the teacher that is run; None with a cache, or where no flag names one.
         cache: the folder that the teacher is read from instead.
+        beside_cache: what is wrong with flags of a running teacher beside it. It stops a training
+            and not a validation, whose flags come from the student's checkpoint.
         ce_weight: constant weight of the cross-entropy; None is what distillation leaves of 1.
         weight: of the divergence, by update.
         adaptive: whether each token scales it by how much better the teacher is.
@@ -37,6 +39,7 @@ class Plan(NamedTuple):
 
     teacher: Optional[TeacherSettings]
     cache: Optional[str]
+    beside_cache: Sequence[str]
     label_smoothing: float
     ce_weight: Optional[float]
     weight: Schedule
@@ -50,29 +53,28 @@ class Plan(NamedTuple):
     queue_size: int
 
     @classmethod
-    def read(cls, task: Any, criterion: Any, vocabulary: int) -> "Plan":
-        """
+    def read(cls, criterion: Any, task: Any) -> "Plan":
+        """Read all flags, and refuse those that cannot mean anything, every fault at once.
+
         Args:
-            task: fairseq's configuration of a task with ``TeacherConfig``'s flags.
-            criterion: that of ``kd_label_smoothed_cross_entropy``.
-            vocabulary: number of target symbols.
+            criterion: fairseq's configuration of ``kd_label_smoothed_cross_entropy``.
+            task: with a configuration that has ``TeacherConfig``'s flags, and a target dictionary.
 
         Raises:
             UserError: flags that are out of range, contradict each other, or would do nothing.
         """
         faults = Faults()
-        faults.check(
-            hasattr(task, "teacher_cache"),
+        flags: Any = getattr(task, "cfg", None)
+        taught = faults.check(
+            hasattr(flags, "teacher_cache"),
             "the criterion kd_label_smoothed_cross_entropy needs a task with a teacher: --task "
-            f"kd_translation; got {getattr(task, '_name', None)}",
+            f"kd_translation; got {type(task).__name__}",
         )
-        cache = getattr(task, "teacher_cache", None)
+        cache = flags.teacher_cache if taught else None
         teacher = None
-        if cache:
-            _refuse_beside_cache(task, faults)
-        elif hasattr(task, "teacher_checkpoint_path"):
+        if taught and not cache:
             with faults.collecting():
-                teacher = read_teacher(task)
+                teacher = read_teacher(flags)
 
         adaptive = criterion.kd_weight_schedule == "adaptive"
         weight = _scheduled(
@@ -102,6 +104,7 @@ class Plan(NamedTuple):
         plan = cls(
             teacher=teacher,
             cache=cache,
+            beside_cache=_faults_beside_cache(flags) if cache else (),
             label_smoothing=criterion.label_smoothing,
             ce_weight=ce,
             weight=weight,
@@ -118,7 +121,7 @@ class Plan(NamedTuple):
                 selection.QUEUE_SIZE, criterion, faults, chosen in selection.WITH_QUEUE, where
             ),
         )
-        plan._check_tail(criterion, vocabulary, faults)
+        plan._check_tail(criterion, len(task.target_dictionary), faults)
         plan._check_use(faults)
         faults.raise_if_any()
         return plan
@@ -228,7 +231,7 @@ def choice_value(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def _refuse_beside_cache(task: Any, faults: Faults) -> None:
+def _faults_beside_cache(task: Any) -> List[str]:
     """Flags of a teacher that is run mean nothing beside a cache."""
     default = TeacherConfig()
     useless = ", ".join(
@@ -236,11 +239,8 @@ def _refuse_beside_cache(task: Any, faults: Faults) -> None:
         for name in RUN_TEACHER
         if choice_value(getattr(task, name)) != choice_value(getattr(default, name))
     )
-    faults.check(
-        not useless,
-        f"with --teacher-cache no teacher is run: leave out {useless}, or leave out "
-        "--teacher-cache",
-    )
+    advice = f"leave out {useless}, or leave out --teacher-cache"
+    return [f"with --teacher-cache no teacher is run: {advice}"] if useless else []
 
 
 def _divergence(name: str, criterion: Any, faults: Faults) -> Divergence:
@@ -299,7 +299,7 @@ def _weights(text: Optional[str], teachers: int) -> Optional[List[float]]:
         raise UserError(f"--teacher-weights needs numbers as in 2,1,1; got {text!r}") from None
     if weights and (len(weights) != teachers or not all(0 < w < math.inf for w in weights)):
         raise UserError(
-            f"--teacher-weights needs one positive number for each of the {teachers} teachers in "
-            f"--teacher-checkpoint-path, got {weights}"
+            f"--teacher-weights needs one positive number for each of the {teachers} teachers, got "
+            f"{weights}"
         )
     return weights

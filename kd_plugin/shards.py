@@ -132,7 +132,7 @@ class ShardedStore:
     SHARDS: str
     RESULT: str  # written last: with it the store is complete
     CONTENT: str  # for messages: what the folder holds
-    ADVICE: str  # what to do if it was made from something else
+    ADVICE: str  # what to do if it was made with other settings
     ERROR: Type[FileError] = FileError
 
     def __init__(
@@ -158,7 +158,7 @@ class ShardedStore:
         """How many rows a batch has in each file."""
         raise NotImplementedError
 
-    def merge(self, *details: Any) -> None:
+    def merge(self) -> None:
         """Make the result of the shards, its ``RESULT`` last."""
         raise NotImplementedError
 
@@ -195,11 +195,11 @@ class ShardedStore:
         return differences(ours, self.comparable(found), ours)
 
     def refuse_others(self, advice: Optional[str] = None) -> None:
-        """Raises ``ERROR``: the folder holds something that was made from something else."""
+        """Raises ``ERROR``: the folder holds something that was made with other settings."""
         different = self.differences()
         if different:
             raise self.ERROR(
-                f"{self.folder} holds {self.CONTENT} made with something else: "
+                f"{self.folder} holds {self.CONTENT} made with other settings: "
                 f"{'; '.join(different)}. {advice or self.ADVICE}."
             )
 
@@ -209,7 +209,8 @@ class ShardedStore:
         """Claim this shard, and find out where it stopped: ``done`` of its ``batches`` are there.
 
         Raises:
-            FileError: the folder holds something else; Busy: another process writes this shard.
+            FileError: what the folder holds was made with other settings.
+            Busy: another process writes this shard.
         """
         self.refuse_others()
         if not self.complete:
@@ -251,11 +252,8 @@ class ShardedStore:
             self._sizes[name] += len(block)
         self.done += 1
 
-    def finish(self, *details: Any) -> bool:
+    def finish(self) -> bool:
         """Close this shard; if it was the last one, merge all. True if the store is complete.
-
-        Args:
-            details: for ``merge``.
 
         Raises:
             FileError: a shard does not hold what it should, or the folder something else by now.
@@ -278,7 +276,7 @@ class ShardedStore:
         if not self.shards.all_done:
             return False
         try:
-            self.merge(*details)
+            self.merge()
         except FileNotFoundError:
             # another shard ended at the same moment, merged the same, and cleaned up
             if not self.complete:

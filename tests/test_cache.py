@@ -72,6 +72,7 @@ class Case(NamedTuple):
     def writer(self, cache, num_shards=1, shard_id=0, **header):
         return CacheWriter(
             *(str(cache), {**self.header, **header}, self.lengths, self.batches),
+            targets=self.target,
             num_shards=num_shards,
             shard_id=shard_id,
         )
@@ -81,7 +82,7 @@ class Case(NamedTuple):
         shard = self.writer(cache, num_shards, shard_id, **header)
         shard.begin()
         self.append(shard)
-        return shard.finish(self.target)
+        return shard.finish()
 
     def append(self, shard):
         mine = self.rows[shard.shards.shard_id :: shard.shards.num_shards]
@@ -444,7 +445,7 @@ def test_shards_that_write_at_the_same_time(case, finished, tmp_path):
     for row in range(3):
         for shard in both:
             shard.append(case.rows[2 * row + shard.shards.shard_id])
-    assert [shard.finish(case.target) for shard in both] == [False, True]
+    assert [shard.finish() for shard in both] == [False, True]
     assert tree(tmp_path) == tree(finished)
 
 
@@ -454,7 +455,7 @@ def test_a_finished_command_again_changes_nothing(case, cache):
     for shards in (1, 2):
         shard = case.writer(cache, shards)
         shard.begin()
-        assert shard.done == len(shard.batches) and shard.finish(case.target)
+        assert shard.done == len(shard.batches) and shard.finish()
     assert list(cache.rglob("*")) == files
     assert [(f.stat().st_mtime_ns, f.stat().st_ino) for f in files] == before
 
@@ -474,11 +475,11 @@ def test_two_shards_that_merge_at_the_same_time(case, finished, tmp_path, monkey
             calls.append(path)
             if len(calls) == at + 1:
                 fast.begin()
-                assert fast.finish(case.target)
+                assert fast.finish()
             yield file
 
     monkeypatch.setattr(writer, "all_or_nothing", interrupted)
-    assert slow.finish(case.target)
+    assert slow.finish()
     assert len(calls) > at
     assert tree(tmp_path) == tree(finished)
 
@@ -582,7 +583,7 @@ def test_one_that_an_earlier_version_began_is_gone_on_with(case, finished, tmp_p
     shard.begin()
     assert shard.done == 2
     case.append(shard)
-    assert not shard.finish(case.target)
+    assert not shard.finish()
     assert case.write(tmp_path, 2, 0)
     assert tree(tmp_path) == tree(finished)
 
@@ -654,7 +655,7 @@ def test_a_shard_is_written_by_one_process_at_a_time(case, finished, tmp_path):
     with pytest.raises(FileError, match="another process is writing"):
         case.writer(tmp_path).begin()
     case.append(first)
-    assert first.finish(case.target)
+    assert first.finish()
     assert tree(tmp_path) == tree(finished)
 
 
@@ -692,19 +693,40 @@ def test_workers_hold_no_lock(case, tmp_path, monkeypatch):
     shard = case.writer(tmp_path)
     shard.begin()
 
-    def killed(*_):
+    def killed(*_, **__):
         shard.shards.release()
         case.writer(tmp_path).begin()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(filling, "rows_of_batch", killed)
     with pytest.raises(KeyboardInterrupt):
-        filling._run(None, None, Numbers(range(len(case.lengths))), shard, 1)
+        filling._run(None, None, Numbers(range(len(case.lengths))), shard, num_workers=1)
+
+
+def test_lengths_are_what_the_task_says(case, tmp_path):
+    """A data set of another task may hold them otherwise."""
+    filling = importlib.import_module("kd_plugin.cache.fill")
+    lengths = np.array([[3, 2], [9, 2], [2, 4], [3, 9], [2, 2], [3, 1]])
+    data = Namespace(batch_by_size=lambda order, **_: [order[:2], order[2:]], tgt=[])
+    task = Namespace(
+        target_dictionary=range(V), dataset={"train": data}.get, cfg=Namespace(data="bin")
+    )
+    arguments = (task, (8, 5), str(tmp_path), case.header)
+    task.lengths = lambda dataset: lengths if dataset is data else None
+    shard = filling.open_writer(*arguments, max_tokens=4)
+    assert shard.lengths.tolist() == [2, 0, 4, 0, 2, 1]
+    assert [batch.tolist() for batch in shard.plan] == [[4, 2], [5, 0]]
+    with pytest.raises(CacheError, match="the longest sentence has 4 tokens.* 3: raise it"):
+        filling.open_writer(*arguments, max_tokens=3)
+    task.lengths = lambda dataset: None
+    with pytest.raises(CacheError, match="needs references, and train of bin has none"):
+        filling.open_writer(*arguments)
 
 
 def test_too_little_room_is_said_before(case, tmp_path, monkeypatch):
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: Namespace(free=1000))
-    with pytest.raises(CacheError, match="GB more while it is written .* smaller --top-k"):
+    words = r"GB more while it is written .* but only 0\.0 GB are free: make room, or use a smaller"
+    with pytest.raises(CacheError, match=words + " --top-k"):
         case.write(tmp_path)
 
 
@@ -817,7 +839,7 @@ def replaced(data, section, key, value):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_other_data(finished, data, words):
-    for word in (*words, "made from something else", "Use it with its own"):
+    for word in (*words, "made from something other than", "Use it with its own"):
         assert word in refusal(finished, data)
 
 
@@ -1037,8 +1059,9 @@ def test_a_cache_of_other_sentences(case, numbered):
     with pytest.raises(CacheError, match="holds 17 sentences, the data 16"):
         TaughtDataset(short, numbered, 1)
     longer = dataset(case._replace(lengths=case.lengths + (np.arange(17) == 5)))
-    with pytest.raises(CacheError, match="for 1 sentences, the first is number 5"):
+    with pytest.raises(CacheError, match="for 1 sentences, the first of them number 5") as error:
         TaughtDataset(longer, numbered, 1)
+    assert "has a different number of rows than the data has target tokens" in str(error.value)
 
 
 def test_padding_inside_a_text(case, numbered):
@@ -1097,5 +1120,6 @@ def test_every_file_and_setting_counts(tmp_path):
 def test_several_data_folders_and_buckets_are_refused(tmp_path):
     with pytest.raises(CacheError, match="--num-batch-buckets"):
         about(tmp_path, num_batch_buckets=2)
-    with pytest.raises(CacheError, match="is for one data folder, and here are 2"):
+    refused = "is for one data folder, but 2 are given .*, one per epoch: train without"
+    with pytest.raises(CacheError, match=refused):
         about("{0}:{0}".format(tmp_path))

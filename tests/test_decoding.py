@@ -82,6 +82,29 @@ def test_a_text_that_cannot_be_read_leaves_nothing(data, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_a_kept_text_that_is_cut_short(data, tmp_path, ending):
+    """It is refused, or, where a file is missing, made anew."""
+    text, prefix = tmp_path / "text", tmp_path / "source-1"
+    text.write_text("a b\nc d e\n")
+
+    def read():
+        return Corpus.of_text(task_of(data), data, str(text), to_subwords=str, prefix=prefix)
+
+    assert len(read().source) == 2
+    path = prefix.with_suffix(ending)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FileError) as error:
+            read()
+        message = str(error.value)
+        assert message.startswith(f"{prefix} cannot be read (") and "cut short" in message
+        assert message.endswith("Delete both files and run the same command again.")
+    path.unlink()
+    assert len(read().source) == 2 and path.read_bytes() == whole
+
+
 def test_train1_is_not_left_out_without_a_word(data, caplog):
     Corpus.of_subset(task_of(data), data, "train")
     assert "would read" not in caplog.text

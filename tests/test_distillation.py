@@ -100,6 +100,15 @@ def test_a_training_needs_a_teacher_and_says_how_to_name_one(data):
         Training(data, {}).begin()
 
 
+def test_a_validation_without_any_teacher_says_so_once(data, caplog):
+    alone = Training(data, {})
+    alone.load("valid")
+    with caplog.at_level(logging.WARNING):
+        logs = [alone.validate(batch) for batch in alone.batches("valid") * 2]
+    assert all("kd_loss" not in log for log in logs)
+    assert sum("validating the student alone" in message for message in caplog.messages) == 1
+
+
 def test_another_criterion_is_refused(data):
     config = criterion_config()
     config._name = "cross_entropy"
@@ -115,10 +124,16 @@ def test_a_student_with_an_adaptive_softmax_is_refused(data, teacher):
         begun.task.begin_epoch(1, begun.model)
 
 
-def test_flags_of_a_running_teacher_beside_a_cache_are_refused(data, teacher):
+def test_flags_of_a_running_teacher_beside_a_cache_are_refused(data, teacher, caplog):
+    """In a training; a validation has some of its flags from the student's checkpoint."""
     flags = {"teacher_checkpoint_path": teacher, "teacher_cache": "c", "teacher_dtype": "bf16"}
     with pytest.raises(UserError) as error:
-        Training(data, flags)
+        Training(data, flags).begin()
+    alone = Training(data, flags)
+    alone.load("valid")
+    with caplog.at_level(logging.WARNING):
+        assert alone.validate(alone.batches("valid")[0])["nll_loss"] > 0
+    assert any("leave out --teacher-cache" in message for message in caplog.messages)
     for flag in ("--teacher-checkpoint-path, --teacher-dtype", "leave out --teacher-cache"):
         assert flag in str(error.value)
 
@@ -248,6 +263,17 @@ def test_a_subset_that_is_not_cached_is_validated_alone(data, cache):
     assert "kd_loss" not in begun.validate(begun.batches("valid")[0])
 
 
+def test_a_manifest_that_is_no_json_stops_a_training_and_not_a_validation(data, cache, caplog):
+    (cache / "valid" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="manifest.json"):
+        cached(data, cache).begin()
+    alone = cached(data, cache)
+    alone.load("valid")
+    with caplog.at_level(logging.WARNING):
+        assert "kd_loss" not in alone.validate(alone.batches("valid")[0])
+    assert any("validating the student alone" in message for message in caplog.messages)
+
+
 # The queue of scores
 
 
@@ -288,6 +314,7 @@ def test_a_lost_queue_is_said_once(data, teacher, caplog):
     resumed = training(data, teacher, **SELECTING).begin()
     resumed.updates = 7
     with caplog.at_level(logging.WARNING):
+        resumed.update(resumed.batches(), overflows=True)
         resumed.update(resumed.batches())
         resumed.update(resumed.batches())
     assert sum("--reset-dataloader" in message for message in caplog.messages) == 1

@@ -319,3 +319,12 @@ def test_a_bucket_of_which_the_student_leaves_little(name, temperature, gap):
     expected = bucket_by_autograd(name, teacher.double(), student.double(), 2)
     torch.testing.assert_close(value.double(), expected[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient.double(), expected[1], rtol=1e-3, atol=1e-5)
+
+
+def test_the_example_of_the_module():
+    import doctest
+
+    from kd_plugin.objective import divergences
+
+    found = doctest.testmod(divergences, extraglobs={"torch": torch})
+    assert found.attempted >= 4 and not found.failed

@@ -18,7 +18,7 @@ from nbest import HEADER, PLAN, SENTENCES, lists, nbest_of, write
 from support import tree
 
 from kd_plugin import files, shards
-from kd_plugin.files import Busy, FileError
+from kd_plugin.files import Busy, FileError, temporary
 from kd_plugin.sequences import HypothesisStore, hypotheses
 
 MODULES = (files, shards, hypotheses)
@@ -261,7 +261,27 @@ def test_a_damaged_file_is_named_or_read_as_what_it_says(finished, tmp_path_fact
 def test_what_kills_leave_beside_complete_lists_is_removed(finished, tmp_path):
     folder = tmp_path / "lists"
     shutil.copytree(str(finished), str(folder))
-    (folder / "source-1.0123.new.bin").touch()
-    (folder / "ctranslate2-1.0123.new").mkdir()
+    for name in ("source-1", "ctranslate2-1"):
+        new = temporary(folder / name)
+        (folder / f"{new.name}.bin").touch()
+        new.mkdir()
+        (folder / f"{new.name}.k3_x9abc.new").mkdir()  # an earlier version's, while it converted
+    assert len(list(folder.iterdir())) == len(list(finished.iterdir())) + 6
     HypothesisStore(folder, HEADER).clean_up()
     assert tree(folder) == tree(finished) and not list(folder.glob("*.new*"))
+
+
+def test_what_a_user_keeps_beside_the_lists_stays(finished, tmp_path):
+    """Such names may end in .new, too; also those that hexadecimal digits could spell."""
+    folder = tmp_path / "lists"
+    shutil.copytree(str(finished), str(folder))
+    names = ("corpus.de.new", "dict.fa.new", "notes.1.new", "a.0123abcd.new", "source-1.ad.new.bin")
+    for name in names:
+        (folder / name).write_text("mine")
+    (folder / "train.de.new").mkdir()
+    (folder / "train.de.new" / "text").write_text("mine")
+    before = tree(folder)
+    HypothesisStore(folder, HEADER).clean_up()
+    assert tree(folder) == before
+    assert write(folder)  # it is complete: the same command again
+    assert tree(folder) == before

@@ -3,6 +3,8 @@
 from argparse import Namespace
 
 import pytest
+from fairseq.data import Dictionary
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from kd_plugin.flags import KDLabelSmoothedCrossEntropyCriterionConfig, TeacherConfig
 from kd_plugin.objective import schedules
@@ -16,7 +18,8 @@ def plan(task=None, **flags):
     for name, value in flags.items():
         assert hasattr(config, name), name
         setattr(config, name, value)
-    return Plan.read(TeacherConfig() if task is None else task, config, 10)
+    cfg = TeacherConfig() if task is None else task
+    return Plan.read(config, Namespace(cfg=cfg, target_dictionary=range(10)))
 
 
 @pytest.mark.parametrize(
@@ -26,13 +29,13 @@ def plan(task=None, **flags):
         (dict(kd_weight=float("nan")), ["--kd-weight"]),
         (dict(ce_weight=-1.0), ["--ce-weight"]),
         (dict(kd_temperature=0.0), ["--kd-temperature must be a number above 0"]),
-        (dict(kd_divergence="tvd", kd_skew=0.2), ["--kd-skew means nothing", "tvd"]),
+        (dict(kd_divergence="tvd", kd_skew=0.2), ["--kd-skew has no effect", "tvd"]),
         (dict(kd_divergence="js", kd_js_beta=1.0), ["--kd-js-beta must be between 0 and 1"]),
         (dict(kd_top_k=11), ["--kd-top-k", "10 symbols"]),
         (dict(kd_tail="bucket"), ["--kd-tail bucket is for --kd-top-k and --teacher-cache only"]),
-        (dict(kd_selection_rate=0.5), ["--kd-selection-rate means nothing", "all"]),
+        (dict(kd_selection_rate=0.5), ["--kd-selection-rate has no effect", "all"]),
         (dict(kd_selection="batch", kd_selection_rate=0.0), ["--kd-selection-rate must be"]),
-        (dict(kd_selection="batch", kd_queue_size=5), ["--kd-queue-size means nothing"]),
+        (dict(kd_selection="batch", kd_queue_size=5), ["--kd-queue-size has no effect"]),
         (dict(kd_weight=0.9, kd_weight_schedule="linear:0:1:5"), ["-schedule linear", "exclude"]),
         (dict(kd_weight=0.5, kd_weight_schedule="linear:0:1:5"), ["--kd-weight 0.5", "exclude"]),
         (
@@ -48,7 +51,7 @@ def plan(task=None, **flags):
         ),
         (
             dict(kd_divergence="logit-mse", kd_temperature=2.0, kd_top_k=3, kd_skew=0.1),
-            ["logit-mse has no temperature", "--kd-tail renormalise", "--kd-skew means nothing"],
+            ["logit-mse has no temperature", "--kd-tail renormalise", "--kd-skew has no effect"],
         ),
     ],
 )
@@ -147,5 +150,8 @@ def test_teachers_of_the_flags():
 
 
 def test_another_task_is_refused():
-    with pytest.raises(ValueError, match="needs a task with a teacher.*got translation"):
-        plan(Namespace(_name="translation"))
+    for cfg in (TranslationConfig(), None):
+        task = TranslationTask(TranslationConfig(), Dictionary(), Dictionary())
+        task.cfg = cfg  # tasks without dataclasses have none
+        with pytest.raises(ValueError, match="needs a task with a teacher.*got TranslationTask"):
+            Plan.read(KDLabelSmoothedCrossEntropyCriterionConfig(sentence_avg=False), task)

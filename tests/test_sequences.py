@@ -20,7 +20,7 @@ from kd_plugin.commands import arguments
 from kd_plugin.commands import sequences as command
 from kd_plugin.decoding import databin
 from kd_plugin.errors import UserError
-from kd_plugin.files import Busy, FileError
+from kd_plugin.files import Busy, FileError, temporary
 from kd_plugin.sequences import Choice, Filters, HypothesisStore, Output, Student, choose
 from kd_plugin.sequences import output as output_module
 from kd_plugin.sequences import pipeline as distil
@@ -129,9 +129,43 @@ def test_killed_at_any_line_of_writing(data, tmp_path):
         assert tree(folder) == whole, last
         assert not list(folder.glob("*.new"))
     assert last > 200
-    (tmp_path / "whole" / "data.0123.new").mkdir()  # of a kill after the record
+    temporary(tmp_path / "whole" / "data").mkdir()  # of a kill after the record
     write_to(tmp_path / "whole")
     assert not list((tmp_path / "whole").glob("*.new"))
+
+
+def test_what_a_user_keeps_beside_the_data_stays(data, tmp_path):
+    """What a kill left is removed, but not what is only called like it."""
+    folder = tmp_path / "out"
+    mine = ("data.de.new", "record.json.1.new", "data.0123abcd.new")
+    sides = data.side("train", "aa"), data.side("train", "bb")
+    corpus, student = LetterCorpus(*sides, data), Student(data, lambda text: text, None)
+    kept = choose(corpus, LISTS, student, Choice())
+
+    def write_with(settings):
+        for name in mine:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / "text").write_text("mine")
+        left = temporary(folder / "data"), temporary(folder / "record.json")
+        left[0].mkdir()
+        (left[0] / "half").touch()
+        left[1].touch()
+        output = Output(str(folder), settings)
+        if not output.complete:
+            output.write(corpus, LISTS, kept, student)
+            assert not any(path.exists() for path in left)
+        output.clean_up()
+        assert {name: (folder / name / "text").read_text() for name in mine} == dict.fromkeys(
+            mine, "mine"
+        )
+
+    for settings in ({"beam": 5}, {"beam": 4}, {"beam": 4}):
+        write_with(settings)
+    for name in (*mine, "data.fa.new"):
+        only = tmp_path / f"only {name}"
+        (only / name).mkdir(parents=True)
+        with pytest.raises(FileError, match="holds files that this command did not write"):
+            Output(str(only), {})
 
 
 def test_data_that_are_to_be_replaced_stay_until_there_are_others(data, tmp_path):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_what_was_made_from_something_else_is_refused(tmp_path):
     with pytest.raises(FileError) as error:
         write(tmp_path, 2, 1, of="letters")
     assert str(error.value) == (
-        f"{tmp_path} holds squares made with something else: of is letters here, numbers there. "
+        f"{tmp_path} holds squares made with other settings: of is letters here, numbers there. "
         "Choose another folder."
     )
     assert tree(tmp_path) == before
@@ -98,7 +99,7 @@ def test_what_was_made_from_something_else_is_refused(tmp_path):
     store.append()
     # somebody has replaced it in the meantime
     (tmp_path / "header.json").write_text(json.dumps({"of": "letters"}))
-    with pytest.raises(FileError, match="made with something else"):
+    with pytest.raises(FileError, match="made with other settings"):
         store.finish()
     assert not (store.shards.own / "done").exists()
 
@@ -128,11 +129,29 @@ def test_a_link_in_place_of_a_file_is_refused(tmp_path):
 
 
 def test_cleaning_up_leaves_what_is_not_its_own(tmp_path):
-    tmp_path.joinpath("notes.new.txt").write_text("mine")
-    tmp_path.joinpath("squares.txt.0123abcd.new").touch()
-    tmp_path.joinpath("folder.0123abcd.new.d").mkdir()
+    """Only names that end in a random number of 128 bits are its own."""
+    mine = {"notes.new.txt", "corpus.de.new", "dict.fa.new", "notes.1.new", "a.0123abcd.new"}
+    for name in mine:
+        tmp_path.joinpath(name).write_text("mine")
+    new = files.temporary(tmp_path / "squares.txt")
+    new.touch()
+    new.with_name(new.name + ".bin").touch()
+    new.with_name(new.name + ".d").mkdir()
+    with files.passing_folder(tmp_path / "folder") as passing:
+        shutil.copytree(passing, str(files.temporary(tmp_path / "copy")))
+        assert len(files.leftovers(tmp_path)) == 5
     assert write(tmp_path)
-    assert set(os.listdir(tmp_path)) == {"notes.new.txt", "header.json", "squares.txt"}
+    assert set(os.listdir(tmp_path)) == mine | {"header.json", "squares.txt"}
+
+
+def test_a_passing_folder_goes_whatever_happens(tmp_path):
+    with pytest.raises(KeyError):
+        with files.passing_folder(tmp_path / "model") as passing:
+            assert os.path.dirname(passing) == str(tmp_path) and os.listdir(passing) == []
+            assert os.path.basename(passing).startswith("model.")
+            open(os.path.join(passing, "half"), "w").close()
+            raise KeyError
+    assert not list(tmp_path.iterdir())
 
 
 # locks
@@ -163,18 +182,13 @@ def test_shards_that_do_not_exist(tmp_path, num_shards, shard_id):
         Squares(tmp_path, num_shards, shard_id)
 
 
-@pytest.mark.parametrize("system", ["without fcntl", "without locks"])
-def test_without_locks_it_works_and_says_so(tmp_path, monkeypatch, caplog, system):
-    """As on Windows, and on some network file systems."""
-    if system == "without fcntl":
-        monkeypatch.setattr(files, "fcntl", None)
-        monkeypatch.delattr(os, "O_NOFOLLOW")
-    else:
+def test_without_locks_it_works_and_says_so(tmp_path, monkeypatch, caplog):
+    """As on some network file systems."""
 
-        def flock(*_):
-            raise OSError(95, "Operation not supported")
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
 
-        monkeypatch.setattr(files.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     with caplog.at_level(logging.WARNING):
         assert write(tmp_path)
     assert "cannot be locked" in caplog.text

@@ -3,7 +3,6 @@
 import gc
 import os
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -46,17 +45,6 @@ def peak_of_another_process(arguments: Sequence[str]) -> int:
         # the reason is at the end; what is too long for a message is cut there
         raise UserError(f"measuring the peak memory failed:\n{done.stderr[-3000:].strip()}")
     return int(done.stdout.split()[-1])
-
-
-def peak_of_this_process() -> int:
-    """The most bytes of memory that this process has had at one time."""
-    try:
-        # Linux's getrusage also counts what the process was forked from
-        (line,) = [x for x in open("/proc/self/status") if x.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_allocated(work: Callable[[], None], device: torch.device) -> int:

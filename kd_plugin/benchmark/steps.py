@@ -17,8 +17,7 @@ from ..cache import rows_of_batch
 from ..errors import UserError
 from ..flags import RUN_TEACHER
 from ..tasks.translation import KDTranslationConfig, KDTranslationTask
-from ..timing import Timings
-from .machine import peak_of_this_process
+from ..timing import Timings, peak_memory
 
 STEP, TEACHER = "plain step", "teacher forward"
 DISTILLED, CACHED = "distilled step", "cached step"
@@ -93,7 +92,7 @@ class Steps:
             work()
             return torch.cuda.max_memory_allocated()
         work()
-        return peak_of_this_process()
+        return peak_memory()
 
     def _trainer(self, with_teacher: Optional[str], temperature: Optional[float] = None) -> Any:
         """A trainer, its data, and the batches: without a teacher, with a run or a cached one."""
@@ -191,7 +190,7 @@ class Steps:
                     sample = dataset.collater([dataset[i] for i in batch])
                     ids = np.asarray(batch)
                     teacher = trainer.task.source.teacher
-                    rows = rows_of_batch(trainer.task, teacher, sample, ids, header)
+                    rows = rows_of_batch(trainer.task, teacher, sample, ids, header=header)
                     for array in rows.values():
                         file.write(array.tobytes())
 

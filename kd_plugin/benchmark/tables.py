@@ -39,7 +39,7 @@ def step_tables(steps: Dict[str, Any]) -> str:
 
 def memory_table(peaks: Dict[str, int]) -> str:
     """What `Steps.peak_memory` measured, in bytes."""
-    rows = [(name, f"{peak / 1000000.0:.0f} MB") for name, peak in peaks.items()]
+    rows = [(name, f"{peak / 1e6:.0f} MB") for name, peak in peaks.items()]
     return _table("peak memory, each in a process of its own", ("",), rows)
 
 

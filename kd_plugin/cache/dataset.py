@@ -17,7 +17,7 @@ class TaughtDataset(BaseWrapperDataset):
     target token of the batch, in its order.
 
     Raises:
-        CacheError: a sentence has another number of target tokens than rows.
+        CacheError: a sentence has a different number of rows than target tokens.
     """
 
     def __init__(self, dataset: Any, cache: CachedSubset, pad: int) -> None:
@@ -32,8 +32,8 @@ class TaughtDataset(BaseWrapperDataset):
         wrong = np.flatnonzero((lengths != dataset.tgt_sizes) & (lengths > 0))
         if len(wrong):
             raise CacheError(
-                f"the cache {cache.folder} has another number of rows than the data has target "
-                f"tokens for {len(wrong)} sentences, the first is number {wrong[0]}"
+                f"the cache {cache.folder} has a different number of rows than the data has target "
+                f"tokens for {len(wrong)} sentences, the first of them number {wrong[0]}"
             )
         self.has_rows = lengths > 0
 

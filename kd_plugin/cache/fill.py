@@ -2,16 +2,15 @@
 
 import contextlib
 import os
-import sys
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
 from fairseq import utils
 from torch import Tensor
-from tqdm import tqdm
 
-from ..objective.answer import RunningAnswer, not_finite_teacher, rows_ahead, rows_at_once
+from ..objective.answer import NotFiniteTeacherError, rows_ahead, rows_at_once
+from ..timing import progress_bar
 from .layout import CacheError
 from .writer import CacheWriter, teacher_rows
 
@@ -38,7 +37,8 @@ def open_writer(
         max_tokens, max_sentences: most of a batch, as fairseq's flags.
 
     Raises:
-        CacheError: K is more than there are symbols, or a sentence longer than a batch may be.
+        CacheError: K is more than there are symbols, a sentence longer than a batch may be, or
+            there are no references.
     """
     vocabulary, k = len(task.target_dictionary), header["k"]
     if not 1 <= k <= vocabulary:
@@ -46,12 +46,25 @@ def open_writer(
             f"--top-k must be from 1 to the {vocabulary} symbols of the vocabulary, got {k}"
         )
     dataset = task.dataset(header["subset"])
-    lengths = _readable_lengths(dataset, limits)
+    tokens = task.lengths(dataset)
+    if tokens is None:
+        raise CacheError(
+            f"a teacher cache needs references, and {header['subset']} of {task.cfg.data} has none"
+        )
+    readable = (tokens <= np.array(limits)).all(axis=1)
+    lengths = np.where(readable, tokens[:, 1], 0)
     return CacheWriter(
         cache,
         {**header, "vocabulary": vocabulary},
         lengths,
-        _plan(dataset, lengths, max_tokens, max_sentences),
+        _plan(
+            dataset,
+            tokens,
+            np.flatnonzero(lengths),
+            max_tokens=max_tokens,
+            max_sentences=max_sentences,
+        ),
+        targets=lambda i: dataset.tgt[i].numpy(),
         num_shards=num_shards,
         shard_id=shard_id,
     )
@@ -75,27 +88,31 @@ def fill(task: Any, teacher: Any, writer: CacheWriter, num_workers: int = 1) -> 
     with contextlib.closing(writer):
         writer.begin()
         if writer.done < len(writer.batches):
-            _run(task, teacher, dataset, writer, num_workers)
-        return writer.finish(lambda i: dataset.tgt[i].numpy())
-
-
-def _readable_lengths(dataset: Any, limits: Sequence[int]) -> np.ndarray:
-    readable = (dataset.src_sizes <= limits[0]) & (dataset.tgt_sizes <= limits[1])
-    return np.where(readable, dataset.tgt_sizes, 0)
+            _run(task, teacher, dataset, writer, num_workers=num_workers)
+        return writer.finish()
 
 
 def _plan(
-    dataset: Any, lengths: np.ndarray, max_tokens: Any, max_sentences: Any
+    dataset: Any,
+    lengths: np.ndarray,
+    sentences: np.ndarray,
+    *,
+    max_tokens: Optional[int],
+    max_sentences: Optional[int],
 ) -> List[np.ndarray]:
-    """Sentences of like lengths together, as validation has them; the same ones always."""
-    order = np.flatnonzero(lengths)
-    order = order[np.argsort(dataset.tgt_sizes[order], kind="stable")]
-    order = order[np.argsort(dataset.src_sizes[order], kind="stable")]
-    longest = max(dataset.src_sizes[order].max(), lengths.max()) if len(order) else 0
+    """Sentences of like lengths together, as validation has them; the same ones always.
+
+    Args:
+        lengths: source and target tokens of each sentence of the dataset, (n, 2).
+        sentences: those to be cached, in order.
+    """
+    order = sentences[np.argsort(lengths[sentences, 1], kind="stable")]
+    order = order[np.argsort(lengths[order, 0], kind="stable")]
+    longest = lengths[order].max(initial=0)
     if max_tokens is not None and longest > max_tokens:
         raise CacheError(
             f"the longest sentence has {longest} tokens, more than --max-tokens {max_tokens}: "
-            "give at least as many"
+            "raise it"
         )
     # without a multiple: newer fairseq would leave sentences out
     batches = dataset.batch_by_size(
@@ -107,7 +124,7 @@ def _plan(
     return [np.asarray(batch, dtype=np.int64) for batch in batches]
 
 
-def _run(task: Any, teacher: Any, dataset: Any, writer: CacheWriter, num_workers: int) -> None:
+def _run(task: Any, teacher: Any, dataset: Any, writer: CacheWriter, *, num_workers: int) -> None:
     tokens = [int(writer.lengths[batch].sum()) for batch in writer.batches]
     batches: Any = writer.batches[writer.done :]
     loader = torch.utils.data.DataLoader(
@@ -117,26 +134,23 @@ def _run(task: Any, teacher: Any, dataset: Any, writer: CacheWriter, num_workers
         num_workers=num_workers,
         worker_init_fn=writer.shards.release,
     )
-    progress = tqdm(
-        total=sum(tokens),
-        initial=sum(tokens[: writer.done]),
-        desc=f"caching {writer.header['subset']}",
-        unit="tokens",
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-    with progress:
+    description, done = f"caching {writer.header['subset']}", sum(tokens[: writer.done])
+    with progress_bar(sum(tokens), description, "tokens", done, unit_scale=True) as progress:
         for batch in loader:
             plan = writer.batches[writer.done]
-            writer.append(rows_of_batch(task, teacher, batch, plan, writer.header))
+            writer.append(rows_of_batch(task, teacher, batch, plan, header=writer.header))
             progress.update(int(writer.lengths[plan].sum()))
 
 
 @torch.no_grad()
 def rows_of_batch(
-    task: Any, teacher: Any, batch: Dict[str, Any], plan: np.ndarray, header: Dict[str, Any]
+    task: Any, teacher: Any, batch: Dict[str, Any], plan: np.ndarray, *, header: Dict[str, Any]
 ) -> Dict[str, np.ndarray]:
-    """What the cache holds of a collated batch, its sentences in the order of the plan."""
+    """What the cache holds of a collated batch, its sentences in the order of the plan.
+
+    Args:
+        header: of the cache; with ``vocabulary``, ``k`` and ``temperatures``.
+    """
     ids, pad = batch["id"].numpy(), task.target_dictionary.pad()
     if teacher.device.type == "cuda":
         batch = utils.move_to_cuda(batch)
@@ -150,15 +164,12 @@ def rows_of_batch(
             here = slice(start, start + size)
             part = block_answer.rows(here)
             if part.bad().any():
-                _refuse(answer, block[here][part.bad()], ids, target.size(1))
+                bad = block[here][part.bad()]
+                error = NotFiniteTeacherError(answer.not_finite(bad), bad)
+                raise error.naming(batch["id"], target.size(1))
             references = target.flatten()[block[here]]
             parts.append(teacher_rows(part, references, header["k"], header["temperatures"]))
     return {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
-
-
-def _refuse(answer: RunningAnswer, bad: Tensor, ids: np.ndarray, width: int) -> None:
-    sentences = sorted({int(ids[row // width]) for row in bad.tolist()})
-    raise not_finite_teacher(" and ".join(answer.not_finite(bad)), sentences)
 
 
 def _in_order(real: Tensor, ids: np.ndarray, plan: np.ndarray) -> Tensor:

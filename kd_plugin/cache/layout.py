@@ -33,8 +33,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 from fairseq import utils
 
-from ..checkpoints import digest
-from ..files import FileError, differences, read_json, write_json
+from ..files import FileError, differences, digest, read_json, write_json
 
 FORMAT, VERSION = "kd_plugin teacher cache", 1
 MANIFEST, HEADER, PARTIAL = "manifest.json", "header.json", "partial"
@@ -105,9 +104,8 @@ def describe_data(task: Any, subset: str, combine: bool) -> Dict[str, Any]:
     folders = utils.split_paths(cfg.data)
     if len(folders) != 1:
         raise CacheError(
-            f"a teacher cache is for one data folder, and here are {len(folders)} ({cfg.data}), "
-            "of which each epoch reads another: train without --teacher-cache, or binarise into "
-            "one folder"
+            f"a teacher cache is for one data folder, but {len(folders)} are given ({cfg.data}), "
+            "one per epoch: train without --teacher-cache, or binarise into one folder"
         )
     settings = {
         "source_lang": cfg.source_lang,

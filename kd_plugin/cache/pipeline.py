@@ -67,8 +67,6 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
             subset == "valid" and cfg.dataset.combine_valid_subsets
         )
         _read(cfg.task.data, task.load_dataset, subset, combine=combine)
-        if number == 0:
-            task.probe(teacher, subset)
         writer = open_writer(
             task,
             limits,
@@ -85,6 +83,8 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
             num_shards=asked.num_shards,
             shard_id=asked.shard_id,
         )
+        if number == 0:
+            task.probe(teacher, subset)
         if fill(task, teacher, writer, cfg.dataset.num_workers):
             made.append(writer.manifest())
             print("\n".join(summary_lines(made[-1], writer.folder)), flush=True)

@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from ..checkpoints import digest
+from ..files import digest
 from . import layout
 from .layout import CacheError
 
@@ -90,9 +90,10 @@ class CachedSubset:
                     f"the cache {self.folder} is not finished: run the same fairseq-kd-cache "
                     "again, it goes on where it stopped (with --num-shards, each shard)"
                 )
+            cache = self.folder.parent
             raise CacheError(
-                "no cache of the subset {0} in {1}: make it with fairseq-kd-cache DATA --path "
-                "teacher.pt --cache {1} --gen-subset {0}".format(subset, self.folder.parent)
+                f"no cache of the subset {subset} in {cache}: make it with fairseq-kd-cache DATA "
+                f"--path teacher.pt --cache {cache} --gen-subset {subset}"
             )
         return layout.read_manifest(self.folder)
 
@@ -150,7 +151,7 @@ class CachedSubset:
             if not same:
                 logger.warning(
                     f"the teacher {path} is no longer the one that the cache {self.folder} was "
-                    "made with; training goes on with what the cache holds"
+                    "made with; training continues with what the cache holds"
                 )
 
     # A worker process that does not share this one's memory opens the maps anew: pickled, a map

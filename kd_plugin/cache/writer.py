@@ -60,9 +60,10 @@ class CacheWriter(ShardedStore):
             ``temperatures`` and ``vocabulary``.
         lengths: rows of each sentence; 0 for one that is left out.
         batches: sentences of each batch, of all shards.
+        targets: the target symbols of a sentence, for the summary.
 
     Raises:
-        CacheError: the folder holds a cache, finished or not, that was made from something else;
+        CacheError: the folder holds a cache, finished or not, that was made with other settings;
             or the disk has no room.
     """
 
@@ -79,10 +80,11 @@ class CacheWriter(ShardedStore):
         lengths: np.ndarray,
         batches: Sequence[np.ndarray],
         *,
+        targets: Callable[[int], np.ndarray],
         num_shards: int = 1,
         shard_id: int = 0,
     ) -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.lengths, self.targets = np.asarray(lengths, dtype=np.int64), targets
         plan = zlib.crc32(b"".join(batch.tobytes() + b"|" for batch in batches))
         header = {
             "format": layout.FORMAT,
@@ -136,18 +138,14 @@ class CacheWriter(ShardedStore):
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise CacheError(
-                f"the cache {self.folder} needs {needed / 1000000000.0:.1f} GB more while it is "
+                f"the cache {self.folder} needs {needed / 1e9:.1f} GB more while it is "
                 f"written ({row} bytes for each of {self.header['rows']} target tokens, twice "
-                f"until its shards are merged), and {free / 1000000000.0:.1f} GB are free: make "
-                "room, or take a smaller --top-k"
+                f"until its shards are merged), but only {free / 1e9:.1f} GB are free: make room, "
+                "or use a smaller --top-k"
             )
 
-    def merge(self, targets: Callable[[int], np.ndarray]) -> None:
-        """The shards' rows in the order of sentences; the manifest last.
-
-        Args:
-            targets: the target symbols of a sentence, for the summary.
-        """
+    def merge(self) -> None:
+        """The shards' rows in the order of sentences; the manifest last."""
         place = self._locate()
         checksums = {}
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
@@ -160,7 +158,7 @@ class CacheWriter(ShardedStore):
                     value = zlib.crc32(_bytes(block), value)
                     file.write(_bytes(block))
             checksums[name] = f"{value:08x}"
-        summary = self._summary(offsets, targets)
+        summary = self._summary(offsets)
         manifest = {**self.header, "checksums": checksums, "summary": summary}
         layout.write_manifest(self.folder, manifest)
 
@@ -196,9 +194,7 @@ class CacheWriter(ShardedStore):
             yield slice(start, end)
             start = end
 
-    def _summary(
-        self, offsets: np.ndarray, targets: Callable[[int], np.ndarray]
-    ) -> Dict[str, float]:
+    def _summary(self, offsets: np.ndarray) -> Dict[str, float]:
         """Means over all rows, of what the arrays hold."""
         rows = self.header["rows"]
         arrays = {
@@ -216,7 +212,7 @@ class CacheWriter(ShardedStore):
             entropy += arrays["entropy"][here].astype(np.float64).sum()
             with_rows = [i for i in range(sentences.start, sentences.stop) if self.lengths[i]]
             if with_rows:
-                reference = np.concatenate([targets(i) for i in with_rows])
+                reference = np.concatenate([self.targets(i) for i in with_rows])
                 agreeing += int((arrays["symbols"][here][:, 0] == reference).sum())
         bytes_ = sum(size(layout.array_file(self.folder, n)) for n in (*self.types, "offsets"))
         per_row = 1 / max(rows, 1)

@@ -3,6 +3,7 @@
 Everything that a checkpoint is asked is a member of ``Checkpoint``.
 """
 
+from ..files import digest
 from .average import average
 from .build import DTYPES, build_model, parse_overrides, translation_task
 from .checkpoint import (
@@ -11,7 +12,6 @@ from .checkpoint import (
     Checkpoint,
     CheckpointError,
     count_parameters,
-    digest,
     refuse_cut_short,
 )
 from .dictionaries import MISSING, Dictionaries, VocabularyError, index_map, is_padding, lacking

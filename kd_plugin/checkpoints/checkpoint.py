@@ -7,7 +7,6 @@ run. What is left of it is a ``Checkpoint``: nobody else takes such a file apart
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
 import os
@@ -535,12 +534,3 @@ def _cut_short(path: str) -> bool:
     """Whether a zip archive, torch's format since 1.6, has no end."""
     with open(path, "rb") as file:
         return b"PK".startswith(file.read(2)) and not zipfile.is_zipfile(path)
-
-
-def digest(path: str) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 22), b""):
-            found.update(block)
-    return found.hexdigest()

@@ -9,10 +9,11 @@ import contextlib
 import re
 import resource
 from argparse import Namespace
-from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Tuple
 
 import numpy as np
+
+from ..timing import memory
 
 # What building a model evaluates as a Python expression, in the modules of fairseq's models that do
 # not open files that the configuration names
@@ -133,10 +134,10 @@ def bounded_memory(weights: Mapping[str, Any]) -> Iterator[None]:
     before = None
     # where the system counts it
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        (used,) = re.findall(r"VmData:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        used = memory("VmData")
         limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        mine = int(used) * 1024 + 4 * size + _BUILDING
-        if limit == resource.RLIM_INFINITY or mine < limit:
+        mine = (used or 0) + 4 * size + _BUILDING
+        if used is not None and (limit == resource.RLIM_INFINITY or mine < limit):
             resource.setrlimit(resource.RLIMIT_DATA, (mine, hard))
             before = limit, hard
     try:

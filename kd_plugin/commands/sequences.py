@@ -1,4 +1,4 @@
-"""``fairseq-kd-sequences``: a training set that says what the teacher says.
+"""``fairseq-kd-sequences``: a training set of the teacher's translations.
 
 Decodes the training source with fairseq's generator, chooses one hypothesis for each sentence, and
 writes a complete data-bin (Kim & Rush 2016).
@@ -189,7 +189,7 @@ def _refuse(options: argparse.Namespace) -> None:
     check(options.nbest <= options.beam, f"--nbest {options.nbest} needs --beam {options.nbest}")
     check(
         options.nbest > 1 or not selector.needs_several,
-        f"--select {options.select} needs --nbest 2 or more, and as many as --beam",
+        f"--select {options.select} needs --nbest 2 or more, and --beam at least as large",
     )
     if options.source_text:
         check(

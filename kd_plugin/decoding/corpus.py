@@ -13,8 +13,7 @@ from fairseq.data import data_utils
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import DictConfig
 
-from ..checkpoints import digest
-from ..files import FileError, temporary
+from ..files import FileError, digest, reading_binarised, temporary
 from . import databin
 from .databin import DataBin
 
@@ -55,10 +54,9 @@ class Corpus(NamedTuple):
         """
         source, references = [data.side(subset, lang) for lang in data.langs]
         if source is None:
+            found = ", ".join(sorted(data.splits())) or "none"
             raise FileError(
-                "{}: no subset {!r} for {}-{}; there are {}".format(
-                    data.folder, subset, *data.langs, ", ".join(sorted(data.splits())) or "none"
-                )
+                f"{data.folder}: no subset {subset!r} for {'-'.join(data.langs)}; there are {found}"
             )
         more = sorted(split for split in data.splits() if re.match(r"train\d+$", split))
         if subset == "train" and more:
@@ -97,21 +95,27 @@ class Corpus(NamedTuple):
             prefix: where their binarised form is kept for the next time.
 
         Raises:
-            FileError: there are none, or they are not UTF-8.
+            FileError: there are none, they are not UTF-8, or what was kept is damaged.
         """
-        if not prefix.with_suffix(".idx").is_file():
+        if not databin.exists(str(prefix)):
             prefix.parent.mkdir(parents=True, exist_ok=True)
             cut = None
             if getattr(task.cfg, "truncate_source", False):
                 cut = task.cfg.max_source_positions
-            _binarise(text, data, to_subwords, cut, prefix)
-        source = data_utils.load_indexed_dataset(str(prefix))
+            _binarise(text, data, to_subwords, cut=cut, prefix=prefix)
+        with reading_binarised(prefix, "Delete both files and run the same command again"):
+            source = databin.read(str(prefix))
         inference = task.build_dataset_for_inference(source, source.sizes)
         return cls(inference, source, None, data)
 
 
 def _binarise(
-    text: str, data: DataBin, to_subwords: Callable[[str], str], cut: Optional[int], prefix: Path
+    text: str,
+    data: DataBin,
+    to_subwords: Callable[[str], str],
+    *,
+    cut: Optional[int],
+    prefix: Path,
 ) -> None:
     new = temporary(prefix)
     writer = databin.Writer(new, len(data.source))
@@ -192,7 +196,7 @@ def plan(
     if max_tokens is not None and longest > max_tokens:
         raise FileError(
             f"the longest sentence has {longest} tokens, more than --max-tokens {max_tokens}: "
-            "give at least as many"
+            "raise it"
         )
     batches = task.get_batch_iterator(
         dataset=corpus.dataset,

@@ -35,8 +35,7 @@ class DataBin:
         missing = [str(path) for path in self.dictionary_files() if not path.is_file()]
         if missing:
             raise FileError(
-                f"{folder}: expected a folder of fairseq-preprocess, but {' and '.join(missing)} "
-                "is not there"
+                f"{folder}: expected a folder of fairseq-preprocess; missing: {', '.join(missing)}"
             )
         self.source, self.target = [vocabulary.read(str(f)) for f in self.dictionary_files()]
 
@@ -51,12 +50,9 @@ class DataBin:
         """
         for pair in (self.langs, self.langs[::-1]):
             prefix = str(self.folder / "{}.{}-{}.{}".format(split, *pair, lang))
-            if indexed_dataset.dataset_exists(prefix, impl="mmap"):
+            if exists(prefix):
                 with reading_binarised(prefix):
-                    sentences = data_utils.load_indexed_dataset(prefix)
-                    if len(sentences) > 0:
-                        sentences[len(sentences) - 1]
-                    return sentences
+                    return read(prefix)
         return None
 
     def splits(self) -> Dict[str, List[Path]]:
@@ -68,6 +64,19 @@ class DataBin:
                 if match:
                     found.setdefault(match.group(1), []).append(Path(path))
         return found
+
+
+def exists(prefix: str) -> bool:
+    """Whether there are both files of a side."""
+    return indexed_dataset.dataset_exists(prefix, impl="mmap")
+
+
+def read(prefix: str) -> Any:
+    """The sentences of one side, the last one looked at; to be called in ``reading_binarised``."""
+    sentences = data_utils.load_indexed_dataset(prefix)
+    if len(sentences) > 0:
+        sentences[len(sentences) - 1]
+    return sentences
 
 
 class Writer:

@@ -49,7 +49,7 @@ def set_up_task(cfg: Any) -> Any:
     if isinstance(task, TranslationTask):
         cfg.task.source_lang, cfg.task.target_lang = task.cfg.source_lang, task.cfg.target_lang
     if not all(getattr(cfg.task, name, None) for name in ("source_lang", "target_lang")):
-        raise FileError("--source-lang and --target-lang: say between which languages")
+        raise FileError("--source-lang and --target-lang: give both")
     return task
 
 
@@ -98,8 +98,8 @@ def _check_dictionaries(
     theirs = checkpoint.languages_with(overrides)
     if theirs == langs[::-1]:
         logger.warning(
-            "{} WAS TRAINED TO TRANSLATE FROM {} TO {}, not from {} to {}: if that is not "
-            "meant, swap --source-lang and --target-lang".format(checkpoint, *theirs, *langs)
+            f"{checkpoint} WAS TRAINED TO TRANSLATE FROM {theirs[0]} TO {theirs[1]}, not from "
+            f"{langs[0]} to {langs[1]}: if that is not meant, swap --source-lang and --target-lang"
         )
     ours = (task.source_dictionary, task.target_dictionary)
     found = checkpoint.dictionaries(langs, overrides=overrides, otherwise=("data", *ours))
@@ -120,6 +120,7 @@ def build_models(
     task: Any,
     overrides: Mapping[str, Any],
     cfg: Any,
+    *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> List[Any]:

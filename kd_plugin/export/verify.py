@@ -95,7 +95,9 @@ def build(checkpoint: Checkpoint, text: Text, beam: int) -> Any:
     """The checkpoint's model, in float32 on the CPU, as fairseq-generate prepares it."""
     cfg = Namespace(generation=generation(beam))
     device = torch.device("cpu")
-    return decoding.build_models([checkpoint], text.task, {}, cfg, device, torch.float32)[0]
+    return decoding.build_models(
+        [checkpoint], text.task, {}, cfg, device=device, dtype=torch.float32
+    )[0]
 
 
 def generation(beam: int) -> Any:

@@ -13,7 +13,6 @@ from .answer import (
     RunningAnswer,
     Sparse,
     TeacherRows,
-    not_finite_teacher,
     rows_ahead,
     rows_at_once,
 )
@@ -45,7 +44,6 @@ __all__ = [
     "distribution",
     "divergence",
     "forward_kl",
-    "not_finite_teacher",
     "rows_ahead",
     "rows_at_once",
 ]

@@ -316,22 +316,27 @@ class NotFiniteTeacherError(UserError, RuntimeError):
 
     Args:
         teachers: names of the models that did.
-        where: the samples or rows, as they follow "for".
-        rows: the flat target rows; empty where these are not known.
+        rows: the flat target rows of the batch, (n,).
+        samples: ids of their sentences, where known.
     """
 
-    def __init__(self, teachers: Sequence[str], where: str, rows: Optional[Tensor] = None) -> None:
-        self.teachers = " and ".join(teachers)
-        self.rows = torch.empty(0, dtype=torch.long) if rows is None else rows
+    def __init__(
+        self, teachers: Sequence[str], rows: Tensor, samples: Optional[Sequence[int]] = None
+    ) -> None:
+        self.teachers, self.rows = " and ".join(teachers), rows
+        where = f"the rows {rows.tolist()}"
+        if samples is not None:
+            where = f"the samples with ids {list(samples)}"
         super().__init__(
             f"teacher {self.teachers} gave NaN, +inf or no probability at all for {where}. Check "
             "its weights, or run it in a wider precision (--teacher-dtype fp32)"
         )
 
-
-def not_finite_teacher(names: str, sample_ids: Sequence[int]) -> NotFiniteTeacherError:
-    """The error that stops a run whose teacher gave no distribution."""
-    return NotFiniteTeacherError([names], f"the samples with ids {list(sample_ids)}")
+    def naming(self, ids: Tensor, width: int) -> "NotFiniteTeacherError":
+        """The same of a batch whose sentences have these ids, (B,), and this many rows each."""
+        sentences = torch.div(self.rows, width, rounding_mode="floor").unique()
+        samples = ids[sentences.to(ids.device)].tolist()
+        return NotFiniteTeacherError([self.teachers], self.rows, samples)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -255,7 +255,7 @@ def _loss(found: _RowTerms, rows: Tensor, answer: Optional[Answer], settings: Se
     assert found.kd is not None and found.kd_weight is not None
     if found.teacher_bad.any():
         bad = rows[found.teacher_bad]
-        raise NotFiniteTeacherError(answer.not_finite(bad), f"the rows {bad.tolist()}", bad)
+        raise NotFiniteTeacherError(answer.not_finite(bad), bad)
     c = settings.temperature**settings.divergence.temperature_power
     return (found.ce_weight * found.ce).sum() + c * (found.kd_weight * found.kd).sum()
 

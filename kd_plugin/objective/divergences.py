@@ -6,6 +6,17 @@ distillation temperature, and returns
 - the divergence of each row, shape (rows,), in nats unless said otherwise, and
 - its gradient with respect to the student's logits, (rows, V).
 
+Gradients are written by hand because autograd would keep several tensors of rows x V for each
+divergence; here one buffer becomes the gradient. They are with respect to logits, so that the
+softmax between is part of them, and each is a fresh tensor that the caller may overwrite.
+
+    >>> p, q = (torch.tensor([row]).log() for row in ([0.75, 0.25], [0.5, 0.5]))
+    >>> value, gradient = forward_kl(distribution(p), distribution(q))
+    >>> round(value.item(), 4)  # 0.75 log(0.75 / 0.5) + 0.25 log(0.25 / 0.5)
+    0.1308
+    >>> gradient  # q - p
+    tensor([[-0.2500,  0.2500]])
+
 Value and gradient are 0 when the two are equal. p is the teacher, q the student. A symbol to which
 the teacher gives probability 0 (logit -inf) adds 0 to the sums over p; divergences that would be
 infinite there (``reverse_kl``, ``logit_mse``) run over the teacher's support, q renormalised on it.

@@ -148,11 +148,7 @@ class ScoreQueue:
         self.scores = torch.empty(0)
         self._quantiles: Dict[float, float] = {}  # of these scores, where already computed
         self._observed: List[Tensor] = []
-
-    @property
-    def is_new(self) -> bool:
-        """Whether it has seen no token yet: nothing was observed, nothing was loaded."""
-        return not self.scores.numel() and not self._observed
+        self.is_new = True  # nothing was observed or loaded yet
 
     def above_quantile(self, scores: Tensor, q: float) -> Optional[Tensor]:
         """Which scores exceed the queue's q-quantile (linear interpolation); None when empty."""
@@ -173,6 +169,7 @@ class ScoreQueue:
     def observe(self, scores: Tensor) -> None:
         """Scores of a micro-batch of the update under way, (n,)."""
         self._observed.append(scores.detach().float())
+        self.is_new = False
 
     def commit(self, group: Any = None, device: Optional[torch.device] = None) -> None:
         """The optimizer step was taken: the scores of every rank enter, in order of ranks.
@@ -192,6 +189,7 @@ class ScoreQueue:
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self.scores = state["scores"][-self.capacity :].clone()
+        self.is_new = False
         self._quantiles = {}
 
 

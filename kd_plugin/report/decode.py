@@ -11,9 +11,7 @@ import gc
 import logging
 import math
 import multiprocessing
-import resource
 import signal
-import sys
 import time
 import traceback
 import uuid
@@ -33,6 +31,7 @@ from ..decoding.databin import words
 from ..errors import UserError, out_of_memory
 from ..export import read_record, symbols_of
 from ..files import FileError, read_json, write_json
+from ..timing import memory, peak_memory
 from .systems import CTRANSLATE2, Model, System, role_of
 
 _OTHER_DICTIONARIES = "Name a data-bin made with its own dictionaries: --model-data NAME=DIR."
@@ -290,7 +289,7 @@ class _Decoder:
         corpus = decoding.Corpus.of_subset(self.task, data, cfg.dataset.gen_subset)
         self.to_text, _ = decoding.text_functions(self.task, cfg)
         self.sentences = len(corpus.source)
-        self._memory_before = _resident()
+        self._memory_before = memory("VmRSS") or 0
         self.model: Any
         if model.kind == CTRANSLATE2:
             record = read_record(Path(model.path))
@@ -330,7 +329,9 @@ class _Decoder:
                 "file_bytes": sum(Path(path).stat().st_size for path in model.paths),
                 "precision": str(dtype).replace("torch.", ""),
             }
-            self.model = decoding.build_models(checkpoints, self.task, {}, cfg, self.device, dtype)
+            self.model = decoding.build_models(
+                checkpoints, self.task, {}, cfg, device=self.device, dtype=dtype
+            )
             self.positions = [one.max_positions() for one in self.model]
             del checkpoints
         plan = decoding.plan(
@@ -381,7 +382,7 @@ class _Decoder:
         """Bytes at the peak of decoding; on a GPU, what torch allocated there at most."""
         if self.device.type == "cuda" and not isinstance(self.model, Path):
             return torch.cuda.max_memory_allocated()
-        return max(_peak() - self._memory_before, 0)
+        return max(peak_memory() - self._memory_before, 0)
 
 
 def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
@@ -415,27 +416,7 @@ def check_vocabulary(model: Model, task: Any) -> None:
             )
 
 
-# Memory of this process, in bytes, as Linux tells it
-
-
-def _status(name: str) -> Optional[int]:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name + ":"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _resident() -> int:
-    return _status("VmRSS") or 0
-
-
 def _forget_peak() -> None:
     """Reading a checkpoint may take more than decoding; let the peak be that of decoding."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return _status("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)

@@ -45,7 +45,7 @@ def _number(value: Optional[float], form: str) -> str:
 
 
 def _megabytes(value: Optional[float]) -> str:
-    return _NONE if value is None else f"{value / 1000000.0:,.2f}"
+    return _NONE if value is None else f"{value / 1e6:,.2f}"
 
 
 def _tables(report: Dict[str, Any]) -> Iterator[Table]:

@@ -8,8 +8,9 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from fairseq import utils
 
-from ..checkpoints import Role, digest
+from ..checkpoints import Role
 from ..errors import Faults, UserError
+from ..files import digest
 
 FAIRSEQ, CTRANSLATE2 = "fairseq", "ctranslate2"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)

@@ -1,4 +1,4 @@
-"""Sequence-level distillation: data that say what the teacher says (Kim & Rush 2016)."""
+"""Sequence-level distillation: training on the teacher's translations (Kim & Rush 2016)."""
 
 from .choice import METRICS, SELECTORS, Choice, choose
 from .filters import Filters

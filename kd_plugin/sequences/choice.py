@@ -13,8 +13,8 @@ from ..decoding import databin
 from ..decoding.corpus import Corpus
 from ..decoding.engines import Hypothesis
 from ..files import FileError
+from ..timing import progress_bar
 from .filters import Filters, new_counts
-from .progress import progress_bar
 from .student import Student
 
 METRICS = ("bleu", "chrf")
@@ -194,7 +194,7 @@ def choose(
     measure = similarity(choice.metric)
     unknown = corpus.data.source.unk_string()
     decoded, last = 0, -1
-    with progress_bar(sentences, "choosing") as progress:
+    with progress_bar(sentences, "choosing", "sentences") as progress:
         for i, hypotheses in nbest:
             if not last < i < sentences:
                 folder = getattr(nbest, "folder", "the n-best lists")

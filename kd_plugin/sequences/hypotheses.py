@@ -121,7 +121,7 @@ class HypothesisStore(ShardedStore):
             _write_plan(self.folder / _PLAN, plan)
         return _read_plan(self.folder / _PLAN)
 
-    def merge(self) -> None:  # type: ignore[override]
+    def merge(self) -> None:
         """Sort lines by sentence; only where each begins is held in memory."""
         sentences, where, files = [], [], []
         try:

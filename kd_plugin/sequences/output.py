@@ -1,4 +1,4 @@
-"""The folder that is written: a data-bin of what the teacher says."""
+"""The folder that is written: a data-bin of the teacher's translations."""
 
 import contextlib
 import math
@@ -13,22 +13,24 @@ from fairseq.data import Dictionary
 from ..decoding import databin
 from ..decoding.corpus import Corpus
 from ..files import (
-    UNFINISHED,
     FileError,
     differences,
+    leftovers,
     locked,
     naming,
     read_json,
+    remove,
     temporary,
     write_json,
 )
+from ..timing import progress_bar
 from .choice import Chosen
 from .filters import in_words
 from .hypotheses import HypothesisStore
-from .progress import progress_bar
 from .student import Student
 
 _RECORD, _TEXT, _LOCK = "record.json", "text", ".lock"
+_DATA = "data"  # the folder in which the result is made
 HYPOTHESES = "hypotheses"  # unless they are to lie somewhere else
 _SPLIT = "train"
 
@@ -99,9 +101,9 @@ class Output:
         self.folder.mkdir(parents=True, exist_ok=True)
         return locked(self.folder / _LOCK, wait)
 
-    def _unfinished(self) -> List[Path]:
+    def _unfinished(self, name: str = _DATA) -> List[Path]:
         """What a kill has left; it is removed last, so without it nothing of ours is there."""
-        return list(self.folder.glob("data.*" + UNFINISHED))
+        return [path for path in leftovers(self.folder) if path.name.startswith(name + ".")]
 
     def clean_up(self) -> None:
         """Of complete data: what a kill left after the record."""
@@ -163,16 +165,16 @@ class Output:
                 f"{in_words(chosen.dropped) or 'none was decoded'}. The hypotheses are kept; run "
                 "the same command with other filters, or --no-filters."
             )
-        for left in self._unfinished():
-            shutil.rmtree(left)
-        for left in self.folder.glob(_RECORD + ".*" + UNFINISHED):
-            left.unlink()
-        new = temporary(self.folder / "data")
+        for left in [*self._unfinished(), *self._unfinished(_RECORD)]:
+            remove(left)
+        new = temporary(self.folder / _DATA)
         new.mkdir(parents=True)
         try:
             with naming(new):
                 databin.copy(databin.carried_files(student.data), new)
-                tokens = self._write_split(new, corpus, nbest, chosen, student, originals=originals)
+                tokens = self._write_split(
+                    new, corpus, nbest, chosen, student=student, originals=originals
+                )
             record = {
                 "settings": self.settings,
                 "counts": {**counts, **tokens},
@@ -205,8 +207,8 @@ class Output:
         corpus: Corpus,
         nbest: HypothesisStore,
         chosen: Chosen,
-        student: Student,
         *,
+        student: Student,
         originals: Optional[Originals],
     ) -> Dict[str, int]:
         text = new / _TEXT
@@ -227,7 +229,7 @@ class Output:
         unknown = [0, 0]
         total = int((chosen.which >= 0).sum()) + (originals.sentences if originals else 0)
         try:
-            with progress_bar(total, "writing") as progress:
+            with progress_bar(total, "writing", "sentences") as progress:
                 for sentence in self._pairs(corpus, nbest, chosen, originals):
                     for side in (0, 1):
                         subwords = sentence[side]

@@ -1,4 +1,4 @@
-"""From a corpus and a teacher to a data-bin of what the teacher says."""
+"""From a corpus and a teacher to a data-bin of the teacher's translations."""
 
 import contextlib
 import copy
@@ -14,14 +14,14 @@ from fairseq import utils
 from omegaconf import OmegaConf, open_dict
 
 from .. import decoding
-from ..checkpoints import Checkpoint, Role, digest, parse_overrides
+from ..checkpoints import Checkpoint, Role, parse_overrides
 from ..decoding import Corpus, DataBin, databin
 from ..export import ExportError, export_ctranslate2
-from ..files import Busy, FileError, temporary
+from ..files import Busy, FileError, digest, temporary
+from ..timing import progress_bar
 from .choice import Choice, choose
 from .hypotheses import HypothesisStore
 from .output import HYPOTHESES, Originals, Output
-from .progress import progress_bar
 from .student import Student, open_student
 
 ENGINES = ("fairseq", "ctranslate2")
@@ -278,7 +278,7 @@ def _translate(
     output: Output,
 ) -> bool:
     """Decode this shard; True if the lists of all shards are complete."""
-    engine, positions = _engine(asked, cfg, task, teacher, store)
+    engine, positions = _engine(asked, cfg, task, teacher, store=store)
     plan = None
     if not store.planned:
         plan = decoding.plan(
@@ -294,7 +294,7 @@ def _translate(
         clear_others(output, store)
     with contextlib.closing(store):
         start = time.perf_counter()
-        sentences, tokens = decode(corpus, engine, store, plan, cfg.dataset.num_workers)
+        sentences, tokens = decode(corpus, engine, store, plan, num_workers=cfg.dataset.num_workers)
         seconds = max(time.perf_counter() - start, 1e-9)
         print(
             f"Translated {sentences:,} sentences ({tokens:,} tokens) in {seconds:.1f}s "
@@ -305,7 +305,7 @@ def _translate(
 
 
 def _engine(
-    asked: Asked, cfg: Any, task: Any, teacher: _Teacher, store: HypothesisStore
+    asked: Asked, cfg: Any, task: Any, teacher: _Teacher, *, store: HypothesisStore
 ) -> Tuple[Any, List[Any]]:
     """What decodes, and the longest source and target of each model."""
     checkpoints = decoding.open_checkpoints(
@@ -313,7 +313,10 @@ def _engine(
     )
     if asked.engine == "fairseq":
         models = decoding.build_models(
-            checkpoints, task, teacher.overrides, cfg, teacher.device, teacher.dtype
+            checkpoints,
+            *(task, teacher.overrides, cfg),
+            device=teacher.device,
+            dtype=teacher.dtype,
         )
         engine: Any = decoding.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
         return engine, [model.max_positions() for model in models]
@@ -371,6 +374,7 @@ def decode(
     engine: Any,
     store: HypothesisStore,
     plan: Optional[Sequence[np.ndarray]],
+    *,
     num_workers: int,
 ) -> Tuple[int, int]:
     """Decode one shard, from where it stopped.
@@ -396,7 +400,7 @@ def decode(
         worker_init_fn=store.shards.release,
     )
     subwords = 0
-    with progress_bar(total, "decoding", before) as progress:
+    with progress_bar(total, "decoding", "sentences", before) as progress:
         for nbest in engine.decode(loader):
             store.append(nbest)
             subwords += sum(len(databin.words(n[0].subwords)) + 1 for n in nbest.values())

@@ -30,6 +30,7 @@ from ..teachers import (
     CachedTeacher,
     NoTeacher,
     RunningTeacher,
+    Source,
     Step,
     Student,
     Teacher,
@@ -48,7 +49,7 @@ class Distillation(FairseqTask):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.source: NoTeacher = NoTeacher()
+        self.source: Source = NoTeacher()
         self.queue: Optional[ScoreQueue] = None  # the criterion's, which travels in checkpoints
         self._has_checkpoint = False
 
@@ -92,9 +93,10 @@ class Distillation(FairseqTask):
         self.queue = criterion.queue
         return criterion
 
-    def _source(self, plan: Plan) -> NoTeacher:
+    def _source(self, plan: Plan) -> Source:
         if plan.cache:
-            return CachedTeacher(plan.cache, plan.needs, self.target_dictionary.pad())
+            pad = self.target_dictionary.pad()
+            return CachedTeacher(plan.cache, plan.needs, pad, plan.beside_cache)
         if plan.teacher:
             return RunningTeacher(plan.teacher, self.student())
         return NoTeacher()

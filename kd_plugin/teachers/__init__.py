@@ -2,7 +2,7 @@
 
 from .probe import probe
 from .run import TRAINING, Teacher, TeacherError, TeacherSettings
-from .source import CachedTeacher, Needs, NoTeacher, RunningTeacher, Step
+from .source import CachedTeacher, Needs, NoTeacher, RunningTeacher, Source, Step
 from .view import Student, TeacherView
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Needs",
     "NoTeacher",
     "RunningTeacher",
+    "Source",
     "Step",
     "Student",
     "Teacher",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..files import refuse_unknown_numbers
-from ..objective import not_finite_teacher, rows_ahead, rows_at_once
+from ..objective import NotFiniteTeacherError, rows_ahead, rows_at_once
 from .run import Teacher, TeacherError
 from .view import Student
 
@@ -68,9 +68,7 @@ def _nll(teacher: Teacher, batch: Any, student: Student) -> torch.Tensor:
         dense = answer.rows(block, like)
         bad = block[dense.bad().cpu()]
         if bad.numel():
-            width = batch["target"].size(1)
-            sentences = torch.div(bad, width, rounding_mode="floor").unique()
-            names = " and ".join(answer.not_finite(bad))
-            raise not_finite_teacher(names, batch["id"][sentences].tolist())
+            error = NotFiniteTeacherError(answer.not_finite(bad), bad)
+            raise error.naming(batch["id"], batch["target"].size(1))
         parts.append(dense.nll(target[block].to(like.device)).double().cpu())
     return torch.cat(parts)

@@ -82,7 +82,7 @@ class Teacher:
         paths, data = settings.paths, settings.data
         if len(data) not in (0, 1, len(paths)):
             raise TeacherError(
-                "--teacher-data needs one folder for all teachers or one for each of the "
+                f"{settings.role.data} needs one folder for all teachers or one for each of the "
                 f"{len(paths)}, got {len(data)}"
             )
         folders: List[Optional[str]] = [None] * len(paths)

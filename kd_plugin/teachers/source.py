@@ -8,11 +8,12 @@ validation, which can.
 
 import logging
 import os
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from ..cache import CachedSubset, CacheError, TaughtDataset
+from ..errors import UserError
 from ..objective import Answer, CachedAnswer, Schedule
 from .probe import probe
 from .run import Teacher, TeacherError, TeacherSettings
@@ -83,8 +84,12 @@ class Needs(NamedTuple):
         return reasons
 
 
-class NoTeacher:
-    """The source of a task that translates, or that was given no teacher."""
+class Source:
+    """Where the teacher's answers come from; as it stands here, from nowhere.
+
+    fairseq's calls come in this order: ``join`` and ``look_over`` as subsets are loaded, then
+    ``begin_training`` or ``begin_validation``, then ``answer`` for every batch.
+    """
 
     def join(self, dataset: Any, subset: str, description: Any, required: bool) -> Any:
         """The dataset, with what the source knows of its sentences.
@@ -113,20 +118,34 @@ class NoTeacher:
         Raises:
             UserError: anything speaks against this teacher.
         """
+
+    def begin_validation(self, model: Any) -> None:
+        """Outside training, open the teacher if it is there; it is welcome but not needed."""
+
+    def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
+        """The teacher's answer about a batch; None if it has none."""
+        return None
+
+
+class NoTeacher(Source):
+    """No flag names a teacher: fine for translating, not for training."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def begin_training(self, model: Any, dataset: Any, subset: str) -> None:
         raise TeacherError(
             "the task needs a teacher: give --teacher-checkpoint-path or --teacher-cache (for "
             "training without one use --task translation)"
         )
 
     def begin_validation(self, model: Any) -> None:
-        """Outside training the teacher is welcome but not needed."""
-
-    def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
-        """What the teacher says about a batch; None if it says nothing."""
-        return None
+        if not self._warned:
+            self._warned = True
+            logger.warning(f"no teacher is named: validating the student alone, {_ALONE}")
 
 
-class RunningTeacher(NoTeacher):
+class RunningTeacher(Source):
     """A teacher that reads every batch when the student does.
 
     Args:
@@ -186,19 +205,20 @@ class RunningTeacher(NoTeacher):
             )
 
 
-class CachedTeacher(NoTeacher):
+class CachedTeacher(Source):
     """A teacher whose answers were written to disk by ``fairseq-kd-cache``.
 
     Args:
         folder: the cache.
         needs: what training asks of it.
         pad: the padding symbol of the target.
+        faults: what already speaks against it.
     """
 
-    def __init__(self, folder: str, needs: Needs, pad: int) -> None:
+    def __init__(self, folder: str, needs: Needs, pad: int, faults: Sequence[str] = ()) -> None:
         self.folder, self.needs, self.pad = folder, needs, pad
         self.cache: Optional[CachedSubset] = None  # of any subset: they are alike
-        self.faults: List[str] = []
+        self.faults = [*faults]
         self._warned = False
 
     def join(self, dataset: Any, subset: str, description: Any, required: bool) -> Any:
@@ -209,7 +229,7 @@ class CachedTeacher(NoTeacher):
             cache = CachedSubset(self.folder, subset, description())
             self._check(cache)
             joined = TaughtDataset(dataset, cache, self.pad)
-        except CacheError as error:
+        except UserError as error:
             self.faults.append(str(error))
             return dataset
         self.cache = cache

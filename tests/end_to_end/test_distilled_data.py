@@ -1,4 +1,4 @@
-"""fairseq-kd-sequences: what the teacher says, as a data-bin that trains."""
+"""fairseq-kd-sequences: the teacher's translations, as a data-bin that trains."""
 
 import json
 import random
@@ -162,7 +162,7 @@ def test_languages_need_not_be_told(data, weak, tmp_path):
     assert text_of(tmp_path / "found", TARGET) == text_of(tmp_path / "told", TARGET)
     task = ("--task", "translation_multi_simple_epoch", "--lang-pairs", "aa-bb")
     run = fairseq("fairseq-kd-sequences", *arguments, *task, "--output", tmp_path / "no")
-    assert "say between which languages" in run.refusal
+    assert "--source-lang and --target-lang: give both" in run.refusal
 
 
 def test_sampling_depends_on_neither_shards_nor_interruptions(data, weak, tmp_path):

@@ -117,7 +117,9 @@ def test_ctranslate2(quantization, distilled, corpus, tmp_path):
     assert record["parameters"] > record["parameters_without_embeddings"] > 0
     assert (record["source_lang"], record["target_lang"]) == (support.SOURCE, support.TARGET)
     assert found["sentences"] == 48 and found["max_token_difference_float32"] < 1e-3
-    assert found["max_token_difference"] < (1e-3 if quantization == "float32" else 1)
+    # int8 kernels differ between processors: 1.04 was seen on one, below 1 on others
+    assert found["max_token_difference"] < (1e-3 if quantization == "float32" else 1.5)
+    assert found["mean_token_difference"] < (1e-4 if quantization == "float32" else 0.25)
     assert abs(found["bleu_drop"]) < (1 if quantization == "float32" else 10)
     assert f"drop {found['bleu_drop']:.2f}" in run.text
 

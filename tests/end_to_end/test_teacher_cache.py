@@ -185,6 +185,16 @@ def test_shards_and_a_merge_that_finds_no_room(data, teacher, eight, tmp_path):
     assert_same_files(tmp_path, eight.folder)
 
 
+def test_without_references(data, teacher, tmp_path):
+    lonely = tmp_path / "data"
+    shutil.copytree(str(data), str(lonely))
+    for path in lonely.glob("train.*.bb.*"):
+        path.unlink()
+    run = write_cache(lonely, teacher, tmp_path / "cache")
+    assert "needs references, and train of" in run.refusal
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_teacher_that_overflows(corpus, data, teacher, tmp_path):
     state = load(teacher)
     words = [line.split()[0] for line in (data / "dict.aa.txt").read_text().splitlines()]
@@ -212,7 +222,7 @@ def test_a_teacher_that_overflows(corpus, data, teacher, tmp_path):
         (("--top-k", 25), "--top-k must be from 1 to the 24 symbols"),
         (("--temperatures", "warm"), "--temperatures needs numbers above 0"),
         (("--gen-subset", "nothing"), "Dataset not found: nothing"),
-        (("--max-tokens", 5), "give at least as many"),
+        (("--max-tokens", 5), "more than --max-tokens 5: raise it"),
         (("--path", "/nowhere.pt"), "/nowhere.pt"),
         (("--fp16",), "--fp16 needs a GPU"),
         (("--amp", "--teacher-checkpoint-path", "x"), "checkpoint-path give --path; --amp"),
@@ -441,7 +451,7 @@ def refused(run, *words):
         ),
         (
             ("--truncate-source", "--max-source-positions", 6),
-            ["truncate_source is 6 here, None there", "made from something else"],
+            ["truncate_source is 6 here, None there", "made from something other than"],
         ),
         (("--teacher-cache", "/nowhere"), ["no cache of the subset train in /nowhere"]),
     ],
@@ -454,7 +464,7 @@ def test_flags_that_the_cache_cannot_serve(flags, words, data, eight, tmp_path):
 
 def test_several_data_folders(data, eight, tmp_path):
     run = taught("{0}:{0}".format(data), eight.folder, tmp_path)
-    refused(run, "a teacher cache is for one data folder, and here are 2")
+    refused(run, "a teacher cache is for one data folder, but 2 are given")
 
 
 def test_neither_teacher_nor_cache(data, tmp_path):

@@ -34,6 +34,7 @@ from folders import (
     finish_cache,
     finish_hypotheses,
     hypotheses,
+    targets,
 )
 
 from kd_plugin.cache import CachedSubset, layout
@@ -194,7 +195,7 @@ def look_at_cache(folder: Path) -> None:
     for i in range(len(cache)):
         rows = cache.rows(i)
         assert len(rows["reference"]) == cache.lengths()[i] and (rows["symbols"] < 9).all()
-    CacheWriter(str(folder), HEADER, LENGTHS, BATCHES).manifest()
+    CacheWriter(str(folder), HEADER, LENGTHS, BATCHES, targets=targets).manifest()
 
 
 def change_begun_cache(rng: random.Random, folder: Path) -> None:

@@ -172,7 +172,7 @@ def test_data_of_another_dictionary(data, teacher, tmp_path):
         write_cache(other, teacher, output, "--gen-subset", "valid"),
     ]
     for run in runs:
-        assert run.code == 1 and "binarised with another dict" in run.text, run.text[-3000:]
+        assert run.code == 1 and "binarised with a different dict" in run.text, run.text[-3000:]
     assert not output.exists() or not list(output.iterdir())
 
 
