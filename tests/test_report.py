@@ -542,6 +542,7 @@ def test_only_what_a_kill_of_ours_has_left_is_removed(tmp_path):
     (ours / "settings.json").write_text("{}")
     others = [
         ours / "draft.new",
+        ours / "draft.2a.new",
         ours / "notes" / "draft.new",
         ours / "translations" / "b.new",
         ours / "notes" / hexadecimal("report.md"),

@@ -263,8 +263,7 @@ def _prepared(folder: Path, settings: Dict[str, Any], overwrite: bool) -> Iterat
         left = [path for path in leftovers(folder) if path.is_file()]
         _refuse_others(folder, settings, overwrite, left)
         for inner in (folder / _TRANSLATIONS, *(folder / _MEASURED).glob("*")):
-            if inner.is_dir():
-                left += [path for path in leftovers(inner) if path.is_file()]
+            left += [path for path in leftovers(inner) if path.is_file()]
         for path in left:
             path.unlink()
         yield
