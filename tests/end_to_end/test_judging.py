@@ -12,6 +12,8 @@ import support
 from support import LANGUAGES, USER_DIR, fairseq, start, transformer, tree
 from toy import binarise, permuted_dictionaries, train_teacher
 
+from kd_plugin.files import temporary
+
 HOW = ("--cpu", "--beam", 3, "--repeats", 2, "--num-workers", 0, *LANGUAGES)
 
 
@@ -198,8 +200,8 @@ def test_killed_while_the_report_was_written(data, teacher, tmp_path):
     judge(data, output, models).ok()
     translations = output / "translations" / "teacher.txt"
     whole = tree(output)
-    (output / "settings.json").rename(output / "settings.json.0123.new")
-    translations.rename(str(translations) + ".0123.new")
+    for path in (output / "settings.json", translations):
+        path.rename(temporary(path))
     run = judge(data, output, models).ok()
     assert "opening" not in run.text and tree(output).keys() == whole.keys()
     (output / "settings.json").unlink()

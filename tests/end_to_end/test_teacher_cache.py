@@ -171,7 +171,7 @@ def test_shards_and_a_merge_that_finds_no_room(data, teacher, eight, tmp_path):
 
     for shard in (2, 1):
         done = run(shard).ok()
-        assert f"train: shard {shard} of 3 is done; the last one to end" in done.text
+        assert f"train: shard {shard} of 3 is done; the last one to finish" in done.text
     limit = (eight.folder / "train" / "log_probs.bin").stat().st_size - 1000
     full = run(0, file_limit=limit)
     assert full.code == 1 and "run the same command again" in full.text
