@@ -276,7 +276,7 @@ def _main(
     try:
         if tool in _COMMANDS:
             sys.path.insert(0, str(CHECKOUT))
-        sys.exit(_call(tool))
+        sys.exit(_call(tool) or 0)  # Python 3.8 ends a process with 1 for None
     except Exception:
         sys.stdout.flush()
         traceback.print_exc()
