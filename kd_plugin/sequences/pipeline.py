@@ -328,7 +328,7 @@ def _engine(
         converted,
         cfg.generation,
         device=teacher.device.type,
-        device_index=asked.device_id,
+        device_index=teacher.device.index or 0,
         compute_type=teacher.compute_type,
         max_positions=positions[1],
     )
