@@ -126,7 +126,9 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         default=None,
         metadata={
             "help": "what happens to the other symbols under --kd-top-k or --teacher-cache: bucket "
-            "keeps their mass as one more outcome, renormalise leaves them out (default: bucket)"
+            "keeps their mass as one more outcome, renormalise leaves them out, sample lets "
+            "symbols that the cache drew from them stand for them (forward-kl; Anshumann et al. "
+            "2025) (default: bucket)"
         },
     )
     kd_selection: ChoiceEnum(selection.NAMES) = field(  # type: ignore

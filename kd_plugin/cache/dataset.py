@@ -66,8 +66,9 @@ class TaughtDataset(BaseWrapperDataset):
                 "text?"
             )
         # torch has no unsigned integers of two and four bytes
-        teacher["symbols"] = teacher["symbols"].astype(
-            np.int32 if teacher["symbols"].itemsize == 2 else np.int64
-        )
-        batch["teacher"] = {name: torch.from_numpy(array) for name, array in teacher.items()}
+        signed = {"u2": np.int32, "u4": np.int64}
+        batch["teacher"] = {
+            name: torch.from_numpy(array.astype(signed.get(array.dtype.str[1:], array.dtype)))
+            for name, array in teacher.items()
+        }
         return batch

@@ -11,6 +11,10 @@ A cache is a folder with one subfolder per subset (``train``, ``valid``), each c
       entropy.bin       <f2 (rows): of the whole distribution at temperature 1, nats
       rests.bin         <f2 (rows, temperatures): log of the sum of p^(1/T) over the symbols that
                         are not among the k, for each temperature T of the manifest
+      drawn.bin         as symbols (rows, tail_samples): drawn from those that are not among the k,
+                        with replacement, in proportion to p^(1/T); T is the manifest's only
+                        temperature
+      tempered_entropy.bin  <f2 (rows): of the whole distribution at that T, nats, unless T is 1
       partial/          while it is being written: header.json, and a folder for each shard
 
 A row is a target token, its end-of-sentence symbol included, in the order of the sentence;
@@ -48,6 +52,8 @@ SUMMARY = (
     "entropy",
     "agreement",
 )
+# Newer ones, which a manifest may lack
+MORE_SUMMARY = ("tail_bits",)
 _BLOCK = 1 << 22
 # What a header says of the data; it must be the same in training
 _DATA = ("dictionaries", "files", "settings")
@@ -68,15 +74,22 @@ class Array(NamedTuple):
         return int(np.dtype(self.dtype).itemsize * math.prod(self.width))
 
 
-def arrays(vocabulary: int, k: int, temperatures: Sequence[float]) -> Dict[str, Array]:
+def arrays(
+    vocabulary: int, k: int, temperatures: Sequence[float], samples: int = 0
+) -> Dict[str, Array]:
     """The arrays that have a value per row."""
+    samples = samples if k < vocabulary else 0
+    symbol = "<u2" if vocabulary <= 1 << 16 else "<u4"
     found = {
-        "symbols": Array("<u2" if vocabulary <= 1 << 16 else "<u4", (k,)),
+        "symbols": Array(symbol, (k,)),
         "log_probs": Array("<f2", (k,)),
         "reference": Array("<f2", ()),
         "entropy": Array("<f2", ()),
         "rests": Array("<f2", (rests(vocabulary, k, temperatures),)),
+        "drawn": Array(symbol, (samples,)),
     }
+    if samples and temperatures[0] != 1:
+        found["tempered_entropy"] = Array("<f2", ())
     return {name: array for name, array in found.items() if array.row_bytes}
 
 
@@ -212,6 +225,8 @@ def _well_formed(manifest: Dict[str, Any]) -> bool:
     temperatures, teachers = manifest.get("temperatures"), manifest.get("teachers")
     return (
         all(natural(manifest.get(key)) for key in ("sentences", "rows"))
+        and natural(manifest.get("tail_samples", 0), 0, 1 << 16)
+        and (not manifest.get("tail_samples") or len(manifest.get("temperatures") or ()) == 1)
         and natural(manifest.get("vocabulary"), 1, 1 << 32)
         and natural(manifest.get("k"), 1)
         and manifest["k"] <= manifest["vocabulary"]
@@ -222,4 +237,5 @@ def _well_formed(manifest: Dict[str, Any]) -> bool:
         and isinstance(manifest.get("checksums"), dict)
         and isinstance(manifest.get("summary"), dict)
         and all(number(manifest["summary"].get(key), -1e300) for key in SUMMARY)
+        and all(number(manifest["summary"].get(key, 0), -1e300) for key in MORE_SUMMARY)
     )

@@ -24,6 +24,8 @@ class Asked(NamedTuple):
         folder: the cache to write.
         k: symbols to keep for each target token.
         temperatures: other than 1, at which ``--kd-tail bucket`` will be trained.
+        tail_samples: symbols to draw from the others, for ``--kd-tail sample`` at 1, or at the
+            one temperature that is named.
         device, dtype: where the teacher runs, and in which precision.
         max_tokens, max_sentences: most of a batch, as fairseq's flags.
         num_shards, shard_id: this process writes every ``num_shards``-th batch.
@@ -33,6 +35,7 @@ class Asked(NamedTuple):
     folder: str
     k: int = 8
     temperatures: Sequence[float] = ()
+    tail_samples: int = 0
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     max_tokens: Optional[int] = None
@@ -74,7 +77,7 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
             {
                 "subset": subset,
                 "k": asked.k,
-                "temperatures": list(asked.temperatures),
+                **_tail(asked),
                 **described,
                 **task.describe_data(subset, combine),
             },
@@ -95,6 +98,16 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
                 flush=True,
             )
     return made
+
+
+def _tail(asked: Asked) -> Dict[str, Any]:
+    """What a header says of the symbols that are not among the k."""
+    if not asked.tail_samples:  # as caches said before there were draws
+        return {"temperatures": list(asked.temperatures)}
+    return {
+        "temperatures": list(asked.temperatures) or [1.0],
+        "tail_samples": asked.tail_samples,
+    }
 
 
 def _read(data: str, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:

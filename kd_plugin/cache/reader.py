@@ -33,6 +33,7 @@ class CachedSubset:
         self.k: int = self.manifest["k"]
         self.vocabulary: int = self.manifest["vocabulary"]
         self.temperatures: List[float] = self.manifest["temperatures"]
+        self.samples: int = self.manifest.get("tail_samples", 0)
         found = layout.data_differences(data, self.manifest)
         if found:
             raise CacheError(
@@ -40,7 +41,7 @@ class CachedSubset:
                 f"{'; '.join(found)}. Use it with its own data, dictionaries and settings, or "
                 "make a new one with fairseq-kd-cache."
             )
-        self._types = layout.arrays(self.vocabulary, self.k, self.temperatures)
+        self._types = layout.arrays(self.vocabulary, self.k, self.temperatures, self.samples)
         try:
             self._check_files()
             self._open()
@@ -61,12 +62,12 @@ class CachedSubset:
         return self.k == self.vocabulary
 
     def compatible_with(self, other: "CachedSubset") -> bool:
-        """Whether one student can be taught from both: the same teachers, K and temperatures."""
+        """Whether one student can be taught from both: the same teachers and kinds of rows."""
         return self._made_with() == other._made_with()
 
     def _made_with(self) -> Any:
         teachers = [(one["sha256"], one.get("weight")) for one in self.manifest["teachers"]]
-        return self.k, self.temperatures, teachers
+        return self.k, self.temperatures, self.samples, teachers
 
     def __len__(self) -> int:
         return self.manifest["sentences"]
@@ -131,13 +132,14 @@ class CachedSubset:
             raise CacheError(f"{_damaged(path)}: make the cache again")
 
     def _check_symbols(self) -> None:
-        symbols = self._arrays["symbols"]
-        if len(symbols) and symbols.max() >= self.vocabulary:
-            path = layout.array_file(self.folder, "symbols")
-            raise CacheError(
-                f"{_damaged(path)}: symbol {symbols.max()} of a vocabulary of {self.vocabulary}. "
-                "Make the cache again."
-            )
+        for name in ("symbols", "drawn"):
+            symbols = self._arrays.get(name)
+            if symbols is not None and len(symbols) and symbols.max() >= self.vocabulary:
+                path = layout.array_file(self.folder, name)
+                raise CacheError(
+                    f"{_damaged(path)}: symbol {symbols.max()} of a vocabulary of "
+                    f"{self.vocabulary}. Make the cache again."
+                )
 
     def _warn_of_other_teachers(self) -> None:
         for teacher in self.manifest["teachers"]:

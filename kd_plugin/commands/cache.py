@@ -35,6 +35,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="temperatures other than 1 at which --kd-tail bucket will be trained (2 bytes per "
         "token each; naming 1 too stores its tail mass exactly)",
     )
+    group.add_argument(
+        "--tail-samples",
+        type=int,
+        metavar="S",
+        help="also draw S symbols from the others, for --kd-tail sample (2 bytes per token each, "
+        "4 above 65,536 symbols), at temperature 1 or the one of --temperatures",
+    )
     add_trust(group.add_argument, dest="teacher_trust_checkpoint")  # the task's, as elsewhere
     return parser
 
@@ -55,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
             folder=options.cache,
             k=options.top_k,
             temperatures=_temperatures(options.temperatures),
+            tail_samples=options.tail_samples or 0,
             device=device,
             dtype=dtype,
             max_tokens=max_tokens,
@@ -91,8 +99,19 @@ def _refuse(options: argparse.Namespace) -> None:
     )
     with faults.collecting():
         parse_overrides(options.model_overrides, "--model-overrides")
+    temperatures = []
     with faults.collecting():
-        _temperatures(options.temperatures)
+        temperatures = _temperatures(options.temperatures)
+    if options.tail_samples is not None:
+        faults.check(
+            1 <= options.tail_samples <= 1 << 16,
+            f"--tail-samples must be from 1 to 65536, got {options.tail_samples}",
+        )
+        faults.check(
+            len(temperatures) <= 1,
+            "--tail-samples are drawn at one temperature, and --temperatures names "
+            f"{len(temperatures)}",
+        )
     faults.raise_if_any(CacheError)
 
 

@@ -45,19 +45,24 @@ class Needs(NamedTuple):
         top_k: its likeliest symbols; 0 is all that the source knows.
         rest_at: the temperature, by update, at which the mass of all other symbols is needed; None
             if it is not.
+        drawn_at: that at which symbols drawn from the others are needed; None if they are not.
     """
 
     top_k: int = 0
     rest_at: Optional[Schedule] = None
+    drawn_at: Optional[Schedule] = None
 
-    def unmet(self, k: int, temperatures: List[float], whole: bool) -> List[str]:
+    def unmet(self, k: int, temperatures: List[float], whole: bool, samples: int = 0) -> List[str]:
         """Why a cache cannot give it, every reason.
 
         Args:
             k: symbols in each of its rows.
             temperatures: at which, beside 1, it knows the mass of all other symbols.
             whole: whether k is the whole vocabulary.
+            samples: symbols drawn from the others, at the one temperature.
         """
+        if self.drawn_at is not None:
+            return [] if whole else self._undrawn(temperatures, samples)
         reasons = []
         if k == 1 and self.rest_at is None:
             reasons.append(
@@ -82,6 +87,22 @@ class Needs(NamedTuple):
                 "with --temperatures"
             )
         return reasons
+
+    def _undrawn(self, temperatures: List[float], samples: int) -> List[str]:
+        assert self.drawn_at is not None
+        if not samples:
+            return [
+                "--kd-tail sample needs symbols drawn from the tail, and the cache holds none: "
+                "take --kd-tail bucket, or make the cache with fairseq-kd-cache --tail-samples"
+            ]
+        if self.drawn_at.steps or self.drawn_at(None) != temperatures[0]:
+            asked = f"--kd-temperature {self.drawn_at(None):g}"
+            return [
+                f"{'--kd-temperature-schedule' if self.drawn_at.steps else asked} with --kd-tail "
+                f"sample: the cache's symbols were drawn at temperature {temperatures[0]:g}, which "
+                "must be training's: cache with --temperatures, or take --kd-tail bucket"
+            ]
+        return []
 
 
 class Source:
@@ -240,9 +261,9 @@ class CachedTeacher(Source):
         if self.cache is not None and not self.cache.compatible_with(cache):
             raise CacheError(
                 f"the caches {cache.folder} and {self.cache.folder} were not made with the same "
-                "teachers, top k and temperatures: make one of them again"
+                "teachers, top k, temperatures and tail samples: make one of them again"
             )
-        unmet = self.needs.unmet(cache.k, cache.temperatures, cache.whole)
+        unmet = self.needs.unmet(cache.k, cache.temperatures, cache.whole, cache.samples)
         if unmet:
             raise CacheError("--teacher-cache: " + "; ".join(unmet))
 
