@@ -165,7 +165,7 @@ class Plan(NamedTuple):
             f"{self.top_k}",
         )
         faults.check(
-            criterion.kd_tail is None or cut,
+            criterion.kd_tail is None or cut or self.tail == "sample",
             f"--kd-tail {self.tail} is for --kd-top-k and --teacher-cache only",
         )
         if self.tail == "sample":

@@ -93,7 +93,11 @@ class Case(NamedTuple):
         return self.targets[sentence].numpy()
 
 
-def make_case(folder, sentences=17, k=K, temperatures=TEMPERATURES, seed=0) -> Case:
+def uniform_of(sentence, rows, samples):
+    return writer.uniform_of_sentence(1, sentence, rows, samples)
+
+
+def make_case(folder, sentences=17, k=K, temperatures=TEMPERATURES, seed=0, samples=0) -> Case:
     generator = np.random.RandomState(seed)
     lengths = generator.randint(1, 7, sentences)
     lengths[[3, 11]] = 0  # the teacher cannot read these
@@ -125,9 +129,14 @@ def make_case(folder, sentences=17, k=K, temperatures=TEMPERATURES, seed=0) -> C
             Dense(torch.cat([logits[i] for i in batch])),
             torch.cat([targets[i] for i in batch]),
             *(k, temperatures),
+            np.concatenate([uniform_of(i, lengths[i], samples) for i in batch])
+            if samples
+            else None,
         )
         for batch in batches
     ]
+    if samples:
+        header["tail_samples"] = samples
     return Case(header, lengths, batches, logits, targets, rows)
 
 
@@ -233,6 +242,148 @@ def test_symbols_beyond_two_bytes():
     logits[0, -1] = 5.0
     found = teacher_rows(Dense(logits), torch.tensor([0]), 1, [])
     assert found["symbols"].dtype == "<u2" and found["symbols"].tolist() == [[(1 << 16) - 1]]
+
+
+# symbols drawn from the tail
+
+DRAWS = 4000
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_each_share_of_the_mass_is_drawn_as_often_as_it_is_likely(samples):
+    """Over a fine grid of all random numbers, a count is its probability to the grid's width."""
+    p = torch.tensor([[0.0, 0.2, 0.05, 0.0, 0.75], [0.5, 0.0, 0.1, 0.4, 0.0]], dtype=torch.float64)
+    grid = (np.arange(1000) + 0.5) / 1000
+    counts = torch.zeros_like(p)
+    for u in grid:
+        drawn = writer.draw(p.log(), torch.full((2, samples), u, dtype=torch.float64))
+        assert drawn.shape == (2, samples)
+        counts += torch.nn.functional.one_hot(drawn, 5).sum(1)
+    torch.testing.assert_close(counts / (1000 * samples), p, rtol=0, atol=1e-3)
+    assert (counts[p == 0] == 0).all()
+
+
+def test_a_draw_at_the_edges():
+    p = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log()
+    drawn = writer.draw(p, torch.tensor([[0.0, 0.999]], dtype=torch.float64))
+    assert drawn.tolist() == [[1, 2]]
+    nothing = writer.draw(torch.full((1, 4), -math.inf), torch.zeros(1, 2, dtype=torch.float64))
+    assert nothing.shape == (1, 2) and (nothing < 4).all()
+
+
+def drawn_answer(logits, target, temperature, samples, trial):
+    """From a cache of 5 symbols and some drawn ones; the numbers exact, in float64."""
+    arrays = expected_rows(logits, target, 5, [temperature])
+    uniform = writer.uniform_of_sentence(1, trial, len(target), samples)
+    tempered = torch.log_softmax(logits / temperature, dim=-1)
+    arrays["tempered_entropy"] = -(tempered.exp() * tempered).sum(-1).numpy()
+    arrays["drawn"] = teacher_rows(Dense(logits), target, 5, [temperature], uniform)["drawn"]
+    arrays["drawn"] = arrays["drawn"].astype("i4")
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    real = torch.ones(1, len(target), dtype=torch.bool)
+    return CachedAnswer(tensors, real, [temperature], False)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_draws_are_right_on_average(temperature, samples):
+    """Value and gradient are forward-kl's, within the error of the mean of independent draws.
+
+    With m the tail's mass and t_j = p_j / m, the estimate of p_j has the variance m^2 t_j (1 - t_j)
+    / S, that of the value m^2 Var_t(log q) / S; draws from equal shares have at most these.
+    """
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = torch.randn(2, 6, V, generator=generator, dtype=torch.float64).mul(2)
+    student.requires_grad_()
+    target = torch.randint(0, V, (6,), generator=generator)
+    rows = torch.arange(6)
+    flags = Settings(1.0, None, temperature, tail="sample")
+    exact = RunningAnswer([Member("t", lambda index: teacher[index])])
+
+    def values(answer):
+        terms = objective.distillation_objective(student, target, rows, answer, flags)
+        return terms.kd, torch.autograd.grad(terms.loss, student)[0]
+
+    found = [values(drawn_answer(teacher, target, temperature, samples, i)) for i in range(DRAWS)]
+    flags = flags._replace(tail="bucket")
+    value, gradient = values(exact)
+
+    p, log_q = (torch.log_softmax(z.detach() / temperature, -1) for z in (teacher, student))
+    p = p.exp()
+    t = p.scatter(-1, p.topk(5).indices, 0)
+    m = t.sum(-1, keepdim=True)
+    t = t / m
+    of_p = m**2 * t * (1 - t) / samples
+    spread = (t * log_q**2).sum(-1) - (t * log_q).sum(-1) ** 2
+    of_value = m.squeeze(-1) ** 2 * spread / samples
+    for mean, right, variance in (
+        (torch.stack([v for v, _ in found]).mean(0), value, of_value),
+        # c(T) = T^2, and 1 / T of the tempered logits
+        (torch.stack([g for _, g in found]).mean(0), gradient, of_p * temperature**2),
+    ):
+        # 4.5 standard errors: once in a thousand tests of this size
+        assert ((mean - right).abs() <= 4.5 * (variance / DRAWS).sqrt() + 1e-9).all()
+
+
+def test_draws_of_a_row_depend_on_its_sentence_and_position_alone():
+    first = writer.uniform_of_sentence(7, 3, 6, 4)
+    assert first.shape == (6, 4) and ((first >= 0) & (first < 1)).all()
+    np.testing.assert_array_equal(first[:2], writer.uniform_of_sentence(7, 3, 2, 4))
+    for other in ((7, 4, 6, 4), (8, 3, 6, 4)):
+        assert not np.isclose(first, writer.uniform_of_sentence(*other)).any()
+
+
+@pytest.mark.parametrize("samples", [0, 4])
+def test_k_of_the_whole_vocabulary_needs_no_draws(samples):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 8, V, generator=generator, dtype=torch.float64)
+    target = torch.zeros(8, dtype=torch.long)
+    uniform = np.zeros((8, samples)) if samples else None
+    arrays = teacher_rows(Dense(teacher), target, V, [1.0], uniform)
+    assert set(arrays) == {"symbols", "log_probs", "reference", "entropy"}
+    arrays["symbols"] = arrays["symbols"].astype("i4")
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    cached = CachedAnswer(tensors, torch.ones(1, 8, dtype=torch.bool), [1.0], True)
+    online = RunningAnswer([Member("t", lambda rows: teacher[rows])])
+    found = [
+        objective.distillation_objective(
+            student, target, torch.arange(8), answer, Settings(1.0, tail=tail)
+        ).kd
+        for answer, tail in ((cached, "sample"), (online, "bucket"))
+    ]
+    torch.testing.assert_close(*found, rtol=4e-3, atol=4e-3)
+
+
+def test_a_cache_with_draws(tmp_path):
+    case = make_case(tmp_path, temperatures=[1.0], samples=3)
+    assert case.write(tmp_path / "cache")
+    for shard in range(2):
+        case.write(tmp_path / "shards", 2, shard)
+    assert tree(tmp_path / "shards") == tree(tmp_path / "cache")
+    found = CachedSubset(str(tmp_path / "cache"), "train", DATA)
+    assert found.samples == 3 and found.rows(0)["drawn"].shape == (case.lengths[0], 3)
+    for i in np.flatnonzero(case.lengths):
+        rows = found.rows(i)
+        for symbols, drawn in zip(rows["symbols"], rows["drawn"]):
+            assert not set(symbols) & set(drawn)
+    old = CachedSubset(str(case_without_draws(tmp_path)), "train", DATA)
+    assert not found.compatible_with(old)
+    path = tmp_path / "cache" / "train" / "drawn.bin"
+    content = bytearray(path.read_bytes())
+    content[:2] = b"\xff\xff"
+    path.write_bytes(bytes(content))
+    change(tmp_path / "cache", checksums=checksums(tmp_path / "cache"))
+    assert "drawn.bin is damaged: symbol 65535" in refusal(tmp_path / "cache")
+
+
+def case_without_draws(folder):
+    assert make_case(folder, temperatures=[1.0]).write(folder / "old")
+    return folder / "old"
+
+
+def checksums(cache):
+    files = (cache / "train").glob("*.bin")
+    return {path.stem: layout.checksum(path) for path in files}
 
 
 # training from them
@@ -423,9 +574,18 @@ def test_summary(case, finished):
         "nll_loss": -log_p[np.arange(len(target)), target].mean() / math.log(2),
         "entropy": -(np.exp(log_p) * log_p).sum(-1).mean() / math.log(2),
         "agreement": (log_p.argmax(-1) == target).mean(),
+        "tail_bits": kl_to_head_and_uniform_tail(log_p) / math.log(2),
     }
     expected["bytes_per_token"] = expected["bytes"] / len(target)
-    assert summary == pytest.approx(expected, rel=1e-3)
+    assert summary == pytest.approx(expected, rel=1e-3, abs=2e-3)
+
+
+def kl_to_head_and_uniform_tail(log_p):
+    other = log_p.copy()
+    for row in other:
+        tail = np.argsort(row)[: V - K]
+        row[tail] = np.log(np.exp(row[tail]).mean())
+    return (np.exp(log_p) * (log_p - other)).sum(-1).mean()
 
 
 @pytest.mark.parametrize("shards", [2, 3, 8])
