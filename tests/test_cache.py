@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -54,9 +55,11 @@ HALF = dict(rtol=2.0**-11, atol=1e-6)
 DATA = {
     "dictionaries": {"source": "1" * 64, "target": "2" * 64},
     "files": {"train.aa-bb.aa.bin": "3" * 64, "train.aa-bb.bb.bin": "4" * 64},
+    "samples": {"train.aa-bb.aa.bin": "5" * 64, "train.aa-bb.bb.bin": "6" * 64},
     "settings": {"source_lang": "aa", "target_lang": "bb", "truncate_source": 7},
 }
 ARRAYS = ("offsets", "symbols", "log_probs", "reference", "entropy", "rests")
+FILES = (*ARRAYS, "blocks")
 
 
 class Case(NamedTuple):
@@ -166,9 +169,25 @@ def change(cache, **fields):
     layout.write_manifest(cache / "train", {**found, **fields})
 
 
+def write_checksums(cache):
+    """Of what the files hold now."""
+    found = {p.stem: layout.checksum(p) for p in (cache / "train").glob("*.bin")}
+    del found["blocks"]
+    change(cache, checksums=found)
+    names = sorted({*found} - {"offsets"}, key=(*ARRAYS, "drawn").index)
+    content = [(cache / "train" / f"{name}.bin").read_bytes() for name in names]
+    blocks = [zlib.crc32(c[i : i + 65536]) for c in content for i in range(0, len(c), 65536)]
+    np.array(blocks, dtype="<u4").tofile(str(cache / "train" / "blocks.bin"))
+
+
+def opened(cache, data=DATA, subset="train"):
+    return CachedSubset(str(cache), subset, lambda whole: data)
+
+
 def refusal(cache, data=DATA, subset="train"):
+    """When it is opened or, of damage that is only found then, when it is read."""
     with pytest.raises(FileError) as error:
-        CachedSubset(str(cache), subset, data)
+        opened(cache, data, subset).verify()
     return str(error.value)
 
 
@@ -360,30 +379,25 @@ def test_a_cache_with_draws(tmp_path):
     for shard in range(2):
         case.write(tmp_path / "shards", 2, shard)
     assert tree(tmp_path / "shards") == tree(tmp_path / "cache")
-    found = CachedSubset(str(tmp_path / "cache"), "train", DATA)
+    found = opened(tmp_path / "cache")
     assert found.samples == 3 and found.rows(0)["drawn"].shape == (case.lengths[0], 3)
     for i in np.flatnonzero(case.lengths):
         rows = found.rows(i)
         for symbols, drawn in zip(rows["symbols"], rows["drawn"]):
             assert not set(symbols) & set(drawn)
-    old = CachedSubset(str(case_without_draws(tmp_path)), "train", DATA)
+    old = opened(case_without_draws(tmp_path))
     assert not found.compatible_with(old)
     path = tmp_path / "cache" / "train" / "drawn.bin"
     content = bytearray(path.read_bytes())
     content[:2] = b"\xff\xff"
     path.write_bytes(bytes(content))
-    change(tmp_path / "cache", checksums=checksums(tmp_path / "cache"))
+    write_checksums(tmp_path / "cache")
     assert "drawn.bin is damaged: symbol 65535" in refusal(tmp_path / "cache")
 
 
 def case_without_draws(folder):
     assert make_case(folder, temperatures=[1.0]).write(folder / "old")
     return folder / "old"
-
-
-def checksums(cache):
-    files = (cache / "train").glob("*.bin")
-    return {path.stem: layout.checksum(path) for path in files}
 
 
 # training from them
@@ -548,7 +562,7 @@ def test_a_row_that_is_not_finite_is_found():
 
 
 def test_a_cache_holds_every_row_in_the_order_of_the_data(case, finished):
-    cache = CachedSubset(str(finished), "train", DATA)
+    cache = opened(finished)
     assert len(cache) == len(case.lengths) and not cache.whole
     assert cache.lengths().tolist() == case.lengths.tolist()
     for i, logits in enumerate(case.logits):
@@ -557,7 +571,7 @@ def test_a_cache_holds_every_row_in_the_order_of_the_data(case, finished):
         assert set(found) == set(expected)
         for name in found:
             assert found[name].tobytes() == expected[name].tobytes(), (i, name)
-    assert set(tree(finished)) == {"train/" + name + ".bin" for name in ARRAYS} | {
+    assert set(tree(finished)) == {"train/" + name + ".bin" for name in FILES} | {
         "train/manifest.json"
     }
 
@@ -568,7 +582,8 @@ def test_summary(case, finished):
     target = torch.cat(case.targets).numpy()
     covered = np.sort(np.exp(log_p), -1)[:, -K:].sum(-1)
     expected = {
-        "bytes": sum(len(b) for name, b in tree(finished).items() if name.endswith(".bin")),
+        "bytes": sum(len(b) for name, b in tree(finished).items() if name.endswith(".bin"))
+        - 4 * len(ARRAYS[1:]),  # checksums
         "covered_mean": covered.mean(),
         "covered_1st_percentile": np.sort(covered)[0],
         "nll_loss": -log_p[np.arange(len(target)), target].mean() / math.log(2),
@@ -894,7 +909,7 @@ def test_without_any_row(case, tmp_path):
     """A teacher that cannot read a single sentence."""
     empty = case._replace(lengths=np.zeros(3, dtype=int), batches=[], rows=[])
     assert empty.write(tmp_path)
-    cache = CachedSubset(str(tmp_path), "train", DATA)
+    cache = opened(tmp_path)
     assert cache.lengths().tolist() == [0, 0, 0] and len(cache.rows(1)["symbols"]) == 0
 
 
@@ -933,7 +948,7 @@ def test_shards_that_do_not_exist(case, tmp_path, num_shards, shard_id):
 # reading
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("name", FILES)
 def test_one_flipped_bit(cache, name):
     path = cache / "train" / (name + ".bin")
     content = bytearray(path.read_bytes())
@@ -943,12 +958,13 @@ def test_one_flipped_bit(cache, name):
             damaged[position] ^= 1 << bit
             path.write_bytes(damaged)
             message = refusal(cache)
-            assert f"{path} is damaged" in message and "make the cache again" in message
+            assert "is damaged" in message and "make the cache again" in message
+            assert name == "blocks" or str(path) in message
     path.write_bytes(content)
-    CachedSubset(str(cache), "train", DATA)
+    opened(cache)
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_of_another_size_or_missing(cache, name):
     path = cache / "train" / (name + ".bin")
     content = path.read_bytes()
@@ -959,6 +975,129 @@ def test_a_file_of_another_size_or_missing(cache, name):
         assert f"expected {len(content)} bytes, found {len(wrong)}" in message
     path.unlink()
     assert f"{path} is missing: make the cache again" in refusal(cache)
+
+
+SHARED: List[CachedSubset] = []  # with forked processes; an argument would be pickled
+
+
+def what_reading_says(cache=None):
+    cache = cache or SHARED[-1]
+    try:
+        for i in range(len(cache)):
+            cache.rows(i)
+    except CacheError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("how", [None, "fork", "spawn"])
+def test_a_block_that_is_damaged_after_the_start_is_found_when_it_is_read(tmp_path, how):
+    case = make_case(tmp_path, sentences=6000)
+    assert case.write(tmp_path)
+    path, width = tmp_path / "train" / "log_probs.bin", 2 * K
+    assert path.stat().st_size > 3 * 65536
+    cache = opened(tmp_path)
+    first = int(np.searchsorted(cache.offsets, 2 * 65536 // width))  # begins in the third block
+    before = cache.rows(0), cache.rows(1)
+    content = bytearray(path.read_bytes())
+    content[2 * 65536 + 99] ^= 1
+    content[7] ^= 1  # of a block that has been compared already
+    with open(str(path), "r+b") as file:
+        file.write(content)
+    for i in range(2):
+        assert cache.rows(i)["symbols"].tolist() == before[i]["symbols"].tolist()
+    cache.rows(len(cache) - 1)
+    expected = f"{path} is damaged: the checksum of its bytes from 131072 on is not the cache's"
+    if how is None:
+        with pytest.raises(CacheError, match=expected):
+            cache.rows(first + 1)
+    else:
+        SHARED.append(cache)
+        with multiprocessing.get_context(how).Pool(1) as pool:
+            found = pool.apply(what_reading_says, () if how == "fork" else (cache,))
+        assert ("from 0 on" if how == "spawn" else expected) in found
+
+
+def test_what_workers_have_compared_is_not_compared_again(tmp_path, monkeypatch):
+    case = make_case(tmp_path)
+    assert case.write(tmp_path)
+    cache = opened(tmp_path)
+    SHARED.append(cache)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(what_reading_says) == ""
+    monkeypatch.setattr(zlib, "crc32", None)
+    assert what_reading_says(cache) == ""
+
+
+def test_a_cache_that_shrinks_while_it_is_read(case, cache):
+    found = opened(cache)
+    path = cache / "train" / "entropy.bin"
+    os.truncate(str(path), 4)
+    with pytest.raises(CacheError, match=f"{path} is damaged: it has been cut short"):
+        found.rows(16)
+
+
+def test_opening_reads_nothing_of_the_content(tmp_path):
+    """A cache of 100 GB in a sparse file: two sentences of 1.3 billion tokens each."""
+    rows, k = 2 * 1_300_000_000, 8
+    case = make_case(tmp_path)
+    assert case.write(tmp_path)
+    folder = tmp_path / "train"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    np.array([0, rows // 2, rows], dtype="<i8").tofile(str(folder / "offsets.bin"))
+    blocks = 0
+    for name, array in layout.arrays(V, k, TEMPERATURES).items():
+        path = folder / f"{name}.bin"
+        os.truncate(str(path), 0)
+        os.truncate(str(path), rows * array.row_bytes)
+        blocks += -(-rows * array.row_bytes // 65536)
+    os.truncate(str(folder / "blocks.bin"), 4 * blocks)
+    layout.write_manifest(folder, {**manifest, "k": k, "rows": rows, "sentences": 2})
+    assert sum(path.stat().st_size for path in folder.iterdir()) > 100e9
+
+    def bytes_read():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = bytes_read()
+    found = opened(tmp_path)
+    assert bytes_read() - before < 1e5
+    assert found.lengths().tolist() == [rows // 2] * 2
+
+
+def earlier(cache):
+    """As version 0.1.0 wrote it: without checksums of blocks, samples of data and draws."""
+    path = cache / "train" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for key in ("block_bytes", "samples", "checksum"):
+        del manifest[key]
+    del manifest["summary"]["tail_bits"]
+    (cache / "train" / "blocks.bin").unlink()
+    layout.write_manifest(cache / "train", manifest)
+    return cache
+
+
+def test_a_cache_of_an_earlier_version_is_compared_as_a_whole_when_it_is_opened(case, cache):
+    found = opened(earlier(cache))
+    assert found.samples == 0
+    for i in range(len(found)):
+        rows, expected = found.rows(i), written_rows(case, i)
+        assert {n: a.tobytes() for n, a in rows.items()} == expected
+    assert "train.aa-bb.aa.bin differs" in refusal(
+        cache, replaced(DATA, "files", "train.aa-bb.aa.bin", "0" * 64)
+    )
+    path = cache / "train" / "entropy.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CacheError, match=f"{path} is damaged: its checksum is not the manifest's"):
+        opened(cache)
+
+
+def written_rows(case, i):
+    if not case.lengths[i]:
+        kinds = layout.arrays(V, K, TEMPERATURES)
+        return {name: b"" for name in kinds}
+    rows = teacher_rows(Dense(case.logits[i]), case.targets[i], K, TEMPERATURES)
+    return {name: array.tobytes() for name, array in rows.items()}
 
 
 def test_no_cache_and_one_that_is_not_finished(cache, tmp_path):
@@ -978,8 +1117,7 @@ def test_offsets_that_are_none(cache):
         wrong = right.copy()
         wrong[position] = value
         wrong.tofile(str(path))
-        checksums = json.loads((cache / "train" / "manifest.json").read_text())["checksums"]
-        change(cache, checksums={**checksums, "offsets": layout.checksum(path)})
+        write_checksums(cache)
         assert f"{path} is damaged" in refusal(cache)
 
 
@@ -991,8 +1129,8 @@ def replaced(data, section, key, value):
     "data, words",
     [
         (replaced(DATA, "dictionaries", "target", "0" * 64), ["dictionaries: target differs"]),
-        (replaced(DATA, "files", "train.aa-bb.aa.bin", "0" * 64), ["train.aa-bb.aa.bin differs"]),
-        (replaced(DATA, "files", "train1.aa-bb.aa.bin", "0" * 64), ["train1.aa-bb.aa.bin is"]),
+        (replaced(DATA, "samples", "train.aa-bb.aa.bin", "0" * 64), ["train.aa-bb.aa.bin differs"]),
+        (replaced(DATA, "samples", "train1.aa-bb.aa.bin", "0" * 64), ["train1.aa-bb.aa.bin is"]),
         (replaced(DATA, "settings", "truncate_source", 6), ["truncate_source is 6 here, 7 there"]),
         (replaced(DATA, "settings", "source_lang", "bb"), ["source_lang is bb here, aa there"]),
     ],
@@ -1067,7 +1205,7 @@ def test_any_value_anywhere_in_the_manifest(finished, tmp_path_factory, data):
         # and with a checksum to match, as an attacker would write it
         layout.write_manifest(folder / "train", manifest)
         try:
-            cache = CachedSubset(str(folder), "train", DATA)
+            cache = opened(folder)
         except FileError as error:
             assert str(folder) in str(error)
         else:
@@ -1086,7 +1224,7 @@ def test_another_teacher_is_only_a_warning(case, cache, caplog):
         change(cache, teachers=[{**entry, "path": str(changed)}])
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            CachedSubset(str(cache), "train", DATA)
+            opened(cache)
         assert caplog.text.count("no longer the one that the cache") == warned, content
 
 
@@ -1103,16 +1241,15 @@ def test_a_teacher_that_may_not_be_read_is_left_alone(cache, monkeypatch):
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(reader, "digest", denied)
-    CachedSubset(str(cache), "train", DATA)
+    opened(cache)
 
 
 def test_pickled_it_opens_its_maps_again(finished):
-    cache = CachedSubset(str(finished), "train", DATA)
+    cache = opened(finished)
     pickled = pickle.dumps(cache)
-    for array in (cache.offsets, *cache._arrays.values()):
-        assert array.tobytes()[:48] not in pickled
+    for name in ARRAYS:
+        assert (finished / "train" / f"{name}.bin").read_bytes()[:48] not in pickled
     twin = pickle.loads(pickled)
-    assert all(isinstance(array, np.memmap) for array in twin._arrays.values())
     for i in range(len(cache)):
         for name, array in cache.rows(i).items():
             assert twin.rows(i)[name].tobytes() == array.tobytes()
@@ -1147,7 +1284,7 @@ def numbered(case, tmp_path_factory):
         rows.append({**part, "reference": np.concatenate(numbers).astype("<f2")})
     folder = tmp_path_factory.mktemp("numbered")
     assert case._replace(rows=rows).write(folder)
-    return CachedSubset(str(folder), "train", DATA)
+    return opened(folder)
 
 
 @settings(deadline=None, max_examples=40)
@@ -1254,7 +1391,7 @@ def about(folder, subset="train", combine=True, **more):
     more = {"max_source_positions": 7, "num_batch_buckets": 0, **more}
     cfg = Namespace(data=str(folder), **{**given, **more})
     task = Namespace(cfg=cfg, source_dictionary=dictionary(), target_dictionary=dictionary())
-    return describe_data(task, subset, combine)
+    return describe_data(task, subset, combine, whole=True)
 
 
 def test_every_file_and_setting_counts(tmp_path):
@@ -1263,16 +1400,20 @@ def test_every_file_and_setting_counts(tmp_path):
     for name in (*names, *more, "valid.aa-bb.aa.bin", "train3.aa-bb.aa.bin"):
         (tmp_path / name).write_text(name)
     alone, together = about(tmp_path, combine=False), about(tmp_path)
-    assert sorted(alone["files"]) == names and sorted(together["files"]) == sorted(names + more)
-    assert sorted(about(tmp_path, "valid")["files"]) == ["valid.aa-bb.aa.bin"]
+    for kind in ("files", "samples"):
+        assert sorted(alone[kind]) == names and sorted(together[kind]) == sorted(names + more)
+        assert sorted(about(tmp_path, "valid")[kind]) == ["valid.aa-bb.aa.bin"]
+    earlier = {key: value for key, value in together.items() if key != "samples"}
     for name in (*names, *more):
         content = (tmp_path / name).read_text()
         (tmp_path / name).write_text(content.swapcase())
-        found = layout.data_differences(about(tmp_path), together)
-        assert found == [f"files: {name} differs"]
+        for manifest, kind in ((together, "samples"), (earlier, "files")):
+            found = layout.data_differences(lambda whole: about(tmp_path), manifest)
+            assert found == [f"{kind}: {name} differs"]
         (tmp_path / name).write_text(content)
     for setting in (dict(upsample_primary=2), dict(truncate_source=True)):
-        assert len(layout.data_differences(about(tmp_path, **setting), together)) == 1
+        ours = about(tmp_path, **setting)
+        assert len(layout.data_differences(lambda whole: ours, together)) == 1
     # it means nothing as long as nothing is truncated
     assert about(tmp_path, max_source_positions=3) == together
 

@@ -3,7 +3,7 @@
 from .dataset import TaughtDataset
 from .fill import rows_of_batch
 from .layout import CacheError, describe_data
-from .pipeline import Asked, make
+from .pipeline import Asked, make, verify
 from .reader import CachedSubset
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "describe_data",
     "make",
     "rows_of_batch",
+    "verify",
 ]

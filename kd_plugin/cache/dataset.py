@@ -31,6 +31,7 @@ class TaughtDataset(BaseWrapperDataset):
         # no rows: the teacher could not read it
         wrong = np.flatnonzero((lengths != dataset.tgt_sizes) & (lengths > 0))
         if len(wrong):
+            cache.verify_offsets()  # damage is the likelier reason
             raise CacheError(
                 f"the cache {cache.folder} has a different number of rows than the data has target "
                 f"tokens for {len(wrong)} sentences, the first of them number {wrong[0]}"

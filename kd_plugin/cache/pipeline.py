@@ -1,7 +1,7 @@
 """From fairseq's configuration and a teacher to a cache of its answers on the data."""
 
 import copy
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq import tasks, utils
@@ -11,6 +11,7 @@ from ..checkpoints import Role
 from ..errors import UserError
 from .fill import fill, open_writer, summary_lines
 from .layout import CacheError
+from .reader import CachedSubset
 
 ROLE = Role("teacher", "--trust-checkpoint", "--teacher-data", "--model-overrides")
 
@@ -54,21 +55,12 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
         UserError: the data or the teacher cannot be read or do not go together, the folder holds
             another cache, or the teacher gives NaN. Busy: another process writes this shard.
     """
-    cfg = copy.deepcopy(asked.cfg)
-    with open_dict(cfg):
-        cfg.task.teacher_checkpoint_path = cfg.common_eval.path
-        cfg.task.teacher_overrides = cfg.common_eval.model_overrides
-    utils.import_user_module(cfg.common)
-    task = _read(cfg.task.data, tasks.setup_task, cfg.task)
+    cfg, task = _setup(asked)
     teacher = task.open_teacher(asked.device, asked.dtype, ROLE)
     limits = [min(pair) for pair in zip(teacher.max_positions(), task.max_positions())]
     described = teacher.describe()
     made = []
-    for number, subset in enumerate(cfg.dataset.gen_subset.split(",")):
-        # as training reads it: together with train1, train2, ...
-        combine = subset == cfg.dataset.train_subset or (
-            subset == "valid" and cfg.dataset.combine_valid_subsets
-        )
+    for number, (subset, combine) in enumerate(_subsets(cfg)):
         _read(cfg.task.data, task.load_dataset, subset, combine=combine)
         writer = open_writer(
             task,
@@ -79,7 +71,7 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
                 "k": asked.k,
                 **_tail(asked),
                 **described,
-                **task.describe_data(subset, combine),
+                **task.describe_data(subset, combine, whole=True),
             },
             max_tokens=asked.max_tokens,
             max_sentences=asked.max_sentences,
@@ -98,6 +90,46 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
                 flush=True,
             )
     return made
+
+
+def verify(asked: Asked) -> None:
+    """Read each subset's cache and its data as a whole, and compare them with the checksums.
+
+    Raises:
+        CacheError: something is damaged, or the data is not what the cache was made from.
+    """
+    cfg, task = _setup(asked)
+    for subset, combine in _subsets(cfg):
+        cache = CachedSubset(
+            asked.folder,
+            subset,
+            lambda whole, of=(subset, combine): task.describe_data(*of, whole),
+            whole=True,
+        )
+        cache.verify()
+        print(f"{cache.folder}: {cache.manifest['rows']} rows, all as written", flush=True)
+
+
+def _setup(asked: Asked) -> Tuple[Any, Any]:
+    """The configuration with the teacher's flags where the task looks for them, and the task."""
+    cfg = copy.deepcopy(asked.cfg)
+    with open_dict(cfg):
+        cfg.task.teacher_checkpoint_path = cfg.common_eval.path
+        cfg.task.teacher_overrides = cfg.common_eval.model_overrides
+    utils.import_user_module(cfg.common)
+    return cfg, _read(cfg.task.data, tasks.setup_task, cfg.task)
+
+
+def _subsets(cfg: Any) -> List[Tuple[str, bool]]:
+    """Those of ``--gen-subset``, and whether train1, train2, ... belong to them, as in training."""
+    dataset = cfg.dataset
+    return [
+        (
+            subset,
+            subset == dataset.train_subset or (subset == "valid" and dataset.combine_valid_subsets),
+        )
+        for subset in dataset.gen_subset.split(",")
+    ]
 
 
 def _tail(asked: Asked) -> Dict[str, Any]:

@@ -169,7 +169,15 @@ class CacheWriter(ShardedStore):
         return self.manifest() if (self.folder / self.RESULT).is_file() else super().found()
 
     def comparable(self, header: Dict[str, Any]) -> Dict[str, Any]:
-        return _without_paths(header)
+        """A teacher is the same wherever its file lies; digests of whole files tell of the data."""
+        kept = {key: value for key, value in header.items() if key != "samples"}
+        teachers = header.get("teachers")
+        if isinstance(teachers, list) and all(isinstance(one, dict) for one in teachers):
+            place = ("path", "modified_ns")
+            kept["teachers"] = [
+                {k: v for k, v in one.items() if k not in place} for one in teachers
+            ]
+        return kept
 
     def check_room(self) -> None:
         """Twice the size: the shards, and what they are merged into."""
@@ -189,19 +197,26 @@ class CacheWriter(ShardedStore):
     def merge(self) -> None:
         """The shards' rows in the order of sentences; the manifest last."""
         place = self._locate()
-        checksums = {}
+        checksums, of_blocks = {}, []
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
-        for name in (*self.types, layout.OFFSETS):
+        for name in (layout.OFFSETS, *self.types):
             final = layout.array_file(self.folder, name)
             with all_or_nothing(final) as file:
-                value = 0
-                blocks = [offsets] if name == layout.OFFSETS else self._merged(name, place)
-                for block in blocks:
-                    value = zlib.crc32(_bytes(block), value)
-                    file.write(_bytes(block))
-            checksums[name] = f"{value:08x}"
-        summary = self._summary(offsets)
-        manifest = {**self.header, "checksums": checksums, "summary": summary}
+                found = layout.Checksums()
+                parts = [offsets] if name == layout.OFFSETS else self._merged(name, place)
+                for part in parts:
+                    found.update(_bytes(part))
+                    file.write(_bytes(part))
+            checksums[name] = f"{found.whole:08x}"
+            of_blocks += [] if name == layout.OFFSETS else found.blocks
+        with all_or_nothing(layout.array_file(self.folder, layout.BLOCKS)) as file:
+            file.write(_bytes(np.array(of_blocks, dtype="<u4")))
+        manifest = {
+            **self.header,
+            "checksums": checksums,
+            "block_bytes": layout.BLOCK,
+            "summary": self._summary(offsets),
+        }
         layout.write_manifest(self.folder, manifest)
 
     def _locate(self) -> np.ndarray:
@@ -278,15 +293,6 @@ class CacheWriter(ShardedStore):
             tail * per_row / math.log(2),
         )
         return dict(zip((*layout.SUMMARY, *layout.MORE_SUMMARY), values))
-
-
-def _without_paths(header: Dict[str, Any]) -> Dict[str, Any]:
-    """A teacher is the same wherever its file lies."""
-    teachers = header.get("teachers")
-    if not isinstance(teachers, list) or not all(isinstance(one, dict) for one in teachers):
-        return header
-    kept = [{k: v for k, v in one.items() if k != "path"} for one in teachers]
-    return {**header, "teachers": kept}
 
 
 def _file_name(array: str) -> str:

@@ -21,7 +21,10 @@ PROG = "fairseq-kd-cache"
 def make_parser() -> argparse.ArgumentParser:
     parser = fairseq_options.get_validation_parser(default_task="kd_translation")
     parser.prog, parser.description, parser.formatter_class = PROG, __doc__, Help
-    parser.usage = "%(prog)s DATA --path TEACHER[:MORE] --cache DIR [options]"
+    parser.usage = (
+        "%(prog)s DATA --path TEACHER[:MORE] --cache DIR [options]\n"
+        "       %(prog)s DATA --cache DIR --verify"
+    )
     parser.set_defaults(gen_subset="train,valid")
     group = parser.add_argument_group("teacher cache")
     group.add_argument("--cache", required=True, metavar="DIR", help="folder to write")
@@ -42,6 +45,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="also draw S symbols from the others, for --kd-tail sample (2 bytes per token each, "
         "4 above 65,536 symbols), at temperature 1 or the one of --temperatures",
     )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="write nothing: read the cache and its data as a whole, and compare them with their "
+        "checksums (training compares what it reads)",
+    )
     add_trust(group.add_argument, dest="teacher_trust_checkpoint")  # the task's, as elsewhere
     return parser
 
@@ -53,6 +62,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
 def run(options: argparse.Namespace) -> None:
     _refuse(options)
     cfg = convert_namespace_to_omegaconf(options)
+    if options.verify:
+        cache.verify(cache.Asked(cfg=cfg, folder=options.cache))
+        return
     shard = shard_of_process(options)
     device, dtype = decoding.placement(cfg, shard.device_id)
     max_tokens, max_sentences = decoding.batch_limits(cfg)
@@ -87,7 +99,8 @@ def _refuse(options: argparse.Namespace) -> None:
             f"instead of --{name.replace('_', '-')} give {flag}",
         )
     faults.check(
-        options.path, "--path: expected the teacher's checkpoint, or several with ':' between"
+        options.path or options.verify,
+        "--path: expected the teacher's checkpoint, or several with ':' between",
     )
     faults.check(
         issubclass(TASK_REGISTRY.get(options.task, object), Distillation),

@@ -63,8 +63,13 @@ class Distillation(FairseqTask):
         """Source and target tokens of each sentence, (n, 2); None of a text without targets."""
         raise NotImplementedError
 
-    def describe_data(self, subset: str, combine: bool) -> Dict[str, Any]:
-        """What the meaning of a cached row depends on, as plain types."""
+    def describe_data(self, subset: str, combine: bool, whole: bool) -> Dict[str, Any]:
+        """What the meaning of a cached row depends on, as plain types.
+
+        Args:
+            combine: whether train1, train2, ... belong to it.
+            whole: look at all of its files, and not at samples of them alone.
+        """
         raise NotImplementedError
 
     # fairseq's calls. First, only where a model is there already (validating, translating):
@@ -114,7 +119,7 @@ class Distillation(FairseqTask):
         self.datasets[split] = self.source.join(
             dataset,
             split,
-            lambda: self.describe_data(split, combine),
+            lambda whole: self.describe_data(split, combine, whole),
             required=split == self.cfg.train_subset,
         )
 

@@ -116,7 +116,8 @@ class Source:
         """The dataset, with what the source knows of its sentences.
 
         Args:
-            description: gives what ``cache.describe_data`` says of the subset; called if needed.
+            description: gives what ``cache.describe_data`` says of the subset; called if needed,
+                with whether it is to look at whole files.
             required: whether training is taught on this subset.
         """
         return dataset
@@ -247,7 +248,7 @@ class CachedTeacher(Source):
             logger.info(f"no subset {subset} in the cache {self.folder}: it is validated {_ALONE}")
             return dataset
         try:
-            cache = CachedSubset(self.folder, subset, description())
+            cache = CachedSubset(self.folder, subset, description)
             self._check(cache)
             joined = TaughtDataset(dataset, cache, self.pad)
         except UserError as error:
