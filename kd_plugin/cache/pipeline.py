@@ -1,6 +1,7 @@
 """From fairseq's configuration and a teacher to a cache of its answers on the data."""
 
 import copy
+import functools
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -103,7 +104,7 @@ def verify(asked: Asked) -> None:
         cache = CachedSubset(
             asked.folder,
             subset,
-            lambda whole, of=(subset, combine): task.describe_data(*of, whole),
+            functools.partial(task.describe_data, subset, combine),
             whole=True,
         )
         cache.verify()
