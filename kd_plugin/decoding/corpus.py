@@ -13,7 +13,7 @@ from fairseq.data import data_utils
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import DictConfig
 
-from ..files import FileError, digest, reading_binarised, temporary
+from ..files import FileError, digest, read_whole, reading_binarised, remove, temporary
 from . import databin
 from .databin import DataBin
 
@@ -72,8 +72,10 @@ class Corpus(NamedTuple):
                 "as many lines"
             )
         if isinstance(task, TranslationTask) and references is not None:
+            task.cfg.dataset_impl = "raw" if data.is_raw(subset) else None  # as it lies there
             task.load_dataset(subset)
             dataset = task.dataset(subset)
+            read_whole(dataset)
             return cls(dataset, dataset.src, dataset.tgt, data)
         # other tasks load a training set to sample from it, or to mix languages
         inference = task.build_dataset_for_inference(source, source.sizes)
@@ -137,8 +139,8 @@ def _binarise(
     except UnicodeDecodeError as error:
         raise FileError(f"--source-text {text}: not UTF-8 ({error})") from None
     finally:
-        for left in new.parent.glob(new.name + ".*"):
-            left.unlink()
+        for end in (".bin", ".idx"):
+            remove(Path(str(new) + end))
 
 
 def text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[[str], str]]:

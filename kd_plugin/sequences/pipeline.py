@@ -181,7 +181,7 @@ def _settings(asked: Asked, cfg: Any, header: Dict[str, Any], student: Student) 
         "original": asked.repeat_original,
         "student_spm": digest(asked.student_spm) if asked.student_spm else None,
         "student_files": {
-            path.name: digest(str(path)) for path in decoding.carried_files(student.data)
+            name: digest(str(path)) for name, path in student.data.carried_files().items()
         },
     }
 
