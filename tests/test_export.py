@@ -480,3 +480,13 @@ def test_languages_that_fairseq_train_was_not_told(data, tmp_path, capsys):
     torch.save(state, str(path))
     code, error = run(capsys, "--path", path, "--output", tmp_path / "no.pt", "--no-verify")
     assert code == 1 and "names no languages" in error
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_export_under_other_names_of_the_languages(named, data, tmp_path, capsys):
+    """It is verified on the model's data-bin, whose files have the names of its training."""
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    flags = ["-s", "x_X", "-t", "y_Y", *(["--data", data] if named else [])]
+    code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt", *flags)
+    assert code == 0 and "UNVERIFIED" not in error, error
+    assert read(tmp_path / "out.pt").languages == ("x_X", "y_Y")

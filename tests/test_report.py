@@ -323,7 +323,8 @@ def test_models_by_name(tmp_path):
     (folder / "model.bin").write_bytes(b"x")
     a, b = str(tmp_path / "a.pt"), str(tmp_path / "b.pt")
     pairs = [f"teacher={a}:{b}", "student=" + a, f"int8={folder}"]
-    models = read_models(pairs, "data", ["student=other"])
+    models = read_models(pairs, "data", ["student=other"], ["student=a_A,b_B"])
+    assert [m.langs for m in models] == [None, ("a_A", "b_B"), None]
     assert [(m.name, m.kind, m.data) for m in models] == [
         ("teacher", "fairseq", "data"),
         ("student", "fairseq", "other"),
@@ -353,6 +354,10 @@ def test_wrong_names_are_all_named_at_once(tmp_path):
             read_models([f"{name}={a}"], "", [])
     with pytest.raises(UserError, match="no such file"):  # a folder is no member of an ensemble
         read_models([f"m={a}:{tmp_path}"], "", [])
+    with pytest.raises(UserError, match="--model-langs m: --model-data names no folder of it"):
+        read_models(["m=" + a], "", [], ["m=aa,bb"])
+    with pytest.raises(UserError, match="--model-langs m: expected a source and a target language"):
+        read_models(["m=" + a], "", ["m=data"], ["m=aa"])
 
 
 # models at once

@@ -5,12 +5,13 @@ Data, student and teacher are real, and so small that a whole training takes a t
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 from fairseq import models
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
 from omegaconf import OmegaConf
 
 from kd_plugin.decoding import databin
@@ -59,6 +60,32 @@ def write_teacher(
     return str(folder / "teacher.pt")
 
 
+def write_mbart(folder: Path, data: Path, bos: bool) -> Tuple[str, Any, Any]:
+    """A model that knows a little, of a task that adds tags to sentences, and that task."""
+    args = arguments("mbart_base")
+    vars(args).update(
+        **dict(task="translation_from_pretrained_bart", langs="bb,xx,aa", prepend_bos=bos),
+        **dict(data=str(data), dataset_impl=None, upsample_primary=1, load_alignments=False),
+        **dict(left_pad_source=True, left_pad_target=False),
+        **dict(max_source_positions=12, max_target_positions=10),
+    )
+    task = TranslationFromPretrainedBARTTask(args, dictionary(SOURCE), dictionary(TARGET))
+    task.args = args
+    torch.manual_seed(1)
+    model = models.build_model(args, task)
+    task.load_dataset("train")
+    batch = task.dataset("train").collater([*task.dataset("train")])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        logits = model(**batch["net_input"])[0].transpose(1, 2)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, batch["target"], ignore_index=1).backward()
+        optimizer.step()
+    model.eval()
+    torch.save({"args": args, "model": model.state_dict()}, str(folder / "teacher.pt"))
+    return str(folder / "teacher.pt"), model, task
+
+
 def _teach(model: Any, source: Dictionary, target: Dictionary) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(5):
@@ -78,6 +105,8 @@ def arguments(arch: str = "transformer", width: int = 8) -> Namespace:
     sides.update(hidden_size=width, out_embed_dim=width)  # an lstm's
     args = Namespace(arch=arch, criterion="cross_entropy", source_lang="aa", target_lang="bb")
     args.dropout = 0.0  # two trainings are the same
+    args.share_all_embeddings = False  # BART's default, for a joined dictionary
+    args.task = "translation"
     for side in ("encoder", "decoder"):
         vars(args).update({f"{side}_{key}": value for key, value in sides.items()})
     models.ARCH_CONFIG_REGISTRY[arch](args)

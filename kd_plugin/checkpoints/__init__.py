@@ -16,17 +16,20 @@ from .checkpoint import (
 )
 from .dictionaries import MISSING, Dictionaries, VocabularyError, index_map, is_padding, lacking
 from .roles import Role
+from .tags import PRETRAINED_BART, Tags
 from .torchfile import allow_fairseq_globals
 
 __all__ = [
     "DTYPES",
     "MISSING",
+    "PRETRAINED_BART",
     "SECOND_COPIES",
     "TRANSLATION_TASKS",
     "Checkpoint",
     "CheckpointError",
     "Dictionaries",
     "Role",
+    "Tags",
     "VocabularyError",
     "allow_fairseq_globals",
     "average",

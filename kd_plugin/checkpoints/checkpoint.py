@@ -6,6 +6,7 @@ run. What is left of it is a ``Checkpoint``: nobody else takes such a file apart
 """
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import math
@@ -24,9 +25,10 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from ..errors import UserError
-from . import build, dictionaries, torchfile, untrusted
+from . import build, dictionaries, tags, torchfile, untrusted
 from .dictionaries import Dictionaries, VocabularyError
 from .roles import Role
+from .tags import Tags
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +173,17 @@ class Checkpoint:
         return self.languages_with({})
 
     def languages_with(self, overrides: Mapping[str, Any]) -> Tuple[Any, Any]:
-        """Source and target language, where ``overrides`` may name them otherwise."""
+        """What the data call them, where ``overrides`` say that they call them otherwise.
+
+        Its dictionaries' files have its own names for them all the same.
+        """
         source, target = [overrides.get(key, self.task_options.get(key)) for key in _LANGUAGES]
+        return source, target
+
+    def languages_or(self, others: Sequence[str]) -> Tuple[str, str]:
+        """Its source and target language, which name its dictionaries' files; where it names none,
+        those of the data."""
+        source, target = [own or other for own, other in zip(self.languages, others)]
         return source, target
 
     @property
@@ -205,18 +216,18 @@ class Checkpoint:
         self,
         languages: Sequence[str],
         data: Optional[str] = None,
-        overrides: Optional[Mapping[str, Any]] = None,
         otherwise: Optional[Tuple[str, Dictionary, Dictionary]] = None,
     ) -> Optional[Dictionaries]:
         """The source and target dictionaries that the model was trained with.
 
         From ``data``, or else from the checkpoint (of a student of ours), from beside it, or from
-        the data folder that it names.
+        the data folder that it names. Its own names of the languages name the files. Only in
+        ``data``, which somebody says has its dictionaries, may the files have the names that the
+        data at hand go by: elsewhere those may be the dictionaries of the data.
 
         Args:
-            languages: of a checkpoint that names none.
+            languages: of the data at hand.
             data: folder that the role's flag names.
-            overrides: may name the languages otherwise.
             otherwise: whose dictionaries ("student", "data") to take, with a warning, if none are
                 found.
 
@@ -224,16 +235,26 @@ class Checkpoint:
             None if none are found and there are none to take.
 
         Raises:
-            VocabularyError: there are none in ``data``, or one cannot be read.
+            VocabularyError: there are none in ``data``, one cannot be read, or those that are
+                found have other names.
         """
-        langs = [
-            own or other for own, other in zip(self.languages_with(overrides or {}), languages)
-        ]
-        files = " and ".join(f"dict.{lang}.txt" for lang in langs)
+        found = self._dictionaries(languages, data, otherwise)
+        return found and self._with_added_symbols(found)
+
+    def _dictionaries(
+        self,
+        languages: Sequence[str],
+        data: Optional[str],
+        otherwise: Optional[Tuple[str, Dictionary, Dictionary]],
+    ) -> Optional[Dictionaries]:
+        langs = self.languages_or(languages)
+        files = allowed = dictionaries.files(langs)
+        if langs != tuple(languages):
+            allowed += " or " + dictionaries.files(languages)
         if data is not None:
-            found = dictionaries.read_folder(data, langs)
+            found = dictionaries.read_folder(data, langs, languages)
             if found is None:
-                raise VocabularyError(f"{self.role.data or self} {data}: expected {files} there")
+                raise VocabularyError(f"{self.role.data or self} {data}: expected {allowed} there")
             return Dictionaries(*found, "from " + data)
         if self.symbols is not None:
             try:
@@ -244,7 +265,8 @@ class Checkpoint:
                     f"{self._advise_data()}"
                 ) from None
             return Dictionaries(source, target, "from its checkpoint")
-        found = dictionaries.read_folder(os.path.dirname(os.path.abspath(self.path)), langs)
+        beside = os.path.dirname(os.path.abspath(self.path))
+        found = dictionaries.read_folder(beside, langs)
         if found is not None:
             return Dictionaries(*found, "from beside it")
         found = dictionaries.read_folder(self.data, langs) if self.data else None
@@ -260,17 +282,54 @@ class Checkpoint:
         if otherwise is None:
             return None
         owner, source, target = otherwise
+        missing = f"{self}: no {files} found beside it or in the data folder that it names"
+        advice = self._advise_data(f", as {allowed if self.role.data else files}")
+        for folder in filter(None, (beside, self.data)):
+            others = dictionaries.named(folder)
+            if others:
+                raise VocabularyError(
+                    f"{missing}, though {', '.join(others[:8])} in {folder}.{advice}"
+                )
         logger.warning(
-            f"{self}: no {files} found beside it or in the data folder that it names, so its "
-            f"vocabulary is TAKEN TO BE THE {owner.upper()}'S and nothing could be verified."
-            f"{self._advise_data()}"
+            f"{missing}, so its vocabulary is TAKEN TO BE THE {owner.upper()}'S and nothing could "
+            f"be verified.{advice}"
         )
         return Dictionaries(source, target, f"taken from the {owner}")
 
-    def _advise_data(self) -> str:
+    def _with_added_symbols(self, found: Dictionaries) -> Dictionaries:
+        """Dictionaries with what its task adds to those of the files."""
+        added = tags.added_symbols(self.task, self.task_options)
+        if not added:
+            return found
+        sides = copy.deepcopy((found.source, found.target))  # which may be the data's own
+        for side in sides:
+            for symbol in added:
+                side.add_symbol(symbol)
+        return Dictionaries(*sides, found.origin)
+
+    def tags(self, languages: Sequence[str]) -> Tags:
+        """What it reads beside the sentences of the data.
+
+        Args:
+            languages: of the data at hand.
+
+        Raises:
+            CheckpointError: nothing says which languages it reads and writes.
+        """
+        for own, other in zip(self.languages, languages):
+            known = tags.languages(self.task_options)
+            if self.task == tags.PRETRAINED_BART and not own and other not in known:
+                raise CheckpointError(
+                    f"{self} does not say which of its languages ({', '.join(known)}) it reads "
+                    f"and writes, and the data's {other} is none of them"
+                )
+        return tags.tags(self.task, self.task_options, self.languages_or(languages))
+
+    def _advise_data(self, names: str = "") -> str:
+        own = "the dict.*.txt it was trained with"
         if self.role.data:
-            return f" {self.role.data} names the folder with the dict.*.txt it was trained with."
-        return " Put the dict.*.txt it was trained with beside it."
+            return f" {self.role.data} names the folder with {own}{names}."
+        return f" Put {own} beside it{names}."
 
     def check_sizes(self, found: Dictionaries) -> None:
         """Its dictionaries must have as many symbols as it has embeddings.

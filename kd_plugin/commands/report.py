@@ -57,6 +57,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="data-bin of the same sentences for a model whose dictionaries are not DATA's",
     )
     add(
+        "--model-langs",
+        nargs="+",
+        default=[],
+        metavar="NAME=SRC,TGT",
+        help="what a model's --model-data calls the languages (default: as DATA does)",
+    )
+    add(
         "--reference",
         metavar="FILE",
         help="raw references, one per line (default: DATA's own, without subwords)",
@@ -99,7 +106,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     _refuse(options)
-    models = report.read_models(options.models, options.data, options.model_data)
+    models = report.read_models(
+        options.models, options.data, options.model_data, options.model_langs
+    )
     samples = options.significance_samples or {"bs": 1000, "ar": 10000}[options.significance]
     made = report.make(
         report.Asked(

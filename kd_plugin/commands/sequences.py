@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from fairseq import options as fairseq_options
 from fairseq import utils
@@ -16,6 +16,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from .. import sequences
 from ..checkpoints import parse_overrides
+from ..decoding import parse_languages
 from ..errors import Faults
 from ..export import QUANTIZATIONS
 from ..files import FileError
@@ -86,6 +87,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="the student's SentencePiece model, which encodes the text that --remove-bpe or --bpe "
         "has decoded",
+    )
+    add(
+        "--student-langs",
+        metavar="SRC,TGT",
+        help="what --student-data calls the languages (default: as DATA does)",
     )
     add("--engine", default="fairseq", choices=sequences.ENGINES, help="software that decodes")
     add(
@@ -166,6 +172,7 @@ def run(options: argparse.Namespace) -> None:
             repeat_original=options.repeat_original if options.mix else 0,
             student_data=options.student_data,
             student_spm=options.student_spm,
+            student_langs=_student_langs(options),
             engine=options.engine,
             compute_type=options.compute_type,
             trust=options.trust_checkpoint,
@@ -204,6 +211,12 @@ def _refuse(options: argparse.Namespace) -> None:
         options.student_data or not options.student_spm,
         "--student-spm needs --student-data, with the dictionaries that go with it",
     )
+    check(
+        options.student_data or not options.student_langs,
+        "--student-langs needs --student-data, whose languages it names",
+    )
+    with faults.collecting():
+        _student_langs(options)
     check(options.mix or options.repeat_original == 1, "--repeat-original needs --mix original")
     check(options.repeat_original >= 1, "--repeat-original must be 1 or more")
     check(0 <= options.min_score_quantile < 1, "--min-score-quantile must be from 0 to below 1")
@@ -235,6 +248,12 @@ def _refuse_for_ctranslate2(options: argparse.Namespace, faults: Faults) -> None
         check(
             options.temperature == 1, "--engine ctranslate2 has --temperature with --sampling alone"
         )
+
+
+def _student_langs(options: argparse.Namespace) -> Optional[Tuple[str, str]]:
+    if options.student_langs is None:
+        return None
+    return parse_languages(options.student_langs, "--student-langs")
 
 
 def _choice(options: argparse.Namespace) -> sequences.Choice:

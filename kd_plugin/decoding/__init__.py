@@ -9,7 +9,7 @@ from .corpus import (
     plan,
     text_functions,
 )
-from .databin import DataBin, carried_files
+from .databin import DataBin, carried_files, parse_languages
 from .engines import CTranslate2Engine, FairseqEngine, Hypothesis
 from .models import build_models, open_checkpoints, placement, set_up_task
 
@@ -26,6 +26,7 @@ __all__ = [
     "describe",
     "describe_text",
     "open_checkpoints",
+    "parse_languages",
     "placement",
     "plan",
     "set_up_task",

@@ -11,6 +11,7 @@ import torch
 from fairseq import utils
 from fairseq.data import data_utils
 from fairseq.tasks.translation import TranslationTask
+from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
 from omegaconf import DictConfig
 
 from ..files import FileError, digest, reading_binarised, temporary
@@ -74,6 +75,9 @@ class Corpus(NamedTuple):
         if isinstance(task, TranslationTask) and references is not None:
             task.load_dataset(subset)
             dataset = task.dataset(subset)
+            if isinstance(task, TranslationFromPretrainedBARTTask):
+                # it adds tags of languages to both sides, which are not of the corpus
+                return cls(dataset, source, references, data)
             return cls(dataset, dataset.src, dataset.tgt, data)
         # other tasks load a training set to sample from it, or to mix languages
         inference = task.build_dataset_for_inference(source, source.sizes)

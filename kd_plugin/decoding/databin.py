@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq.data import Dictionary, data_utils, indexed_dataset
@@ -25,17 +25,21 @@ class DataBin:
     Args:
         folder: it, with ``dict.LANG.txt`` and ``SPLIT.SRC-TGT.LANG.{bin,idx}``.
         source_lang, target_lang: the languages; fairseq takes either order in file names.
+        renamed: the flag that says what the folder calls them, "--student-langs {}", for messages.
 
     Raises:
         FileError: it has no dictionaries; VocabularyError: one cannot be read.
     """
 
-    def __init__(self, folder: str, source_lang: str, target_lang: str) -> None:
+    def __init__(
+        self, folder: str, source_lang: str, target_lang: str, renamed: Optional[str] = None
+    ) -> None:
         self.folder, self.langs = Path(folder), (source_lang, target_lang)
         missing = [str(path) for path in self.dictionary_files() if not path.is_file()]
         if missing:
             raise FileError(
                 f"{folder}: expected a folder of fairseq-preprocess; missing: {', '.join(missing)}"
+                f"{_advise_names(folder, renamed)}"
             )
         self.source, self.target = [vocabulary.read(str(f)) for f in self.dictionary_files()]
 
@@ -64,6 +68,32 @@ class DataBin:
                 if match:
                     found.setdefault(match.group(1), []).append(Path(path))
         return found
+
+
+def _advise_names(folder: str, renamed: Optional[str]) -> str:
+    """What to do about a folder that has dictionaries of languages with other names."""
+    there = vocabulary.named(folder)
+    if not (there and renamed):
+        return ""
+    names = [name.split(".")[1].split("-") for name in os.listdir(folder) if name.count(".") == 3]
+    pairs = {",".join(pair) for pair in names if len(pair) == 2}
+    flag = renamed.format(pairs.pop() if len(pairs) == 1 else "SRC,TGT")
+    return (
+        f"; there are {', '.join(there)}: if these are other names for the same languages, say so "
+        f"with {flag}, the source's first"
+    )
+
+
+def parse_languages(text: str, flag: str) -> Tuple[str, str]:
+    """Names of a source and a target language, "de,en".
+
+    Raises:
+        FileError: it is something else.
+    """
+    source, comma, target = text.partition(",")
+    if not (source and target) or "," in target:
+        raise FileError(f"{flag}: expected a source and a target language as in de,en; got {text}")
+    return source, target
 
 
 def exists(prefix: str) -> bool:

@@ -55,7 +55,9 @@ class FairseqEngine:
         except (ValueError, AssertionError) as error:
             raise _refused("fairseq's generator", error) from error
         strip = getattr(self.generator, "symbols_to_strip_from_output", {self.generator.eos})
-        self.strip = {*strip, self.generator.eos, task.target_dictionary.bos()}
+        dictionary = task.target_dictionary
+        # the generator's end may be the tag of a language, behind the dictionary's
+        self.strip = {*strip, self.generator.eos, dictionary.bos(), dictionary.eos()}
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
         """The n-best lists of collated batches, one after the other.

@@ -47,6 +47,8 @@ def set_up_task(cfg: Any) -> Any:
             f"{cfg.task.data}: the data cannot be read: {error or repr(error)}"
         ) from error
     if isinstance(task, TranslationTask):
+        if not hasattr(task, "args"):
+            task.args = task.cfg  # where mBART's task still looks, and fairseq 0.12 has none
         cfg.task.source_lang, cfg.task.target_lang = task.cfg.source_lang, task.cfg.target_lang
     if not all(getattr(cfg.task, name, None) for name in ("source_lang", "target_lang")):
         raise FileError("--source-lang and --target-lang: give both")
@@ -84,7 +86,7 @@ def open_checkpoints(
     found = []
     for path in paths:
         checkpoint = Checkpoint.open(path, role, trust)
-        # other tasks add language symbols to the dictionaries' files
+        # other tasks add symbols that checkpoints do not tell
         if isinstance(task, TranslationTask):
             _check_dictionaries(checkpoint, task, overrides or {}, otherwise)
         found.append(checkpoint)
@@ -102,7 +104,7 @@ def _check_dictionaries(
             f"{langs[0]} to {langs[1]}: if that is not meant, swap --source-lang and --target-lang"
         )
     ours = (task.source_dictionary, task.target_dictionary)
-    found = checkpoint.dictionaries(langs, overrides=overrides, otherwise=("data", *ours))
+    found = checkpoint.dictionaries(langs, otherwise=("data", *ours))
     assert found is not None  # there are the data's
     for side, mine, own in zip(("source", "target"), ours, found):
         different = difference(mine, own)

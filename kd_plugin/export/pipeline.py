@@ -13,7 +13,7 @@ from fairseq.data import Dictionary, data_utils
 from ..checkpoints import Checkpoint, Role, average
 from ..decoding import DataBin
 from ..errors import Faults, UserError
-from ..files import temporary
+from ..files import FileError, temporary
 from . import fairseq
 from .ctranslate2 import CTranslate2Format
 from .fairseq import FairseqFormat
@@ -172,11 +172,11 @@ def _dictionaries(
     found = checkpoint.dictionaries(langs)
     data = None
     if asked.data:
-        data = DataBin(asked.data, *langs)
+        data = _data_bin(asked.data, checkpoint, langs)
     elif checkpoint.data and asked.verify:
         # what is missing there is told when it is needed
         with contextlib.suppress(UserError):
-            data = DataBin(checkpoint.data, *langs)
+            data = _data_bin(checkpoint.data, checkpoint, langs)
     if found is None:
         if data is None:
             files = " and ".join(f"dict.{lang}.txt" for lang in langs)
@@ -186,7 +186,7 @@ def _dictionaries(
             )
         return data, data.source, data.target
     if data is not None:
-        for lang, mine, other in zip(langs, found, (data.source, data.target)):
+        for lang, mine, other in zip(data.langs, found, (data.source, data.target)):
             if mine.symbols != other.symbols:
                 raise ExportError(
                     f"{checkpoint}: dict.{lang}.txt in {data.folder} ({len(other)} symbols) is not "
@@ -194,6 +194,15 @@ def _dictionaries(
                     "that was made with the model's dictionaries"
                 )
     return data, found.source, found.target
+
+
+def _data_bin(folder: str, checkpoint: Checkpoint, langs: Tuple[str, str]) -> DataBin:
+    """A data-bin of the model's languages, under its own names for them or those of the flags."""
+    own = checkpoint.languages_or(langs)
+    if own != langs:
+        with contextlib.suppress(FileError):
+            return DataBin(folder, *own)
+    return DataBin(folder, *langs)
 
 
 @contextlib.contextmanager

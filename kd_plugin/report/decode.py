@@ -390,6 +390,8 @@ def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
     own = copy.deepcopy(options)
     if model is not None:
         own.data, own.path = model.data, model.path
+        if model.langs is not None:
+            own.source_lang, own.target_lang = model.langs
     cfg = convert_namespace_to_omegaconf(own)
     with open_dict(cfg):
         cfg.dataset.max_tokens, cfg.dataset.batch_size = decoding.batch_limits(cfg)

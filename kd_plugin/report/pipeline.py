@@ -232,7 +232,8 @@ def _model_settings(model: Model, data: _TestSet) -> Dict[str, Any]:
     """What they depend on beside that: the model's files, its own data-bin's, its workers."""
     own = {}
     if _has_own_data(model, data):
-        bins = decoding.DataBin(model.data, *data.corpus.data.langs)
+        langs = model.langs or data.corpus.data.langs
+        bins = decoding.DataBin(model.data, *langs, renamed=f"--model-langs {model.name}={{}}")
         own = decoding.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
     found: Dict[str, Any] = {"model": model.fingerprint(), "model_data": own}
     device, _ = decoding.placement(data.cfg, data.cfg.distributed_training.device_id)
@@ -515,7 +516,11 @@ def _open(model: Model, results: _Results) -> Teacher:
         task.source_dictionary, task.target_dictionary, task.cfg.source_lang, task.cfg.target_lang
     )
     asked = results.asked
-    settings = TeacherSettings(model.paths, trust=asked.trust, role=role_of(model, asked.teacher))
+    # it has been decoded, whatever its checkpoints call the languages
+    names = {"source_lang": fit.source_lang, "target_lang": fit.target_lang}
+    settings = TeacherSettings(
+        model.paths, overrides=names, trust=asked.trust, role=role_of(model, asked.teacher)
+    )
     return Teacher.open(settings, fit).place(device, dtype)
 
 

@@ -41,6 +41,7 @@ class Asked(NamedTuple):
         repeat_original: how many times the original training set comes before the distilled one.
         student_data: data-bin of a student with other dictionaries than the teacher's.
         student_spm: that student's SentencePiece model.
+        student_langs: what that data-bin calls the languages, if not as the teacher's does.
         engine: what decodes, one of ``ENGINES``.
         compute_type: CTranslate2's precision; None is int8 on a CPU and float16 on a GPU.
         trust: open checkpoints with the full pickle machinery.
@@ -57,6 +58,7 @@ class Asked(NamedTuple):
     repeat_original: int = 0
     student_data: Optional[str] = None
     student_spm: Optional[str] = None
+    student_langs: Optional[Tuple[str, str]] = None
     engine: str = "fairseq"
     compute_type: Optional[str] = None
     trust: bool = False
@@ -86,7 +88,9 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
     data = DataBin(cfg.task.data, cfg.task.source_lang, cfg.task.target_lang)
     to_text, to_subwords = decoding.text_functions(task, cfg)
     _refuse_subwords(asked, cfg, data)
-    student = open_student(data, to_text, asked.student_data, asked.student_spm)
+    student = open_student(
+        data, to_text, asked.student_data, asked.student_spm, asked.student_langs
+    )
     teacher = _Teacher(
         utils.split_paths(cfg.common_eval.path),
         parse_overrides(cfg.common_eval.model_overrides, "--model-overrides"),
@@ -180,6 +184,7 @@ def _settings(asked: Asked, cfg: Any, header: Dict[str, Any], student: Student) 
         "text": decoding.describe_text(cfg),
         "original": asked.repeat_original,
         "student_spm": digest(asked.student_spm) if asked.student_spm else None,
+        "student_langs": list(asked.student_langs) if asked.student_langs else None,
         "student_files": {
             path.name: digest(str(path)) for path in decoding.carried_files(student.data)
         },

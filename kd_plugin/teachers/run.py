@@ -7,10 +7,11 @@ import os
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+from fairseq.models.bart import BARTModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
 from torch import Tensor
 
-from ..checkpoints import DTYPES, TRANSLATION_TASKS, Checkpoint, Role, digest
+from ..checkpoints import DTYPES, PRETRAINED_BART, TRANSLATION_TASKS, Checkpoint, Role, digest
 from ..errors import UserError
 from ..objective import Member, RunningAnswer
 from .view import Student, TeacherView
@@ -122,8 +123,7 @@ class Teacher:
 
     def max_positions(self) -> Tuple[int, int]:
         """Longest source and target, in tokens, that every member can read."""
-        limits = [member.model.max_positions() for member in self.members]
-        source, target = zip(*limits)
+        source, target = zip(*(member.max_positions() for member in self.members))
         return int(min(source)), int(min(target))
 
     @torch.no_grad()
@@ -154,7 +154,6 @@ class _Model:
         found = checkpoint.dictionaries(
             (student.source_lang, student.target_lang),
             data,
-            self.overrides,
             otherwise=("student", student.source, student.target),
         )
         assert found is not None  # there are the student's
@@ -181,6 +180,11 @@ class _Model:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def max_positions(self) -> Tuple[int, int]:
+        """Longest source and target of the student's data, in tokens, that it can read."""
+        (source, target), longer = self.model.max_positions(), self.view.longer
+        return source - longer[0], target - longer[1]
+
     def inputs(self, net_input: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """A batch as the model's forward pass takes it."""
         return self.view.inputs(net_input, self.device)
@@ -192,9 +196,10 @@ class _Model:
         with _autocast(amp):
             output = model(**self.inputs(net_input), **({"features_only": True} if lazy else {}))
         output = output[0].flatten(0, 1)  # features or logits, one row for each target position
+        width = net_input["prev_output_tokens"].size(1)
 
         def logits(rows: Tensor) -> Tensor:
-            some = output[view.rows(rows.to(output.device))]
+            some = output[view.rows(rows.to(output.device), width)]
             if not lazy:
                 return view.logits(some)
             # projected when, and for the rows that, somebody asks
@@ -211,10 +216,12 @@ def _check_task(checkpoint: Checkpoint, student: Student, overrides: Mapping[str
             f"{checkpoint} is a decoder-only language model ({arch}); a translation student needs "
             "an encoder-decoder teacher"
         )
-    if checkpoint.task is not None and checkpoint.task not in TRANSLATION_TASKS:
+    known = (None, *TRANSLATION_TASKS, PRETRAINED_BART)
+    if checkpoint.task not in known:
         raise TeacherError(
             f"{checkpoint} was trained for the task {checkpoint.task!r}; word-level distillation "
-            "reads teachers of the task 'translation'. Sequence-level distillation takes any task."
+            f"reads teachers of the tasks 'translation' and {PRETRAINED_BART!r}. Sequence-level "
+            "distillation takes any task."
         )
     theirs = checkpoint.languages_with(overrides)
     ours = (student.source_lang, student.target_lang)
@@ -242,6 +249,6 @@ def _autocast(enabled: bool) -> Any:
 def _is_lazy(model: Any) -> bool:
     """Whether features and their projection can be had apart, as in fairseq's own transformer."""
     return (
-        type(model).forward is TransformerModelBase.forward
+        type(model).forward in (TransformerModelBase.forward, BARTModel.forward)
         and type(model.decoder).output_layer is TransformerDecoderBase.output_layer
     )
