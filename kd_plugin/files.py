@@ -113,8 +113,46 @@ def reading_binarised(
     except (ValueError, AssertionError, struct.error) as error:
         reason = (str(error) or repr(error)).split("\n")[0]
         raise FileError(
-            f"{what} cannot be read ({reason}): its .bin or .idx is damaged or cut short. {advice}."
+            f"{what} cannot be read ({reason}): it is damaged or cut short. {advice}."
         ) from error
+
+
+def read_whole(dataset: Any) -> None:
+    """Ask a dataset for the last sentence of every file of it; to be called in
+    ``reading_binarised``.
+
+    fairseq's older format, of ``--dataset-impl lazy``, is fetched into memory. Read sentence by
+    sentence it is one open file, where forked processes move each other's place: they would get
+    other sentences than they ask for.
+    """
+    for part in _parts(dataset):
+        if hasattr(part, "data_offsets"):
+            _refuse_cut_short(part)
+    if getattr(dataset, "supports_prefetch", False):
+        dataset.prefetch(range(len(dataset)))
+    for part in _parts(dataset):
+        if len(part) > 0:
+            part[len(part) - 1]
+
+
+def _parts(dataset: Any) -> Iterator[Any]:
+    """What a dataset of fairseq's is made of: a part for each file."""
+    inner = [getattr(dataset, name, None) for name in ("src", "tgt", "align_dataset", "dataset")]
+    inner = [part for part in (*inner, *getattr(dataset, "datasets", ())) if part is not None]
+    for part in inner:
+        yield from _parts(part)
+    if not inner:
+        yield dataset
+
+
+def _refuse_cut_short(dataset: Any) -> None:
+    """Of the older format fairseq reads what is there, and leaves the rest to chance."""
+    index = 48 + 8 * (2 * (len(dataset) + 1) + dataset.s)
+    sentences = int(dataset.data_offsets[-1]) * dataset.element_size
+    for ending, expected in ((".idx", index), (".bin", sentences)):
+        found = os.path.getsize(dataset.path + ending)
+        if found < expected:
+            raise ValueError(f"{ending} has {found} of {expected} bytes")
 
 
 def refuse_unknown_numbers(tokens: Sequence[int], symbols: int) -> None:

@@ -72,12 +72,15 @@ model() { # NAME LAYERS UPDATES FLAGS...
     average "$name" "$AVERAGE"
 }
 best=averaged.pt
-model teacher 6 "${TEACHER_UPDATES:-60000}" $(plain_flags) ${TEACHER_FLAGS:-}
-model plain 2 "${STUDENT_UPDATES:-60000}" $(plain_flags) ${STUDENT_FLAGS:-}
+plain_flags
+model teacher 6 "${TEACHER_UPDATES:-60000}" "${LOSS[@]}" ${TEACHER_FLAGS:-}
+model plain 2 "${STUDENT_UPDATES:-60000}" "${LOSS[@]}" ${STUDENT_FLAGS:-}
 cache_teacher "$WORK/models/teacher/$best"
-model distilled 2 "${STUDENT_UPDATES:-60000}" $(distil_flags "$WORK/models/teacher/$best") ${STUDENT_FLAGS:-}
+distil_flags "$WORK/models/teacher/$best"
+model distilled 2 "${STUDENT_UPDATES:-60000}" "${LOSS[@]}" ${STUDENT_FLAGS:-}
 distil_sequences closest "$WORK/models/teacher/$best" --select closest
-DATA_BIN=data-closest model sequences 2 "${STUDENT_UPDATES:-60000}" $(plain_flags) ${STUDENT_FLAGS:-}
+plain_flags
+DATA_BIN=data-closest model sequences 2 "${STUDENT_UPDATES:-60000}" "${LOSS[@]}" ${STUDENT_FLAGS:-}
 
 export_int8 distilled "$WORK/models/distilled/$best"
 judge "teacher=$WORK/models/teacher/$best" "plain=$WORK/models/plain/$best" \

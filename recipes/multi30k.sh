@@ -61,11 +61,12 @@ if [ -n "${TEACHER:-}" ]; then
     binarise --srcdict "$TEACHER/dict.$SRC.txt" --tgtdict "$TEACHER/dict.$TGT.txt"
 else
     binarise --joined-dictionary
+    plain_flags
     train teacher --arch transformer --share-all-embeddings --encoder-layers 3 --decoder-layers 3 \
         --encoder-embed-dim 256 --decoder-embed-dim 256 --encoder-ffn-embed-dim 1024 --decoder-ffn-embed-dim 1024 \
         --encoder-attention-heads 4 --decoder-attention-heads 4 --dropout 0.3 \
         --optimizer adam --adam-betas '(0.9,0.98)' --lr 0.001 --lr-scheduler inverse_sqrt --warmup-updates 800 \
-        --max-tokens 4096 --max-epoch 24 --seed 1 --num-workers 0 $(plain_flags) ${TEACHER_FLAGS:-}
+        --max-tokens 4096 --max-epoch 24 --seed 1 --num-workers 0 "${LOSS[@]}" ${TEACHER_FLAGS:-}
     teacher=$WORK/models/teacher/checkpoint_best.pt
 fi
 
@@ -83,26 +84,29 @@ GREEDY=1
 AVERAGE=${AVERAGE:-5}
 STUDENTS=${STUDENTS:-plain $DISTILLED best closest closest_word mixed}
 for name in $STUDENTS; do
+    plain_flags
     case $name in
-        plain) student plain $(plain_flags) ;;
+        plain) student plain "${LOSS[@]}" ;;
         best | closest)
             distil_sequences "$name" "$teacher" --select "$name"
-            DATA_BIN=data-$name student "$name" $(plain_flags)
+            DATA_BIN=data-$name student "$name" "${LOSS[@]}"
             ;;
         closest_word)
             distil_sequences closest "$teacher" --select closest
             DATA_BIN=data-closest cache_teacher "$teacher"
-            DATA_BIN=data-closest student closest_word $(DATA_BIN=data-closest distil_flags "$teacher")
+            DATA_BIN=data-closest distil_flags "$teacher"
+            DATA_BIN=data-closest student closest_word "${LOSS[@]}"
             ;;
         mixed)
             distil_sequences mixed "$teacher" --select closest --mix original
             DATA_BIN=data-mixed KEEP="--keep-last-epochs $AVERAGE" \
-                STUDENT_FLAGS="${STUDENT_FLAGS:-} ${MIXED_FLAGS:-}" student mixed $(plain_flags)
+                STUDENT_FLAGS="${STUDENT_FLAGS:-} ${MIXED_FLAGS:-}" student mixed "${LOSS[@]}"
             average mixed "$AVERAGE"
             ;;
         *)
             cache_teacher "$teacher"
-            student "$name" $(distil_flags "$teacher")
+            distil_flags "$teacher"
+            student "$name" "${LOSS[@]}"
             ;;
     esac
 done

@@ -61,7 +61,6 @@ model() { # LAYERS DIM LR UPDATES
 }
 dim=128 updates=(700 900)
 if python -c 'import sys, torch; sys.exit(torch.__version__ >= "2")'; then dim=96 updates=(500 450); fi
-set -f # the flags are split into words, and nothing else
 teacher=$(model "${TEACHER_LAYERS:-2}" "${TEACHER_DIM:-$dim}" "${TEACHER_LR:-0.004}" \
     "${TEACHER_UPDATES:-${UPDATES:-${updates[0]}}}")
 student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-48}" "${STUDENT_LR:-0.006}" \
@@ -69,18 +68,21 @@ student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-48}" "${STUDENT_LR:-0.006
 
 best=checkpoint_best.pt
 teacher_checkpoint=$WORK/models/teacher/$best
-train teacher $teacher --dropout 0.1 $(plain_flags)
+plain_flags
+train teacher $teacher --dropout 0.1 "${LOSS[@]}"
 if python -c 'import ctranslate2' 2>/dev/null; then ENGINE=${ENGINE:-ctranslate2}; fi # a small model's is the CPU's
 distil_sequences closest "$teacher_checkpoint" --select closest
-train plain_student $student --dropout 0 $(plain_flags)
+train plain_student $student --dropout 0 "${LOSS[@]}"
 cache_teacher "$teacher_checkpoint"
-train word_level_student $student --dropout 0 $(distil_flags "$teacher_checkpoint")
-DATA_BIN=data-closest train sequence_level_student $student --dropout 0 $(plain_flags)
+distil_flags "$teacher_checkpoint"
+train word_level_student $student --dropout 0 "${LOSS[@]}"
+plain_flags
+DATA_BIN=data-closest train sequence_level_student $student --dropout 0 "${LOSS[@]}"
 
 export_int8 sequence_level_student "$WORK/models/sequence_level_student/$best"
-models=
+models=()
 for name in teacher plain_student word_level_student sequence_level_student; do
-    models="$models $name=$WORK/models/$name/$best"
+    models+=("$name=$WORK/models/$name/$best")
 done
-REPORT_FLAGS="--baseline plain_student ${REPORT_FLAGS:-}" judge $models
+REPORT_FLAGS="--baseline plain_student ${REPORT_FLAGS:-}" judge "${models[@]}"
 say "All of it is in $WORK ($SECONDS s)."

@@ -132,7 +132,7 @@ set_up() {
         esac
     fi
     say "set-up: kd_plugin[$extras] into $VENV (the first time, torch takes a while)"
-    quietly "$log" "$hint" python -m pip install --quiet --editable "$REPO[$extras]"
+    quietly "$log" "$hint" python -m pip install --quiet --editable "${REPO}[$extras]"
     python -c 'import fairseq' >/dev/null 2>"$log" || die "fairseq was installed, but \`import fairseq\` fails:
 $(tail -n 3 "$log")"
     printf '%s\n%s\n' "$hash" "$wanted" >"$stamp.new" && mv "$stamp.new" "$stamp"

@@ -11,6 +11,7 @@
 #   REMOVE_BPE  fairseq's --remove-bpe (sentencepiece)     SUBWORDS    what the names of subword text end in (.spm)
 #   USER_DIR    the plugin (kd_plugin of this checkout)    KD_CACHE    read the teacher from a cache of its top K
 #   DATA_BIN    what is trained on (data-bin)              ENGINE      of decoding: fairseq, or ctranslate2
+#   LOSS        flags of a training, set by plain_flags and distil_flags
 #   GREEDY      1: judge with beam 1, too                   REPORT_FLAGS, EXPORT_FLAGS  added to these commands
 #
 # $WORK afterwards:  text/  raw sentences, and the same as subwords      spm.model   SentencePiece
@@ -18,8 +19,12 @@
 #                    hypotheses/  n-best lists of the teacher            data-NAME/  data-bin made of them
 #                    exported/NAME/  for CTranslate2               report/  report.html, .md, .json, translations of test
 
+set -f # lists of flags are split into words, and nothing else
 USER_DIR=${USER_DIR:-$REPO/kd_plugin}
 WORK=$(mkdir -p "$WORK" && cd "$WORK" && pwd)
+for path in "$WORK" "${TEACHER:-}"; do
+    case $path in *[:,]*) die "expected a folder without : and , in its name, which separate paths for fairseq; got $path." ;; esac
+done
 BEAM=${BEAM:-5}
 SPLITS="train valid test"
 # Waiting threads sleep instead of spinning: with a busy neighbour on one core, small models train 8 times faster.
@@ -51,6 +56,9 @@ device_flags() {
     fi
 }
 
+# How many lines a file has; unlike with wc, the last one need not be ended.
+lines_of() { LC_ALL=C awk 'END { print NR }' "$1"; }
+
 # The user's own text into $WORK/text. PREFIX is a split's file name without language: train, val, ...
 use_text() { # SPLIT PREFIX
     local lang
@@ -58,8 +66,8 @@ use_text() { # SPLIT PREFIX
         [ -f "$2.$lang" ] || die "expected $2.$lang: one sentence per line, as many lines on both sides."
     done
     if done_already "$WORK/text/$1.$TGT"; then return; fi
-    [ "$(wc -l <"$2.$SRC")" -eq "$(wc -l <"$2.$TGT")" ] ||
-        die "expected as many lines in $2.$SRC as in $2.$TGT; got $(wc -l <"$2.$SRC") and $(wc -l <"$2.$TGT")."
+    [ "$(lines_of "$2.$SRC")" -eq "$(lines_of "$2.$TGT")" ] ||
+        die "expected as many lines in $2.$SRC as in $2.$TGT; got $(lines_of "$2.$SRC") and $(lines_of "$2.$TGT")."
     mkdir -p "$WORK/text"
     for lang in "$SRC" "$TGT"; do
         cp "$2.$lang" "$WORK/text/new" && mv "$WORK/text/new" "$WORK/text/$1.$lang"
@@ -150,26 +158,31 @@ cache_teacher() { # TEACHER
 
 cache_folder() { echo "$WORK/cache-$KD_CACHE${DATA_BIN:+-$DATA_BIN}"; }
 
-# The flags that turn a student's training into a distillation. KD_FLAGS adds to them.
+# LOSS becomes the flags that turn a student's training into a distillation. KD_FLAGS adds to them.
 distil_flags() { # TEACHER
-    local teacher="--teacher-checkpoint-path $1"
-    if [ -n "${KD_CACHE:-}" ]; then teacher="--teacher-cache $(cache_folder)"; fi
-    echo "--task kd_translation $teacher
-        --criterion kd_label_smoothed_cross_entropy --label-smoothing ${LABEL_SMOOTHING:-0.1}
-        ${KD_WEIGHT:+--kd-weight $KD_WEIGHT} ${KD_TEMPERATURE:+--kd-temperature $KD_TEMPERATURE}
-        ${KD_FLAGS:-}"
+    LOSS=(--task kd_translation --criterion kd_label_smoothed_cross_entropy)
+    LOSS+=(--label-smoothing "${LABEL_SMOOTHING:-0.1}")
+    if [ -n "${KD_CACHE:-}" ]; then
+        LOSS+=(--teacher-cache "$(cache_folder)")
+    else
+        LOSS+=(--teacher-checkpoint-path "$1")
+    fi
+    # shellcheck disable=SC2206  # lists of words
+    LOSS+=(${KD_WEIGHT:+--kd-weight $KD_WEIGHT} ${KD_TEMPERATURE:+--kd-temperature $KD_TEMPERATURE} ${KD_FLAGS:-})
 }
 
+# LOSS becomes the flags of a training without a teacher.
 plain_flags() {
-    echo "--task translation --criterion label_smoothed_cross_entropy --label-smoothing ${LABEL_SMOOTHING:-0.1}"
+    LOSS=(--task translation --criterion label_smoothed_cross_entropy --label-smoothing "${LABEL_SMOOTHING:-0.1}")
 }
 
 # models/NAME/averaged.pt: the average of the last COUNT epochs' checkpoints.
 average() { # NAME COUNT
-    local folder=$WORK/models/$1 paths
+    local folder=$WORK/models/$1 paths= epoch
     if done_already "$folder/averaged.pt"; then return; fi
-    paths=$(cd "$folder" && ls | sed -n 's/^checkpoint\([0-9][0-9]*\)\.pt$/\1/p' | sort -n | tail -n "$2" |
-        sed "s|.*|$folder/checkpoint&.pt|" | paste -sd: -)
+    for epoch in $(ls "$folder" | sed -n 's/^checkpoint\([0-9][0-9]*\)\.pt$/\1/p' | sort -n | tail -n "$2"); do
+        paths=$paths${paths:+:}$folder/checkpoint$epoch.pt
+    done
     [ -n "$paths" ] || die "expected at least one whole epoch's checkpoint in $folder; train for longer."
     quietly "$folder/average.log" "" command_of export --path "$paths" --average --data "$WORK/data-bin" \
         --output "$folder/averaged.pt"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, List, NamedTuple
 
 import torch
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, indexed_dataset
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from kd_plugin.decoding import Hypothesis, databin
@@ -36,18 +36,30 @@ def letters() -> Dictionary:
     return dictionary
 
 
-def write_letters(folder: Path) -> databin.DataBin:
-    """Both sides alike, as train and valid."""
-    folder.mkdir()
+def write_letters(
+    folder: Path, source: str = "aa", target: str = "bb", back: bool = False, impl: str = "mmap"
+) -> databin.DataBin:
+    """Both sides alike, as train and valid.
+
+    Args:
+        back: name the files as data of the other direction.
+        impl: as fairseq-preprocess has it with this ``--dataset-impl``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     dictionary = letters()
-    for lang in ("aa", "bb"):
+    pair = f"{target}-{source}" if back else f"{source}-{target}"
+    for lang in (source, target):
         dictionary.save(str(folder / f"dict.{lang}.txt"))
         for split in ("train", "valid"):
-            writer = databin.Writer(folder / f"{split}.aa-bb.{lang}", len(dictionary))
+            prefix = folder / f"{split}.{pair}.{lang}"
+            if impl == "raw":
+                prefix.write_text("\n".join(LINES) + "\n")
+                continue
+            builder = indexed_dataset.make_builder(f"{prefix}.bin", impl, len(dictionary))
             for line in LINES:
-                writer.add(databin.encode(dictionary, line))
-            writer.close()
-    return databin.DataBin(str(folder), "aa", "bb")
+                builder.add_item(databin.encode(dictionary, line))
+            builder.finalize(f"{prefix}.idx")
+    return databin.DataBin(str(folder), source, target)
 
 
 def task_of(data: databin.DataBin) -> TranslationTask:

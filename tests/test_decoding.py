@@ -10,10 +10,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.data import Dictionary, LanguagePairDataset
-from letters import task_of, write_letters
+from letters import LINES, task_of, write_letters
+from omegaconf import OmegaConf
+from support import tree
+from torch.utils.data import DataLoader
 
 from kd_plugin.checkpoints import Role
-from kd_plugin.decoding import Corpus, batch_limits, databin, describe_text, engines, models, plan
+from kd_plugin.decoding import (
+    Corpus,
+    batch_limits,
+    databin,
+    describe,
+    describe_text,
+    engines,
+    models,
+    plan,
+)
 from kd_plugin.errors import UserError
 from kd_plugin.files import FileError
 
@@ -105,6 +117,99 @@ def test_a_kept_text_that_is_cut_short(data, tmp_path, ending):
     assert len(read().source) == 2 and path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("langs", [("c++", "x[ab]"), ("a*", "b?"), ("(a|b)", ".c")])
+def test_names_are_no_patterns(tmp_path, langs):
+    """Neither the folder's nor the languages'."""
+    data = write_letters(tmp_path / "run[1]*(2)", *langs)
+    sides = ["valid.{}-{}.{}.".format(*langs, lang) for lang in langs]
+    expected = [side + end for side in sides for end in ("bin", "idx")]
+    assert set(data.splits()) == {"train", "valid"}
+    assert sorted(path.name for path in data.splits()["valid"]) == sorted(expected)
+    dictionaries = [path.name for path in data.dictionary_files()]
+    assert sorted(data.carried_files()) == sorted([*dictionaries, *expected])
+    before = describe(data, "valid", None, Namespace())
+    assert set(before["files"]) == {*dictionaries, *expected}
+    (data.folder / expected[0]).write_bytes(b"another corpus")
+    assert describe(data, "valid", None, Namespace()) != before
+
+
+@pytest.mark.parametrize("impl", ["lazy", "raw"])
+def test_older_formats(data, tmp_path, impl):
+    """They are read whole: through a file that is left open, workers would get other sentences."""
+    older = write_letters(tmp_path / impl, impl=impl)
+    expected = [data.side("train", "aa")[i].tolist() for i in range(len(LINES))]
+    for lang in older.langs:
+        side = older.side("train", lang)
+        assert [side[i].tolist() for i in range(len(side))] == expected
+        assert getattr(side, "data_file", None) is None
+    corpus = Corpus.of_subset(task_of(older), older, "train")
+    assert [corpus.references[i].tolist() for i in range(5)] == expected
+    assert getattr(corpus.dataset.src, "data_file", None) is None
+    loader = DataLoader(corpus.dataset, batch_size=1, collate_fn=list, num_workers=2)
+    assert [sample["source"].tolist() for (sample,) in loader] == expected
+    # beside a training set in the format of today
+    carried, whole = tmp_path / "carried", tmp_path / "whole"
+    for bins, folder in ((older, carried), (data, whole)):
+        folder.mkdir()
+        databin.carry(bins, folder)
+    assert tree(carried) == tree(whole)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_an_older_format_that_is_cut_short(tmp_path, ending):
+    data = write_letters(tmp_path / "data", impl="lazy")
+    path = tmp_path / "data" / f"train.aa-bb.bb{ending}"
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FileError, match="cut short. Binarise it again"):
+            data.side("train", "bb")
+
+
+@pytest.mark.parametrize("forth", [False, True])
+def test_what_is_carried_names_the_direction_that_was_asked(tmp_path, forth):
+    """fairseq takes the direction from the first file that it sees, in no order."""
+    folder, to = tmp_path / "data", tmp_path / "to"
+    data = write_letters(folder, back=True)
+    if forth:
+        write_letters(folder)
+    read = data.carried_files()["valid.aa-bb.bb.idx"].name
+    assert read == ("valid.aa-bb.bb.idx" if forth else "valid.bb-aa.bb.idx")
+    (folder / "valid.align.bb-aa.bin").touch()  # of no use the other way round
+    to.mkdir()
+    databin.carry(data, to)
+    sides = {f"valid.aa-bb.{lang}{end}" for lang in ("aa", "bb") for end in (".bin", ".idx")}
+    assert set(os.listdir(str(to))) == {"dict.aa.txt", "dict.bb.txt", *sides}
+    assert databin.infer_languages(str(to)) == ["aa", "bb"]
+
+
+def test_a_split_is_read_as_fairseq_does(tmp_path):
+    """Both sides by one name: those of the other direction may be other sentences."""
+    data = write_letters(tmp_path / "data", back=True)
+    for end in (".bin", ".idx"):
+        name = str(data.folder / "train.{}.aa") + end
+        shutil.copy(name.format("bb-aa"), name.format("aa-bb"))
+    assert data.side("train", "aa") is not None and data.side("train", "bb") is None
+
+
+def test_a_direction_that_is_not_clear(tmp_path):
+    """fairseq takes one of them, and one language that was given for nothing."""
+    folder = tmp_path / "data"
+
+    def languages(source=None):
+        cfg = OmegaConf.structured(task_of(write_letters(folder, back=True)).cfg)
+        cfg._name, cfg.source_lang, cfg.target_lang = "translation", source, None
+        models.set_up_task(Namespace(task=cfg))
+        return cfg.source_lang, cfg.target_lang
+
+    assert languages() == languages("bb") == ("bb", "aa")
+    with pytest.raises(FileError, match="give both; the files of .* say bb-aa"):
+        languages("aa")
+    write_letters(folder)
+    with pytest.raises(FileError, match="holds aa-bb and bb-aa: .*--source-lang and --target-lang"):
+        languages()
+
+
 def test_train1_is_not_left_out_without_a_word(data, caplog):
     Corpus.of_subset(task_of(data), data, "train")
     assert "would read" not in caplog.text
@@ -129,7 +234,10 @@ def test_a_teacher_of_the_other_direction_is_said(data, tmp_path, caplog):
     path = tmp_path / "teacher.pt"
     symbols = {"source_symbols": data.source.symbols, "target_symbols": data.target.symbols}
     weights = {side + ".embed_tokens.weight": torch.zeros(12, 2) for side in ("encoder", "decoder")}
-    for langs, said in ((("aa", "bb"), False), (("bb", "aa"), True)):
+    for langs, said in (
+        *((("aa", "bb"), False), (("c++", "x[a|b](*?)"), False)),  # names of any kind
+        (("bb", "aa"), True),
+    ):
         task = {"source_lang": langs[0], "target_lang": langs[1]}
         cfg = {"task": task, "model": {"arch": "transformer"}}
         torch.save({"cfg": cfg, "model": weights, "task_state": symbols}, str(path))

@@ -328,3 +328,20 @@ def test_the_students_checkpoint_holds_its_vocabulary_and_nothing_of_the_teacher
         "target_symbols": begun.task.tgt_dict.symbols,
     }
     assert isinstance(begun.task.source, RunningTeacher)
+
+
+@pytest.mark.parametrize("flag", [None, "lazy", "cached"])
+def test_data_in_the_older_format_are_read_whole(tmp_path, flag):
+    """A file that the task left open would be one with that of fairseq's workers."""
+    mine, older = write_data(tmp_path / "mine"), write_data(tmp_path / "older", impl="lazy")
+    expected = Training(mine, {})
+    expected.load("train")
+    training = Training(older, {"dataset_impl": flag})
+    iterator = training.load("train").next_epoch_itr(shuffle=False)
+    dataset = training.task.dataset("train")
+    assert all(len(side.cache_index) == len(dataset) for side in (dataset.src, dataset.tgt))
+    assert dataset.src.data_file is None and dataset.tgt.data_file is None
+    assert sum(len(batch["id"]) for batch in iterator) == len(dataset)
+    for ours, theirs in zip(training.batches(), expected.batches()):
+        assert torch.equal(ours["target"], theirs["target"])
+        assert torch.equal(ours["net_input"]["src_tokens"], theirs["net_input"]["src_tokens"])

@@ -13,6 +13,7 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from letters import write_letters
 from omegaconf import OmegaConf
 
 from kd_plugin.checkpoints import Checkpoint, Role, count_parameters
@@ -110,6 +111,16 @@ def text_of(data, folder):
     folder.mkdir()
     bins = DataBin(str(data), *LANGS)
     return verification.Text.cut(bins, "valid", 0, max_positions=(64, 64), folder=folder)
+
+
+@pytest.mark.parametrize("impl", ["lazy", "raw"])
+def test_older_formats_to_verify_on(tmp_path, impl):
+    def batches(name, impl):
+        data = write_letters(tmp_path / name, *LANGS, impl=impl)
+        text = text_of(data.folder, tmp_path / ("text of " + name))
+        return [batch["target"].tolist() for batch in text.samples()]
+
+    assert batches("older", impl) == batches("mine", "mmap")
 
 
 def assert_generates_the_same(path, stock, data, tmp_path):

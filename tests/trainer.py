@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 from fairseq import models
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, indexed_dataset
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
 from omegaconf import OmegaConf
@@ -113,17 +113,24 @@ def arguments(arch: str = "transformer", width: int = 8) -> Namespace:
     return args
 
 
-def write_data(folder: Path, sentences: Dict[str, List[Any]] = SENTENCES) -> Path:
-    """A data-bin; each character is a symbol."""
+def write_data(
+    folder: Path, sentences: Dict[str, List[Any]] = SENTENCES, impl: str = "mmap"
+) -> Path:
+    """A data-bin; each character is a symbol.
+
+    Args:
+        impl: as fairseq-preprocess has it with this ``--dataset-impl``.
+    """
     folder.mkdir()
     sides = dictionary(SOURCE), dictionary(TARGET)
     save_dictionaries(folder, *sides)
     for split, pairs in sentences.items():
         for lang, own, texts in zip(("aa", "bb"), sides, zip(*pairs)):
-            writer = databin.Writer(folder / f"{split}.aa-bb.{lang}", len(own))
+            prefix = folder / f"{split}.aa-bb.{lang}"
+            builder = indexed_dataset.make_builder(f"{prefix}.bin", impl, len(own))
             for text in texts:
-                writer.add(databin.encode(own, " ".join(text)))
-            writer.close()
+                builder.add_item(databin.encode(own, " ".join(text)))
+            builder.finalize(f"{prefix}.idx")
     return folder
 
 

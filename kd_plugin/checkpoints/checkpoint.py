@@ -146,7 +146,7 @@ class Checkpoint:
 
     def _check_options(self) -> None:
         for language in self.languages:
-            if language is not None and not re.fullmatch(r"\w[\w@.+-]*", language):
+            if language is not None and not re.fullmatch(r"[\w(\[][\w@.+*?|()\[\]-]*", language):
                 raise ValueError(f"{language!r} is not the name of a language"[:200])
         kinds = dict.fromkeys(_POSITIONS, int)
         for part in (self.options, self.task_options):

@@ -9,7 +9,7 @@ from .corpus import (
     plan,
     text_functions,
 )
-from .databin import DataBin, carried_files, parse_languages
+from .databin import DataBin, infer_languages, parse_languages
 from .engines import CTranslate2Engine, FairseqEngine, Hypothesis
 from .models import build_models, open_checkpoints, placement, set_up_task
 
@@ -22,9 +22,9 @@ __all__ = [
     "Hypothesis",
     "batch_limits",
     "build_models",
-    "carried_files",
     "describe",
     "describe_text",
+    "infer_languages",
     "open_checkpoints",
     "parse_languages",
     "placement",

@@ -14,7 +14,7 @@ from fairseq.tasks.translation import TranslationTask
 from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
 from omegaconf import DictConfig
 
-from ..files import FileError, digest, reading_binarised, temporary
+from ..files import FileError, digest, read_whole, reading_binarised, remove, temporary
 from . import databin
 from .databin import DataBin
 
@@ -73,8 +73,10 @@ class Corpus(NamedTuple):
                 "as many lines"
             )
         if isinstance(task, TranslationTask) and references is not None:
+            task.cfg.dataset_impl = "raw" if data.is_raw(subset) else None  # as it lies there
             task.load_dataset(subset)
             dataset = task.dataset(subset)
+            read_whole(dataset)
             if isinstance(task, TranslationFromPretrainedBARTTask):
                 # it adds tags of languages to both sides, which are not of the corpus
                 return cls(dataset, source, references, data)
@@ -141,8 +143,8 @@ def _binarise(
     except UnicodeDecodeError as error:
         raise FileError(f"--source-text {text}: not UTF-8 ({error})") from None
     finally:
-        for left in new.parent.glob(new.name + ".*"):
-            left.unlink()
+        for end in (".bin", ".idx"):
+            remove(Path(str(new) + end))
 
 
 def text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[[str], str]]:

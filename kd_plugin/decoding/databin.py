@@ -1,20 +1,19 @@
 """fairseq's data-bin folders: find, read and write what fairseq-preprocess would."""
 
-import glob
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq.data import Dictionary, data_utils, indexed_dataset
 
 from ..checkpoints import dictionaries as vocabulary
-from ..files import FileError, reading_binarised, refuse_unknown_numbers
+from ..files import FileError, read_whole, reading_binarised, refuse_unknown_numbers
 
 _MUCH_UNKNOWN = 0.05
+_OLDER = ("raw", "cached")  # cached: what --dataset-impl lazy writes
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +22,8 @@ class DataBin:
     """A binarised parallel corpus in a folder.
 
     Args:
-        folder: it, with ``dict.LANG.txt`` and ``SPLIT.SRC-TGT.LANG.{bin,idx}``.
+        folder: it, with ``dict.LANG.txt`` and ``SPLIT.SRC-TGT.LANG.{bin,idx}``, or text in
+            subwords, ``SPLIT.SRC-TGT.LANG`` (of ``--dataset-impl raw``).
         source_lang, target_lang: the languages; fairseq takes either order in file names.
         renamed: the flag that says what the folder calls them, "--student-langs {}", for messages.
 
@@ -52,21 +52,51 @@ class DataBin:
         Raises:
             FileError: its files are damaged or cut short.
         """
-        for pair in (self.langs, self.langs[::-1]):
-            prefix = str(self.folder / "{}.{}-{}.{}".format(split, *pair, lang))
-            if exists(prefix):
-                with reading_binarised(prefix):
-                    return read(prefix)
-        return None
+        prefix = self._prefix(split) + lang
+        if not exists(prefix):
+            return None
+        dictionary = self.source if lang == self.langs[0] else self.target
+        with reading_binarised(prefix):
+            return read(prefix, dictionary)
+
+    def is_raw(self, split: str) -> bool:
+        """Whether fairseq finds it with ``--dataset-impl raw`` alone."""
+        prefix = self._prefix(split) + self.langs[0]
+        return exists(prefix) and not _is_indexed(prefix)
+
+    def _prefix(self, split: str) -> str:
+        """Where fairseq reads a split, but for the language: in the order that has the source."""
+        asked, reversed_ = [
+            str(self.folder / "{}.{}-{}.".format(split, *pair))
+            for pair in (self.langs, self.langs[::-1])
+        ]
+        found = exists(reversed_ + self.langs[0]) and not exists(asked + self.langs[0])
+        return reversed_ if found else asked
 
     def splits(self) -> Dict[str, List[Path]]:
-        """The files of each split: train, valid, valid1, ..."""
+        """The files of each split: train, valid, valid1, ..., in either order of the languages."""
         found: Dict[str, List[Path]] = {}
         for a, b in (self.langs, self.langs[::-1]):
-            for path in sorted(glob.glob(str(self.folder / f"*.{a}-{b}.*"))):
-                match = re.match(rf"(.+)\.{a}-{b}\.", os.path.basename(path))
-                if match:
-                    found.setdefault(match.group(1), []).append(Path(path))
+            for path in sorted(self.folder.iterdir()):
+                split, between, _ = path.name.rpartition(f".{a}-{b}.")
+                if between and split and not split.startswith("."):
+                    found.setdefault(split, []).append(path)
+        return found
+
+    def carried_files(self) -> Dict[str, Path]:
+        """Dictionaries, and every split that is not for training, by the names that they get.
+
+        These name the asked direction alone: without ``--source-lang`` fairseq takes the direction
+        from the first file that it happens to see.
+        """
+        found = {path.name: path for path in self.dictionary_files()}
+        for split, paths in self.splits().items():
+            if not split.startswith("train"):
+                read = os.path.basename(self._prefix(split))
+                named = "{}.{}-{}.".format(split, *self.langs)
+                for path in paths:
+                    if path.name.startswith(read):
+                        found[named + path.name[len(read) :]] = path
         return found
 
 
@@ -96,16 +126,39 @@ def parse_languages(text: str, flag: str) -> Tuple[str, str]:
     return source, target
 
 
+def infer_languages(folder: str) -> Tuple[Optional[str], Optional[str]]:
+    """Source and target of a folder, as its file names say it to fairseq; None if they do not.
+
+    Raises:
+        FileError: they say several.
+    """
+    names = [name.split(".") for name in sorted(os.listdir(folder))]
+    pairs = {name[1] for name in names if len(name) > 2 and len(name[1].split("-")) == 2}
+    if len(pairs) > 1:
+        raise FileError(
+            f"{folder} holds {' and '.join(sorted(pairs))}: say which is meant with --source-lang "
+            "and --target-lang"
+        )
+    return data_utils.infer_language_pair(folder)
+
+
 def exists(prefix: str) -> bool:
-    """Whether there are both files of a side."""
+    """Whether there are the files of a side."""
+    return _is_indexed(prefix) or os.path.isfile(prefix)
+
+
+def _is_indexed(prefix: str) -> bool:
     return indexed_dataset.dataset_exists(prefix, impl="mmap")
 
 
-def read(prefix: str) -> Any:
-    """The sentences of one side, the last one looked at; to be called in ``reading_binarised``."""
-    sentences = data_utils.load_indexed_dataset(prefix)
-    if len(sentences) > 0:
-        sentences[len(sentences) - 1]
+def read(prefix: str, dictionary: Optional[Dictionary] = None) -> Any:
+    """The sentences of one side, whole; to be called in ``reading_binarised``.
+
+    Args:
+        dictionary: of text in subwords.
+    """
+    sentences = data_utils.load_indexed_dataset(prefix, dictionary)
+    read_whole(sentences)
     return sentences
 
 
@@ -126,6 +179,14 @@ class Writer:
 
     def close(self) -> None:
         self._builder.finalize(self.prefix + ".idx")
+
+
+def write(prefix: Path, dictionary: Dictionary, sentences: Iterable[torch.Tensor]) -> None:
+    """Write one side of a split."""
+    writer = Writer(prefix, len(dictionary))
+    for tokens in sentences:
+        writer.add(tokens)
+    writer.close()
 
 
 def words(subwords: str) -> List[str]:
@@ -162,12 +223,21 @@ def warn_of_unknown(unknown: int, tokens: int, where: str) -> None:
         )
 
 
-def carried_files(data: DataBin) -> List[Path]:
-    """Dictionaries, and every split that is not for training."""
-    kept = [files for split, files in data.splits().items() if not split.startswith("train")]
-    return [*data.dictionary_files(), *(path for files in kept for path in files)]
+def carry(data: DataBin, to: Path) -> None:
+    """Copy ``carried_files``; what is in an older format, in the one that ``Writer`` has.
 
-
-def copy(paths: Sequence[Path], to: Path) -> None:
-    for path in paths:
-        shutil.copyfile(str(path), str(to / path.name))
+    For fairseq-train takes training and validation in one ``--dataset-impl``.
+    """
+    files = data.carried_files()
+    for name, path in files.items():
+        shutil.copyfile(str(path), str(to / name))
+    copied = DataBin(str(to), *data.langs)
+    for split in copied.splits():
+        for lang, dictionary in zip(data.langs, (data.source, data.target)):
+            prefix = to / "{}.{}-{}.{}".format(split, *data.langs, lang)
+            if indexed_dataset.infer_dataset_impl(str(prefix)) in _OLDER:
+                sentences = copied.side(split, lang)
+                assert sentences is not None
+                write(prefix, dictionary, (sentences[i] for i in range(len(sentences))))
+                if prefix.name in files:  # the text
+                    prefix.unlink()

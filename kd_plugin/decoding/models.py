@@ -1,6 +1,7 @@
 """Models that translate: any task, any vocabulary, checked against the data they will read."""
 
 import logging
+import os
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -10,6 +11,7 @@ from fairseq.tasks.translation import TranslationTask
 from ..checkpoints import DTYPES, Checkpoint, Role, VocabularyError
 from ..checkpoints.dictionaries import difference
 from ..files import FileError
+from .databin import infer_languages
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +40,16 @@ def set_up_task(cfg: Any) -> Any:
     The languages that it finds by itself are put into ``cfg.task``, too.
 
     Raises:
-        FileError: they cannot be read, or nothing says which languages.
+        FileError: they cannot be read, or nothing says which languages, or files say several.
     """
+    langs = [getattr(cfg.task, name, None) for name in ("source_lang", "target_lang")]
+    if not all(langs) and os.path.isdir(cfg.task.data or ""):
+        found = infer_languages(cfg.task.data)
+        if any(lang not in (None, other) for lang, other in zip(langs, found)):
+            raise FileError(  # fairseq would take the files' word
+                f"--source-lang and --target-lang: give both; the files of {cfg.task.data} say "
+                f"{'-'.join(map(str, found))}"
+            )
     try:
         task = tasks.setup_task(cfg.task)
     except Exception as error:  # fairseq's is a bare Exception, or an assertion

@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from fairseq.data import Dictionary, data_utils
+from fairseq.data import Dictionary
 
 from ..checkpoints import Checkpoint, Role, average
-from ..decoding import DataBin
+from ..decoding import DataBin, infer_languages
 from ..errors import Faults, UserError
 from ..files import FileError, temporary
 from . import fairseq
@@ -155,10 +155,11 @@ def _refuse(asked: Asked) -> None:
 
 def _languages(asked: Asked, checkpoint: Checkpoint) -> Tuple[str, str]:
     found = checkpoint.languages
-    if not all(found):  # fairseq-train had them from the data's file names, and told nobody
+    if not all(found) and not (asked.source_lang and asked.target_lang):
+        # fairseq-train had them from the data's file names, and told nobody
         folder = asked.data or checkpoint.data
         if folder and os.path.isdir(folder):
-            found = data_utils.infer_language_pair(folder)
+            found = infer_languages(folder)
     source, target = asked.source_lang or found[0], asked.target_lang or found[1]
     if not (source and target):
         raise ExportError(f"{checkpoint} names no languages: give --source-lang and --target-lang")

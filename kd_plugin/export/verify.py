@@ -1,5 +1,6 @@
 """What an export is compared on, and what the checkpoint itself says about it."""
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
@@ -51,16 +52,15 @@ class Text(NamedTuple):
         Raises:
             FileError: no such subset, or nothing in it.
         """
-        databin.copy(data.dictionary_files(), folder)
+        for path in data.dictionary_files():
+            shutil.copyfile(str(path), str(folder / path.name))
         for lang, dictionary in zip(data.langs, (data.source, data.target)):
             side = data.side(subset, lang)
             if side is None:
                 continue  # which of them, the reader says
-            prefix = "{}.{}-{}.{}".format(subset, *data.langs, lang)
-            writer = databin.Writer(folder / prefix, len(dictionary))
-            for i in range(min(len(side), sentences or len(side))):
-                writer.add(side[i])
-            writer.close()
+            prefix = folder / "{}.{}-{}.{}".format(subset, *data.langs, lang)
+            count = min(len(side), sentences or len(side))
+            databin.write(prefix, dictionary, (side[i] for i in range(count)))
         task = translation_task(
             *(data.source, data.target, max_positions),
             data=str(folder),

@@ -171,7 +171,7 @@ class Output:
         new.mkdir(parents=True)
         try:
             with naming(new):
-                databin.copy(databin.carried_files(student.data), new)
+                databin.carry(student.data, new)
                 tokens = self._write_split(
                     new, corpus, nbest, chosen, student=student, originals=originals
                 )

@@ -186,7 +186,7 @@ def _settings(asked: Asked, cfg: Any, header: Dict[str, Any], student: Student) 
         "student_spm": digest(asked.student_spm) if asked.student_spm else None,
         "student_langs": list(asked.student_langs) if asked.student_langs else None,
         "student_files": {
-            path.name: digest(str(path)) for path in decoding.carried_files(student.data)
+            name: digest(str(path)) for name, path in student.data.carried_files().items()
         },
     }
 

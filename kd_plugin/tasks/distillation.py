@@ -21,7 +21,7 @@ from fairseq.tasks import FairseqTask
 
 from ..checkpoints import Role, refuse_cut_short
 from ..errors import UserError
-from ..files import reading_binarised
+from ..files import read_whole, reading_binarised
 from ..flags import CRITERION
 from ..objective import ScoreQueue
 from ..plan import Plan, read_teacher
@@ -109,8 +109,7 @@ class Distillation(FairseqTask):
         with reading_binarised(f"{self.cfg.data}: {split}"):
             super().load_dataset(split, epoch, combine, **kwargs)
             dataset = self.datasets[split]
-            if len(dataset) > 0:
-                dataset[len(dataset) - 1]
+            read_whole(dataset)
         self.datasets[split] = self.source.join(
             dataset,
             split,

@@ -28,6 +28,11 @@ class KDTranslationTask(Distillation, TranslationTask):
 
     cfg: KDTranslationConfig
 
+    def load_dataset(self, split: str, *args: Any, **kwargs: Any) -> None:
+        if str(self.cfg.dataset_impl) == "lazy":
+            self.cfg.dataset_impl = None  # the same files, read whole
+        super().load_dataset(split, *args, **kwargs)
+
     def student(self) -> Student:
         return Student(self.src_dict, self.tgt_dict, self.cfg.source_lang, self.cfg.target_lang)
 

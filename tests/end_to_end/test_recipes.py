@@ -36,6 +36,54 @@ def run(recipe: str, work: Path, *arguments, **settings) -> Run:
     return Run(done.returncode, done.stdout)
 
 
+def stages(work: Path, commands: str, *arguments) -> Run:
+    """Commands of a recipe; the environment's own stay out of the way."""
+    script = f"""set -euo pipefail
+        SRC=aa TGT=bb WORK=$1 TMPDIR={work.parent}
+        source '{RECIPES}/setup.sh' && source '{RECIPES}/stages.sh'
+        command_of() {{ printf '%s\\n' "$@"; }}
+        shift
+        {commands}"""
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", str(work), *map(str, arguments)],
+        env={**os.environ, "SETUP": "skip", "VIRTUAL_ENV": sys.prefix, "KD_FLAGS": "--kd-[a-z]* x"},
+        cwd=str(work.parent),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+    )
+    return Run(done.returncode, done.stdout)
+
+
+def test_folders_of_any_name(tmp_path):
+    """Flags are one word each; a list of the user's is split into words, and nothing else."""
+    work, teacher = tmp_path / "My Drive & [1]", tmp_path / "big | teacher.pt"
+    (tmp_path / "--kd-other").touch()  # that a pattern would find
+    printed = stages(work, 'distil_flags "$1"; printf \'%s\\n\' "${LOSS[@]}"', teacher).ok()
+    assert printed.text.splitlines()[6:] == [
+        *("--teacher-checkpoint-path", str(teacher), "--kd-[a-z]*", "x")
+    ]
+    models = work / "models" / "one"
+    models.mkdir(parents=True)
+    for name in ("checkpoint9.pt", "checkpoint10.pt", "checkpoint11.pt", "checkpoint_best.pt"):
+        (models / name).touch()
+    stages(work, "average one 2").ok()
+    lines = (models / "average.log").read_text().splitlines()
+    assert lines[:3] == ["export", "--path", f"{models}/checkpoint10.pt:{models}/checkpoint11.pt"]
+    refused = stages(tmp_path / "a:b", "true")
+    assert refused.code == 1 and "without : and ," in refused.text
+
+
+def test_a_text_whose_last_line_is_not_ended(tmp_path):
+    for lang, text in (("aa", "a\nb\nc"), ("bb", "a\nb\nc\n"), ("cc", "a\nb")):
+        (tmp_path / f"train.{lang}").write_text(text)
+    use = 'use_text train "$1"'
+    stages(tmp_path / "work", use, tmp_path / "train").ok()
+    assert (tmp_path / "work" / "text" / "train.aa").read_text() == "a\nb\nc"
+    refused = stages(tmp_path / "other", "TGT=cc; " + use, tmp_path / "train")
+    assert refused.code == 1 and "got 3 and 2" in refused.text
+
+
 def with_int8(models, *exported):
     if importlib.util.find_spec("ctranslate2"):
         models = [*models, *(name + "-int8" for name in exported)]
@@ -44,6 +92,7 @@ def with_int8(models, *exported):
 
 @pytest.mark.slow
 def test_the_quick_start(tmp_path):
+    tmp_path = tmp_path / "My Drive & [1]"
     sizes = dict(SIZE=500, HELD_OUT=24, VOCAB=300, TEACHER_UPDATES=30, STUDENT_UPDATES=3)
     sizes.update(TEACHER_DIM=32, STUDENT_DIM=16, MAX_TOKENS=4000, KD_CACHE=4)
 
