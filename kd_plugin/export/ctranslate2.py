@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
-from fairseq.data import Dictionary, data_utils
+from fairseq.data import Dictionary
 from sentencepiece import SentencePieceProcessor
 
 from .. import decoding
@@ -233,7 +233,9 @@ def compare_token_scores(
     Returns:
         the largest and the mean difference, in nats per token.
     """
-    ids = sorted(expected)
+    pad = text.task.target_dictionary.pad()
+    # CTranslate2's decoder takes a pad within a sentence for a word, fairseq's for nothing
+    ids = [i for i in sorted(expected) if pad not in (text.corpus.references or [])[i]]
     source, target = [
         [databin.words(databin.decode(dictionary, side[i].tolist())) for i in ids]
         for dictionary, side in (
@@ -272,9 +274,6 @@ def compare(
     """
     text = proof.text
 
-    def detokenise(subwords: str) -> str:
-        return data_utils.post_process(subwords, post_process)
-
     def engine(folder: Path) -> Any:
         settings, longest = verify.generation(proof.beam), model.max_positions[1]
         return decoding.CTranslate2Engine(
@@ -312,7 +311,9 @@ def compare(
         verify.by_fairseq(torch_model, text, proof.beam),
         verify.translations(converted, text),
     ]
-    (before, after), signature = verify.bleu(systems, text, detokenise)
+    (before, after), signature = verify.bleu(
+        systems, text, post_process=post_process, tokenizer=proof.tokenizer
+    )
     return {
         "sentences": text.sentences,
         "compute_type": compute_type,
