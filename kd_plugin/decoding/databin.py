@@ -129,6 +129,15 @@ def decode(dictionary: Dictionary, tokens: Sequence[int], *, escape_unk: bool = 
     )
 
 
+def symbols_seen(dictionary: Dictionary, tokens: Sequence[int]) -> List[str]:
+    """Those of a source that fairseq's encoder sees, as CTranslate2 wants them.
+
+    It passes over pads wherever they stand; CTranslate2 adds the end of sentence by itself.
+    """
+    pad = dictionary.pad()
+    return words(decode(dictionary, [token for token in tokens if int(token) != pad]))
+
+
 def warn_of_unknown(unknown: int, tokens: int, where: str) -> None:
     """If so many symbols are in no dictionary, the text is hardly what it was meant to be."""
     if unknown > _MUCH_UNKNOWN * tokens:

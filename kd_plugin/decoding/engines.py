@@ -177,11 +177,7 @@ class CTranslate2Engine:
 
     def _begin(self, src_tokens: Tensor) -> Any:
         g, dictionary = self.generation, self.task.source_dictionary
-        # it adds the end of sentence by itself; fairseq's encoder does not see pads
-        rows = [
-            [token for token in row if token != dictionary.pad()] for row in src_tokens.tolist()
-        ]
-        sources = [databin.words(databin.decode(dictionary, row)) for row in rows]
+        sources = [databin.symbols_seen(dictionary, row) for row in src_tokens.tolist()]
         longest = min(int(g.max_len_a * src_tokens.size(1) + g.max_len_b), self.max_positions - 1)
         how: Dict[str, Any] = {"beam_size": g.beam, "num_hypotheses": g.nbest}
         if g.sampling:

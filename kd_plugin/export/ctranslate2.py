@@ -233,16 +233,12 @@ def compare_token_scores(
     Returns:
         the largest and the mean difference, in nats per token.
     """
-    pad = text.task.target_dictionary.pad()
-    # CTranslate2's decoder takes a pad within a sentence for a word, fairseq's for nothing
-    ids = [i for i in sorted(expected) if pad not in (text.corpus.references or [])[i]]
-    source, target = [
-        [databin.words(databin.decode(dictionary, side[i].tolist())) for i in ids]
-        for dictionary, side in (
-            (text.task.source_dictionary, text.corpus.source),
-            (text.task.target_dictionary, text.corpus.references or []),
-        )
-    ]
+    source_dictionary, dictionary = text.task.source_dictionary, text.task.target_dictionary
+    references = text.corpus.references or []
+    # a pad within a reference is a word to CTranslate2's decoder, and nothing to fairseq's
+    ids = [i for i in sorted(expected) if dictionary.pad() not in references[i]]
+    source = [databin.symbols_seen(source_dictionary, text.corpus.source[i].tolist()) for i in ids]
+    target = [databin.words(databin.decode(dictionary, references[i].tolist())) for i in ids]
     found = translator.score_batch(
         source, target, max_batch_size=verify.MAX_TOKENS, batch_type="tokens", max_input_length=0
     )
