@@ -6,6 +6,7 @@ import random
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import support
@@ -18,7 +19,13 @@ from omegaconf import OmegaConf
 
 from kd_plugin.checkpoints import Checkpoint, Role, count_parameters
 from kd_plugin.commands import export as command
-from kd_plugin.decoding import DataBin, FairseqEngine, databin
+from kd_plugin.decoding import (
+    DataBin,
+    FairseqEngine,
+    Hypothesis,
+    Tokenizer,
+    databin,
+)
 from kd_plugin.export import FORMATS, Asked, make
 from kd_plugin.export import ctranslate2 as to_ctranslate2
 from kd_plugin.export import fairseq as to_fairseq
@@ -178,6 +185,54 @@ def test_ctranslate2_scores_the_same(name, data, tmp_path):
     changed = {i: [score + 0.01 for score in scores] for i, scores in expected.items()}
     largest, mean = to_ctranslate2.compare_token_scores(changed, translator, text)
     assert largest == pytest.approx(0.01, abs=1e-3) and mean == pytest.approx(0.01, abs=1e-3)
+
+
+def test_special_symbols_within_sentences_score_the_same(data, tmp_path):
+    """An end of sentence counts in both; of a pad CTranslate2 knows nothing."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    checkpoint, stock = opened(path, data)
+    to_ctranslate2.convert(Model(checkpoint, stock), tmp_path / "ct2")
+    special = tmp_path / "special"
+    special.mkdir()
+    sides = [
+        ["w01 </s> w02", "w03 <pad> w04 w05", "w06 w07", "w08"],
+        ["w01 </s> w02", "w03 w04", "w05 <pad> w06", "w07 </s>"],
+    ]
+    for lang, lines in zip(LANGS, sides):
+        shutil.copy(str(data / f"dict.{lang}.txt"), str(special))
+        dictionary = Dictionary.load(str(special / f"dict.{lang}.txt"))
+        writer = databin.Writer(special / "valid.{}-{}.{}".format(*LANGS, lang), len(dictionary))
+        for line in lines:
+            writer.add(databin.encode(dictionary, line))
+        writer.close()
+    text = text_of(special, tmp_path / "text")
+    model = verification.build(checkpoint, text, 1)
+    translator = ctranslate2.Translator(str(tmp_path / "ct2"))
+    expected = verification.reference_scores(model, text)
+    assert to_ctranslate2.compare_token_scores(expected, translator, text)[0] < 1e-3
+
+
+def test_bleu_of_a_language_without_spaces(data, tmp_path, caplog):
+    """Scored on text, with the tokenizer that is asked for; and where it says nothing, that."""
+    text = text_of(data, tmp_path / "text")
+    dictionary = text.task.target_dictionary
+    pieces = [dictionary.add_symbol(piece) for piece in ("<0xE4>", "<0xBB>", "<0x8A>", "\u2581")]
+    chinese = [dictionary.add_symbol(c) for c in "天气很好我们去散步吧"]
+    lines = [[pieces[3], *pieces[:3], *chinese[i:], *chinese[:i]] for i in range(3)]
+    references = [torch.tensor([*line, dictionary.eos()]) for line in lines]
+    own = SimpleNamespace(source=text.task.source_dictionary, target=dictionary)
+    text = text._replace(corpus=text.corpus._replace(references=references, data=own))
+    symbols = [" ".join(dictionary.symbols[i] for i in line) for line in lines]
+    same = {i: Hypothesis(line, -1.0, True) for i, line in enumerate(symbols)}
+    shorter = {i: Hypothesis(line[:-2], -1.0, True) for i, line in enumerate(symbols)}
+    for tokenizer, expected in ((Tokenizer.of("zh"), 90), (Tokenizer(), 0)):
+        (perfect, good), signature = verification.bleu(
+            [same, shorter], text, post_process="sentencepiece", tokenizer=tokenizer
+        )
+        assert good == pytest.approx(expected, abs=5) and f"|tok:{tokenizer.name}|" in signature
+        assert (perfect > 99) == (tokenizer.name == "zh")
+        assert ("CANNOT BE TOLD APART" in caplog.text) == (tokenizer.name != "zh")
 
 
 @pytest.mark.parametrize("name", ["tied", "learned positions"])
@@ -452,6 +507,11 @@ def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
         (("--path", path, "--max-positions", 9), "--max-positions needs --format ctranslate2"),
         (("--path", path, "--spm", "absent"), "--spm needs --format ctranslate2; --spm absent"),
         (("--path", path, "--beam", 0), "--beam must be"),
+        (("--path", path, "--bleu-tokenize", "zh"), "--bleu-tokenize needs --format ctranslate2"),
+        (
+            ("--path", path, "--format", "ctranslate2", "--bleu-tokenize", "no"),
+            "--bleu-tokenize no: expected one of",
+        ),
         (("--path", lstm, "--data", other, "--format", "ctranslate2"), "'lstm'"),
     ):
         code, error = run(capsys, *arguments, "--output", tmp_path / "out")

@@ -20,6 +20,7 @@ from fairseq.data import Dictionary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_plugin.decoding import Tokenizer
 from kd_plugin.errors import UserError
 from kd_plugin.files import FileError, locked
 from kd_plugin.objective.answer import Member, RunningAnswer
@@ -48,7 +49,9 @@ BAD = [" ".join(line.split()[::-1]) for line in REFERENCES]
 @pytest.fixture(scope="module")
 def scored():
     systems = {"plain": BAD, "student": GOOD, "copy": list(BAD)}
-    return score(systems, REFERENCES, baseline="plain", tokenize="13a", test="bs", samples=1000)
+    return score(
+        systems, REFERENCES, baseline="plain", tokenizer=Tokenizer(), test="bs", samples=1000
+    )
 
 
 def test_scores_are_those_of_the_command_line(scored, tmp_path):
@@ -83,7 +86,7 @@ def test_a_clearly_better_system_is_significantly_so_and_a_copy_is_called_one(sc
 def test_approximate_randomisation_is_sacrebleus(scored):
     ours, _ = score(
         *({"a": BAD, "b": GOOD}, REFERENCES),
-        **{"baseline": "a", "tokenize": "13a", "test": "ar", "samples": 200},
+        **{"baseline": "a", "tokenizer": Tokenizer(), "test": "ar", "samples": 200},
     )
     metrics = {"BLEU": sacrebleu.metrics.BLEU()}
     systems = [("a", BAD), ("b", GOOD)]
@@ -516,7 +519,7 @@ def test_workers_of_ctranslate2_are_part_of_what_is_kept(tmp_path, monkeypatch):
         distributed_training=SimpleNamespace(device_id=0),
     )
     corpus = SimpleNamespace(data=SimpleNamespace(folder=tmp_path))
-    data = build._TestSet(cfg, None, corpus, [], [], True)
+    data = build._TestSet(cfg, None, corpus, [], [], True, Tokenizer())
 
     def settings_with(workers, path):
         monkeypatch.setattr(build, "threads", lambda: workers, raising=False)
@@ -626,6 +629,7 @@ def a_report():
         **{"teacher": "teacher", "baseline": "teacher", "beam": 5, "device": "CPU", "threads": 2},
         **{"repeats": 3, "significance": "paired bootstrap resampling, 1,000 samples"},
         "signatures": {metric: metric + " nrefs:1|bs:1000" for metric in METRICS},
+        "doubts": [],
         "notes": [],
         "models": [model("teacher"), model("s|t"), model("broken", error="unreadable: " + NASTY)],
         "systems": [

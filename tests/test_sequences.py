@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from fairseq_cli.generate import get_symbols_to_strip_from_output
 from kills import at_each_line, in_a_child
 from letters import LISTS, LetterCorpus, write_letters
@@ -23,6 +24,7 @@ from kd_plugin import files
 from kd_plugin.commands import arguments
 from kd_plugin.commands import sequences as command
 from kd_plugin.decoding import databin
+from kd_plugin.decoding.text import split_tags
 from kd_plugin.errors import UserError
 from kd_plugin.files import Busy, FileError, temporary
 from kd_plugin.sequences import Choice, Filters, HypothesisStore, Output, Student, choose
@@ -88,6 +90,46 @@ def test_subwords_of_another_model_are_said(data, tmp_path, caplog):
     output.write(corpus, LISTS, chosen, student)
     assert "12% OF THE SYMBOLS OF train.aa ARE UNKNOWN" in caplog.text
     assert output.record()["counts"]["unknown_tokens"] == 4
+
+
+def rows(folder, lang):
+    side = databin.DataBin(str(folder), "aa", "bb").side("train", lang)
+    return [side[i].tolist() for i in range(len(side))]
+
+
+def test_an_original_is_written_as_it_is(data, tmp_path):
+    """fairseq-train sees special symbols within sentences, too: so does a student of the mix."""
+    sides = data.side("train", "aa"), data.side("train", "bb")
+    special = [torch.tensor(tokens) for tokens in ([4, 1, 5, 2], [4, 2, 5, 2], [0, 3, 1, 2])]
+    corpus = LetterCorpus(*sides, data)
+    student = Student(data, lambda text: text, None)
+    output = Output(str(tmp_path / "out"), {})
+    chosen = choose(corpus, LISTS, student, Choice())
+    output.write(corpus, LISTS, chosen, student, originals=Originals(special, special))
+    for lang in ("aa", "bb"):
+        assert rows(tmp_path / "out", lang)[:3] == [tokens.tolist() for tokens in special]
+
+
+def test_tags_are_no_text(data, tmp_path, caplog):
+    """A student keeps those that it has symbols for."""
+    corpus = LetterCorpus(data.side("train", "aa"), data.side("train", "bb"), data)
+    known, unknown = "<2aa>", "bbb_Latn"
+    for dictionary in (data.source, data.target):
+        for tag in (known, unknown):
+            dictionary.add_symbol(tag)
+    source = [databin.encode(data.source, f"{unknown} {known} a b {known}")] * 5
+    corpus = corpus._replace(source=source)
+    mine = write_letters(tmp_path / "mine")
+    for dictionary in (mine.source, mine.target):
+        dictionary.add_symbol(known)
+    student = Student(mine, lambda line: " ".join(split_tags(line.split())[1]), str.lower)
+    output = Output(str(tmp_path / "out"), {})
+    output.write(corpus, LISTS, choose(corpus, LISTS, student, Choice()), student)
+    assert (tmp_path / "out/text/train.aa").read_text() == "a b\n" * 4
+    assert (tmp_path / "out/text/train.subwords.aa").read_text() == "<2aa> a b <2aa>\n" * 4
+    assert output.record()["counts"]["unknown_tokens"] == 0
+    assert "train.aa is written without tags of languages (bbb_Latn)" in caplog.text
+    assert "train.bb is written without" not in caplog.text
 
 
 def test_killed_at_any_line_of_writing(data, tmp_path):

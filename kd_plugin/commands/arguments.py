@@ -110,6 +110,14 @@ def add_trust(add: Callable[..., Any], **options: Any) -> None:
     )
 
 
+def add_bleu_tokenize(add: Callable[..., Any]) -> None:
+    add(
+        "--bleu-tokenize",
+        metavar="NAME",
+        help="tokenizer of BLEU, as sacrebleu --tokenize (default: the target language's)",
+    )
+
+
 class Shard(NamedTuple):
     """Which part of the work this process does, and on which GPU."""
 

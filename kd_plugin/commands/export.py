@@ -11,7 +11,7 @@ from typing import List, Optional
 from fairseq import utils
 
 from ..export import FORMATS, Asked, flag_name, make
-from .arguments import Help, add_trust, exit_code
+from .arguments import Help, add_bleu_tokenize, add_trust, exit_code
 
 PROG = "fairseq-kd-export"
 
@@ -74,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SYMBOL",
         help="subword marks to remove before BLEU is scored, as in fairseq-generate",
     )
+    add_bleu_tokenize(add)
     add("--no-verify", action="store_true", help="skip the comparison")
     return parser
 
@@ -103,6 +104,7 @@ def run(options: argparse.Namespace) -> None:
         sentences=options.verify_sentences,
         beam=options.beam,
         post_process=options.post_process,
+        tokenize=options.bleu_tokenize,
     )
     print("\n".join(make(asked)), flush=True)
 

@@ -16,12 +16,13 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from .. import sequences
 from ..checkpoints import parse_overrides
-from ..decoding import parse_languages
+from ..decoding import Tokenizer, parse_languages
 from ..errors import Faults
 from ..export import QUANTIZATIONS
 from ..files import FileError
 from .arguments import (
     Help,
+    add_bleu_tokenize,
     add_trust,
     refuse_unsupported,
     run_like_fairseq,
@@ -52,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=sequences.METRICS,
         help="measure of closeness: sacreBLEU's sentence-level score, on text without subwords",
     )
+    add_bleu_tokenize(add)
     add(
         "--hypotheses",
         metavar="DIR",
@@ -224,6 +226,13 @@ def _refuse(options: argparse.Namespace) -> None:
         options.min_closeness is None or 0 <= options.min_closeness <= 100,
         "--min-closeness must be from 0 to 100",
     )
+    if options.bleu_tokenize:
+        check(
+            _choice(options).uses_bleu,
+            "--bleu-tokenize needs --metric bleu, and --select closest or --min-closeness",
+        )
+        with faults.collecting():
+            Tokenizer.of("", options.bleu_tokenize)
     with faults.collecting():
         parse_overrides(options.model_overrides, "--model-overrides")
     if options.engine == "ctranslate2":
@@ -273,6 +282,7 @@ def _choice(options: argparse.Namespace) -> sequences.Choice:
         ),
         options.min_closeness,
         options.min_score_quantile,
+        options.bleu_tokenize,
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 import torch
 from fairseq import utils
-from fairseq.data import data_utils
 from fairseq.tasks.translation import TranslationTask
 from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
 from omegaconf import DictConfig
@@ -147,34 +146,6 @@ def _binarise(
             remove(Path(str(new) + end))
 
 
-def text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[[str], str]]:
-    """From subwords to running text, as fairseq-generate does it, and back, as -interactive.
-
-    Raises:
-        FileError: a model of subwords cannot be read.
-    """
-    try:
-        bpe, tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
-    except Exception as error:  # of the libraries that they are in
-        raise FileError(
-            f"--bpe or --tokenizer cannot be set up as {cfg.bpe} and {cfg.tokenizer}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    symbol = cfg.common_eval.post_process
-
-    def to_text(subwords: str) -> str:
-        text = data_utils.post_process(subwords, symbol)
-        text = text if bpe is None else bpe.decode(text)
-        text = text if tokenizer is None else tokenizer.decode(text)
-        return text.replace("\n", " ")  # a subword model may know it, too; here it ends a sentence
-
-    def to_subwords(text: str) -> str:
-        text = text if tokenizer is None else tokenizer.encode(text)
-        return " ".join((text if bpe is None else bpe.encode(text)).split())
-
-    return to_text, to_subwords
-
-
 def plan(
     task: Any,
     corpus: Corpus,
@@ -244,18 +215,3 @@ def describe(
         "languages": {k: repr(v) for k, v in options.items() if "lang" in str(k)},
         "truncate_source": options.get("max_source_positions") if cut else None,
     }
-
-
-def describe_text(cfg: Any) -> Dict[str, Any]:
-    """What turns text into subwords and back: contents of models, not their paths."""
-    found: Dict[str, Any] = {"remove_bpe": cfg.common_eval.post_process}
-    for name in ("bpe", "tokenizer"):
-        part = cfg[name]
-        if part is not None:
-            plain = dict(part) if isinstance(part, DictConfig) else vars(part)
-            found[name] = {
-                str(k): digest(v) if isinstance(v, str) and os.path.isfile(v) else v
-                for k, v in plain.items()
-                if isinstance(v, (str, int, bool))
-            }
-    return found

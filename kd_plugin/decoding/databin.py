@@ -200,16 +200,33 @@ def encode(dictionary: Dictionary, subwords: str) -> torch.Tensor:
     return torch.tensor([*ids, dictionary.eos()], dtype=torch.int32)
 
 
-def decode(dictionary: Dictionary, tokens: Sequence[int]) -> str:
-    """Symbols with spaces between; without the end of sentence.
+def decode(dictionary: Dictionary, tokens: Sequence[int], *, escape_unk: bool = False) -> str:
+    """Symbols with spaces between, as ``encode`` reads them: without the last end of sentence.
+
+    Args:
+        escape_unk: write unknown symbols so that they equal nothing, as fairseq-generate does in
+            references.
 
     Raises:
         FileError: the dictionary has no such symbol.
     """
-    special = {dictionary.eos(), dictionary.pad()}
-    symbols = dictionary.symbols
+    symbols, unk = dictionary.symbols, dictionary.unk()
     refuse_unknown_numbers(tokens, len(symbols))
-    return " ".join(symbols[int(t)] for t in tokens if int(t) not in special)
+    ids = [int(t) for t in tokens]
+    if ids[-1:] == [dictionary.eos()]:
+        ids.pop()
+    return " ".join(
+        dictionary.unk_string(True) if escape_unk and i == unk else symbols[i] for i in ids
+    )
+
+
+def symbols_seen(dictionary: Dictionary, tokens: Sequence[int]) -> List[str]:
+    """Those of a source that fairseq's encoder sees, as CTranslate2 wants them.
+
+    It passes over pads wherever they stand; CTranslate2 adds the end of sentence by itself.
+    """
+    pad = dictionary.pad()
+    return words(decode(dictionary, [token for token in tokens if int(token) != pad]))
 
 
 def warn_of_unknown(unknown: int, tokens: int, where: str) -> None:

@@ -4,7 +4,18 @@ import math
 import os
 from collections import deque
 from pathlib import Path
-from typing import Any, Deque, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import (
+    Any,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from fairseq import utils
@@ -12,6 +23,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import FileError
+from . import databin
+from .databin import DataBin
+from .text import added
 
 
 class Hypothesis(NamedTuple):
@@ -44,9 +58,17 @@ class FairseqEngine:
         generation: fairseq's ``GenerationConfig``.
         seed: of sampling. Every batch has a seed of its own, so that what is sampled depends
             neither on shards nor on interruptions.
+        data: whose dictionaries the task may have added symbols to, which are no translation.
     """
 
-    def __init__(self, task: Any, models: Sequence[Any], generation: Any, seed: int) -> None:
+    def __init__(
+        self,
+        task: Any,
+        models: Sequence[Any],
+        generation: Any,
+        seed: int,
+        data: Optional[DataBin] = None,
+    ) -> None:
         self.task, self.models, self.generation, self.seed = task, models, generation, seed
         self.cuda = next(models[0].parameters()).is_cuda
         more = {"lm_model": None, "lm_weight": generation.lm_weight}
@@ -56,8 +78,10 @@ class FairseqEngine:
             raise _refused("fairseq's generator", error) from error
         strip = getattr(self.generator, "symbols_to_strip_from_output", {self.generator.eos})
         dictionary = task.target_dictionary
-        # the generator's end may be the tag of a language, behind the dictionary's
+        # the generator's end may be a language's symbol, behind the dictionary's
         self.strip = {*strip, self.generator.eos, dictionary.bos(), dictionary.eos()}
+        if data is not None:
+            self.strip.update(added(dictionary, data.target))
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
         """The n-best lists of collated batches, one after the other.
@@ -153,11 +177,7 @@ class CTranslate2Engine:
 
     def _begin(self, src_tokens: Tensor) -> Any:
         g, dictionary = self.generation, self.task.source_dictionary
-        special = {dictionary.pad(), dictionary.eos()}
-        symbols = dictionary.symbols
-        sources = [
-            [symbols[token] for token in row if token not in special] for row in src_tokens.tolist()
-        ]
+        sources = [databin.symbols_seen(dictionary, row) for row in src_tokens.tolist()]
         longest = min(int(g.max_len_a * src_tokens.size(1) + g.max_len_b), self.max_positions - 1)
         how: Dict[str, Any] = {"beam_size": g.beam, "num_hypotheses": g.nbest}
         if g.sampling:
@@ -195,7 +215,7 @@ class CTranslate2Engine:
                 Hypothesis(
                     " ".join(symbol for symbol in symbols if symbol not in (begin, end)),
                     float(score),
-                    symbols[-1:] == [end],
+                    symbols[-1:] in ([end], []),  # nothing is its translation of nothing
                 )
                 for symbols, score in zip(result.hypotheses, result.scores)
             ]

@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 from fairseq.data import Dictionary
 
 from ..checkpoints import Checkpoint, Role, average
-from ..decoding import DataBin, infer_languages
+from ..decoding import DataBin, Tokenizer, infer_languages
 from ..errors import Faults, UserError
 from ..files import FileError, temporary
 from . import fairseq
@@ -46,6 +46,7 @@ class Asked(NamedTuple):
         sentences: only the first so many; 0 for all, None as many as is usual for the format.
         beam: of the translations that are compared.
         post_process: what BLEU is scored without, as fairseq-generate has it.
+        tokenize: BLEU's tokenizer, as sacrebleu's ``--tokenize``; None for the target language's.
     """
 
     paths: Sequence[str]
@@ -63,6 +64,7 @@ class Asked(NamedTuple):
     sentences: Optional[int] = None
     beam: int = 5
     post_process: Optional[str] = None
+    tokenize: Optional[str] = None
 
 
 def make(asked: Asked) -> List[str]:
@@ -127,6 +129,12 @@ def _refuse(asked: Asked) -> None:
         for fault in other.faults(asked.options):
             faults.add(fault)
     faults.check(asked.beam >= 1, "--beam must be 1 or more")
+    if asked.tokenize:
+        faults.check(
+            format.needs_references, "--bleu-tokenize needs --format ctranslate2, which tells BLEU"
+        )
+        with faults.collecting():
+            Tokenizer.of("", asked.tokenize)
     faults.check(
         asked.sentences is None or asked.sentences >= 0,
         "--verify-sentences must be 0 (all) or more",
@@ -228,7 +236,8 @@ def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Opti
                 f"{data.folder}: {asked.subset} has no references, and --format {format.name} is "
                 "verified on them"
             )
-        yield Proof(text, asked.beam, asked.post_process)
+        tokenizer = Tokenizer.of(model.languages[1], asked.tokenize)
+        yield Proof(text, asked.beam, asked.post_process, tokenizer)
 
 
 @contextlib.contextmanager

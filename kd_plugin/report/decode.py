@@ -287,7 +287,8 @@ class _Decoder:
         langs = self.task.cfg.source_lang, self.task.cfg.target_lang
         data = decoding.DataBin(model.data, *langs)
         corpus = decoding.Corpus.of_subset(self.task, data, cfg.dataset.gen_subset)
-        self.to_text, _ = decoding.text_functions(self.task, cfg)
+        self.to_text, _ = decoding.text_functions(self.task, cfg, data)
+        self.data = data
         self.sentences = len(corpus.source)
         self._memory_before = memory("VmRSS") or 0
         self.model: Any
@@ -376,7 +377,7 @@ class _Decoder:
                 compute_type="default",
                 max_positions=self.positions[0][1],
             )
-        return decoding.FairseqEngine(self.task, self.model, generation, self.seed)
+        return decoding.FairseqEngine(self.task, self.model, generation, self.seed, self.data)
 
     def memory(self) -> int:
         """Bytes at the peak of decoding; on a GPU, what torch allocated there at most."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import os
 import shutil
 import time
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf, open_dict
 
 from .. import decoding
 from ..checkpoints import Checkpoint, Role, parse_overrides
-from ..decoding import Corpus, DataBin, databin
+from ..decoding import Corpus, DataBin, Tokenizer, databin
 from ..export import ExportError, export_ctranslate2
 from ..files import Busy, FileError, digest, temporary
 from ..timing import progress_bar
@@ -23,6 +24,8 @@ from .choice import Choice, choose
 from .hypotheses import HypothesisStore
 from .output import HYPOTHESES, Originals, Output
 from .student import Student, open_student
+
+logger = logging.getLogger(__name__)
 
 ENGINES = ("fairseq", "ctranslate2")
 ROLE = Role("teacher", "--trust-checkpoint", overrides="--model-overrides")
@@ -86,8 +89,9 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
     device, dtype = decoding.placement(cfg, asked.device_id)
     task = decoding.set_up_task(cfg)
     data = DataBin(cfg.task.data, cfg.task.source_lang, cfg.task.target_lang)
-    to_text, to_subwords = decoding.text_functions(task, cfg)
-    _refuse_subwords(asked, cfg, data)
+    to_text, to_subwords = decoding.text_functions(task, cfg, data)
+    _refuse_subwords(asked, cfg, data, to_text)
+    tokenizer = Tokenizer.of(cfg.task.target_lang, asked.choice.tokenize)
     student = open_student(
         data, to_text, asked.student_data, asked.student_spm, asked.student_langs
     )
@@ -99,7 +103,7 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         asked.compute_type or ("float16" if device.type == "cuda" else "int8"),
     )
     header = _header(asked, cfg, data, teacher)
-    output = Output(asked.output, _settings(asked, cfg, header, student))
+    output = Output(asked.output, _settings(asked, cfg, header, student, tokenizer))
     folder = Path(asked.hypotheses or output.folder / HYPOTHESES)
     store = HypothesisStore(folder, header, asked.num_shards, asked.shard_id)
     _refuse_others(asked, output, store)
@@ -108,6 +112,8 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         return output.record()
     corpus = _corpus(asked, cfg, task, data, to_subwords=to_subwords, store=store)
     originals = _originals(asked, cfg, data)
+    if asked.choice.uses_bleu and corpus.references is not None:
+        _warn_of_words(tokenizer, corpus, to_text)
     if store.complete:
         store.clean_up()
     elif not _translate(asked, cfg, task, corpus, teacher=teacher, store=store, output=output):
@@ -128,6 +134,7 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         if not output.complete:
             chosen = choose(
                 *(corpus, store, student, asked.choice),
+                tokenizer=tokenizer,
                 lenpen=cfg.generation.lenpen,
                 unnormalized=cfg.generation.unnormalized,
             )
@@ -171,14 +178,20 @@ def _header(asked: Asked, cfg: Any, data: DataBin, teacher: _Teacher) -> Dict[st
     }
 
 
-def _settings(asked: Asked, cfg: Any, header: Dict[str, Any], student: Student) -> Dict[str, Any]:
+def _settings(
+    asked: Asked, cfg: Any, header: Dict[str, Any], student: Student, tokenizer: Tokenizer
+) -> Dict[str, Any]:
     """All that the data depends on."""
-    choice = asked.choice
+    choice, filters = asked.choice, dict(asked.choice.filters._asdict())
+    if filters["empty"]:
+        del filters["empty"]  # as in records from before it could be switched off
+    by_words = choice.uses_bleu and tokenizer != Tokenizer()  # likewise
     return {
         "hypotheses": header,
         "select": choice.select,
         "metric": choice.metric if choice.uses_metric else None,
-        "filters": dict(choice.filters._asdict()),
+        "tokenizer": tokenizer.name if by_words else None,
+        "filters": filters,
         "min_closeness": choice.min_closeness,
         "min_score_quantile": choice.min_score_quantile,
         "text": decoding.describe_text(cfg),
@@ -194,7 +207,7 @@ def _settings(asked: Asked, cfg: Any, header: Dict[str, Any], student: Student) 
 # Refusals
 
 
-def _refuse_subwords(asked: Asked, cfg: Any, data: DataBin) -> None:
+def _refuse_subwords(asked: Asked, cfg: Any, data: DataBin, to_text: Callable[[str], str]) -> None:
     """Subwords that would be compared, or encoded anew, as if they were words."""
     if asked.student_spm:
         flag = "--student-spm"
@@ -204,10 +217,14 @@ def _refuse_subwords(asked: Asked, cfg: Any, data: DataBin) -> None:
         flag = "--min-closeness"
     else:
         return
-    if cfg.common_eval.post_process or cfg.bpe or cfg.tokenizer:
+    if cfg.bpe or cfg.tokenizer:
         return
+    symbols, removed = data.target.symbols, cfg.common_eval.post_process
     for mark, how in (("\u2581", "--remove-bpe sentencepiece"), ("@@", "--remove-bpe")):
-        if any(mark in symbol for symbol in data.target.symbols):
+        marked = [symbol for symbol in symbols if mark in symbol]
+        if removed and 20 * len(marked) < len(symbols):
+            continue  # some that are text
+        if any(mark in to_text(f"{symbol} a") for symbol in marked[:1]):
             raise FileError(
                 f"{flag} needs text without subwords, and the vocabulary has {mark!r} in it: add "
                 f"{how}"
@@ -269,6 +286,15 @@ def _originals(asked: Asked, cfg: Any, data: DataBin) -> Optional[Originals]:
     return Originals(source, target, asked.repeat_original)
 
 
+def _warn_of_words(tokenizer: Tokenizer, corpus: Corpus, to_text: Callable[[str], str]) -> None:
+    """Before anything is decoded: a closeness that means nothing."""
+    assert corpus.references is not None
+    first = (corpus.references[i].tolist() for i in range(min(len(corpus.references), 1000)))
+    texts = [to_text(databin.decode(corpus.data.target, tokens)) for tokens in first]
+    for note in tokenizer.notes(texts):
+        logger.warning(note)
+
+
 # Decoding
 
 
@@ -283,7 +309,7 @@ def _translate(
     output: Output,
 ) -> bool:
     """Decode this shard; True if the lists of all shards are complete."""
-    engine, positions = _engine(asked, cfg, task, teacher, store=store)
+    engine, positions = _engine(asked, cfg, task, corpus.data, teacher=teacher, store=store)
     plan = None
     if not store.planned:
         plan = decoding.plan(
@@ -310,7 +336,7 @@ def _translate(
 
 
 def _engine(
-    asked: Asked, cfg: Any, task: Any, teacher: _Teacher, *, store: HypothesisStore
+    asked: Asked, cfg: Any, task: Any, data: DataBin, *, teacher: _Teacher, store: HypothesisStore
 ) -> Tuple[Any, List[Any]]:
     """What decodes, and the longest source and target of each model."""
     checkpoints = decoding.open_checkpoints(
@@ -323,7 +349,7 @@ def _engine(
             device=teacher.device,
             dtype=teacher.dtype,
         )
-        engine: Any = decoding.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
+        engine: Any = decoding.FairseqEngine(*(task, models, cfg.generation, cfg.common.seed), data)
         return engine, [model.max_positions() for model in models]
     folder = store.beside("ctranslate2", "teachers", "files")
     converted = convert_for_ctranslate2(checkpoints[0], task, folder)

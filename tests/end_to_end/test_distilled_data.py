@@ -409,7 +409,7 @@ def test_bad_flags_are_named_together(data, weak, tmp_path):
     message = refused(
         *(data, weak, tmp_path, "--nbest", 7, "--repeat-original", 3, "--student-spm", "x"),
         *("--min-closeness", 120, "--min-score-quantile", 1, "--prefix-size", 2),
-        *("--compute-type", "int8"),
+        *("--compute-type", "int8", "--metric", "chrf", "--bleu-tokenize", "no"),
     )
     for part in (
         "--nbest 7 needs --beam 7",
@@ -419,6 +419,8 @@ def test_bad_flags_are_named_together(data, weak, tmp_path):
         "--min-score-quantile must be from 0 to below 1",
         "--prefix-size cannot be used",
         "--compute-type needs --engine ctranslate2",
+        "--bleu-tokenize needs --metric bleu",
+        "--bleu-tokenize no: expected one of",
     ):
         assert part in message
     message = refused(data, weak, tmp_path, "--select", "closest")
@@ -453,5 +455,6 @@ def test_nothing_left_after_filtering(data, weak, made, tmp_path):
 def test_subwords_that_would_be_compared_as_words(data, weak, corpus, tmp_path):
     pieces = [["\u2581" + line for line in dictionary_lines(data, lang)] for lang in ("aa", "bb")]
     marked = binarise(corpus.text, tmp_path / "data", *write_dictionaries(tmp_path / "d", *pieces))
-    run = write_sequences(marked, weak, tmp_path / "no", "--select", "closest", *BEAM)
-    assert "add --remove-bpe sentencepiece" in run.refusal
+    for wrong in ((), ("--remove-bpe",)):
+        run = write_sequences(marked, weak, tmp_path / "no", "--select", "closest", *BEAM, *wrong)
+        assert "add --remove-bpe sentencepiece" in run.refusal
