@@ -14,6 +14,8 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import register_model
+from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from letters import write_letters
 from omegaconf import OmegaConf
 
@@ -104,6 +106,36 @@ def made(data, path, arch, seed=1, args_only=False):
     return path
 
 
+SIDE = {"layers": 2, "embed_dim": 16, "ffn_embed_dim": 32, "attention_heads": 2}
+SECTIONS = {
+    "both": {"encoder": SIDE, "decoder": SIDE},
+    "one": {**{f"encoder_{name}": value for name, value in SIDE.items()}, "decoder": SIDE},
+    "other values": {
+        "encoder": {**SIDE, "layers": 3, "normalize_before": True, "attention_heads": 4},
+        "decoder": {
+            **{**SIDE, "layers": 1, "attention_heads": 4},
+            **{"normalize_before": True, "learned_pos": True},
+        },
+        "quant_noise": {"pq": 0.0},
+        "activation_fn": "gelu",
+    },
+}
+
+
+def made_from_yaml(data, path, options, architecture="transformer"):
+    """A checkpoint as fairseq-hydra-train writes it."""
+    state = torch.load(str(made(data, path, TRANSFORMER)))
+    model = OmegaConf.create({"_name": architecture, "base_layers": 0, **options})
+    model.update(max_source_positions=64, max_target_positions=64)
+    built = tasks.setup_task(OmegaConf.create(state["cfg"]["task"])).build_model(model)
+    for p in built.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    # building fills in the defaults of options with a prefix
+    state["cfg"]["model"] = OmegaConf.to_container(model, resolve=True, enum_to_str=True)
+    torch.save({**state, "model": built.state_dict()}, str(path))
+    return path
+
+
 def read(path):
     return Checkpoint.open(str(path), Role("model"))
 
@@ -159,6 +191,44 @@ def test_stock_fairseq_says_the_same(name, data, tmp_path):
     path = made(data, tmp_path / "model.pt", {**MODELS, **OTHERS}[name])
     _, stock = opened(path, data)
     assert_generates_the_same(path, stock, data, tmp_path)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_options_in_sections_are_read(name, data, tmp_path):
+    """encoder: {layers: 2} of a YAML file, in both formats."""
+    path = made_from_yaml(data, tmp_path / "model.pt", SECTIONS[name])
+    checkpoint, stock = opened(path, data)
+    decoder = SECTIONS[name]["decoder"]
+    assert checkpoint.options["decoder_layers"] == decoder["layers"]
+    assert "decoder" not in stock["cfg"]["model"]
+    assert_generates_the_same(path, stock, data, tmp_path)
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    to_ctranslate2.check(checkpoint)
+    to_ctranslate2.convert(Model(checkpoint, stock), tmp_path / "ct2")
+    text = text_of(data, tmp_path / "again")
+    expected = verification.reference_scores(verification.build(checkpoint, text, 1), text)
+    translator = ctranslate2.Translator(str(tmp_path / "ct2"))
+    assert to_ctranslate2.compare_token_scores(expected, translator, text)[0] < 1e-3
+
+
+def test_a_model_with_a_configuration_of_its_own_class(data, tmp_path):
+    """fairseq's newer way to register models: their sections are part of the class."""
+
+    @register_model("toy_of_sections", dataclass=TransformerConfig)
+    class _(TransformerModelBase):
+        pass
+
+    decoder = {**SIDE, "input_dim": 16, "output_dim": 16}  # the whole configuration says so
+    sections = {"encoder": {**SIDE, "layers": 1}, "decoder": decoder}
+    path = made_from_yaml(data, tmp_path / "model.pt", sections, "toy_of_sections")
+    checkpoint, stock = opened(path, data)
+    text = text_of(data, tmp_path / "text")
+    torch.save(stock, str(tmp_path / "exported.pt"))
+    expected, found = [
+        verification.reference_scores(verification.build(read(file), text, 1), text)
+        for file in (path, tmp_path / "exported.pt")
+    ]
+    assert expected == found and checkpoint.max_positions == (64, 64)
 
 
 @pytest.mark.parametrize("name", ["untied", "lightconv"])

@@ -6,12 +6,16 @@ Data, student and teacher are real, and so small that a whole training takes a t
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
+from unittest import mock
 
 import torch
-from fairseq import models
+from fairseq import models, options
 from fairseq.data import Dictionary, indexed_dataset
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.tasks import FairseqTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
+from fairseq_cli import train
 from omegaconf import OmegaConf
 
 from kd_plugin.decoding import databin
@@ -149,6 +153,7 @@ def _task_config(flags: Dict[str, Any]) -> KDTranslationConfig:
         disable_validation=False,
         save_dir="nowhere",
         restore_file="checkpoint_last.pt",
+        update_ordered_indices_seed=False,
     )
     for name, value in flags.items():
         assert hasattr(config, name), name
@@ -161,6 +166,34 @@ def criterion_config(**flags: Any) -> Any:
     config = KDLabelSmoothedCrossEntropyCriterionConfig(sentence_avg=False, **flags)
     config._name = CRITERION
     return OmegaConf.structured(config)
+
+
+def fairseq_train(*flags: Any) -> List[Tuple[str, Dict[str, Any]]]:
+    """fairseq-train in this process.
+
+    Returns:
+        the batches that its task was given, each after "train" or "valid".
+    """
+    sizes = ("layers=1", "embed-dim=8", "ffn-embed-dim=16", "attention-heads=2")
+    student = [f"--{side}-{size}" for side in ("encoder", "decoder") for size in sizes]
+    common = ("--arch=transformer", "--dropout=0", "--optimizer=sgd", "--lr=0.1", "--seed=3")
+    parser = options.get_training_parser()
+    data = ("-s=aa", "-t=bb", "--num-workers=0", "--cpu")
+    args = options.parse_args_and_arch(parser, [*map(str, flags), *common, *student, *data])
+    given: List[Tuple[str, Dict[str, Any]]] = []
+
+    def noting(kind: str) -> Any:
+        real = getattr(FairseqTask, kind + "_step")
+
+        def step(task: Any, sample: Any, *rest: Any, **more: Any) -> Any:
+            given.append((kind, sample))
+            return real(task, sample, *rest, **more)
+
+        return mock.patch.object(FairseqTask, kind + "_step", step)
+
+    with noting("train"), noting("valid"):
+        train.main(convert_namespace_to_omegaconf(args))
+    return given
 
 
 class Training:

@@ -131,15 +131,16 @@ class Checkpoint:
                 f"weights under 'model', found {_contents(state)}"
             )
         model, task = _configurations(named, state)
+        is_namespace = isinstance(model, Namespace)
         opened = cls(
             path=path,
             role=role,
             weights=_checked_weights(named, path, state["model"]),
-            options=dict(vars(model)) if isinstance(model, Namespace) else model,
+            options=dict(vars(model)) if is_namespace else build.flat_options(model),
             task_options=dict(vars(task)) if isinstance(task, Namespace) else task,
             symbols=_checked_symbols(state.get("task_state") or {}),
             updates=_checked_updates(state.get("optimizer_history") or []),
-            _is_namespace=isinstance(model, Namespace),
+            _is_namespace=is_namespace,
         )
         opened._check_options()
         return opened
