@@ -46,6 +46,13 @@ class TeacherConfig(FairseqDataclass):
         default="{}",
         metadata={"help": "dictionary of arguments that override those of the teacher's training"},
     )
+    teacher_task: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "task that the teacher was trained for: 'translation' where a fork of fairseq "
+            "has another name for it (default: what its checkpoint says)"
+        },
+    )
     teacher_dtype: ChoiceEnum(["same", "fp32", "fp16", "bf16"]) = field(  # type: ignore
         default="same",
         metadata={

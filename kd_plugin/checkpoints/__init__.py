@@ -5,10 +5,9 @@ Everything that a checkpoint is asked is a member of ``Checkpoint``.
 
 from ..files import digest
 from .average import average
-from .build import DTYPES, build_model, parse_overrides, translation_task
+from .build import DTYPES, build_model, is_autoregressive, parse_overrides, translation_task
 from .checkpoint import (
     SECOND_COPIES,
-    TRANSLATION_TASKS,
     Checkpoint,
     CheckpointError,
     count_parameters,
@@ -16,6 +15,7 @@ from .checkpoint import (
 )
 from .dictionaries import MISSING, Dictionaries, VocabularyError, index_map, is_padding, lacking
 from .roles import Role
+from .tasks import TRANSLATION_TASKS, reads_as_translation, translates_otherwise
 from .torchfile import allow_fairseq_globals
 
 __all__ = [
@@ -34,9 +34,12 @@ __all__ = [
     "count_parameters",
     "digest",
     "index_map",
+    "is_autoregressive",
     "is_padding",
     "lacking",
     "parse_overrides",
+    "reads_as_translation",
     "refuse_cut_short",
+    "translates_otherwise",
     "translation_task",
 ]

@@ -7,6 +7,7 @@ from typing import Any, Dict, Mapping, Tuple
 import torch
 from fairseq import models
 from fairseq.data import Dictionary
+from fairseq.models.nat import FairseqNATModel
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from ..errors import UserError
@@ -65,6 +66,15 @@ def build_model(options: Any, weights: Mapping[str, torch.Tensor], task: Any) ->
         # loading renames in place what older versions of fairseq named otherwise
         model.load_state_dict(dict(weights), strict=True, model_cfg=options)
     return model
+
+
+def is_autoregressive(model: Any) -> bool:
+    """Whether a model writes a translation symbol by symbol, from left to right.
+
+    The others (Levenshtein, CMLM, insertion, ...) write all of it at once and refine it: they give
+    no distribution over the next symbol.
+    """
+    return not isinstance(model, FairseqNATModel)
 
 
 def complete_options(

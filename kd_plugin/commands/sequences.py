@@ -166,6 +166,7 @@ def run(options: argparse.Namespace) -> None:
             repeat_original=options.repeat_original if options.mix else 0,
             student_data=options.student_data,
             student_spm=options.student_spm,
+            task_given=options.task_given,
             engine=options.engine,
             compute_type=options.compute_type,
             trust=options.trust_checkpoint,

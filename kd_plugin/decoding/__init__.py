@@ -10,8 +10,8 @@ from .corpus import (
     text_functions,
 )
 from .databin import DataBin, carried_files
-from .engines import CTranslate2Engine, FairseqEngine, Hypothesis
-from .models import build_models, open_checkpoints, placement, set_up_task
+from .engines import CTranslate2Engine, FairseqEngine, Hypothesis, refining_flags
+from .models import build_models, open_checkpoints, own_task, placement, set_up_task
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
@@ -26,8 +26,10 @@ __all__ = [
     "describe",
     "describe_text",
     "open_checkpoints",
+    "own_task",
     "placement",
     "plan",
+    "refining_flags",
     "set_up_task",
     "text_functions",
 ]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from fairseq import utils
 from fairseq.data import data_utils
-from fairseq.tasks.translation import TranslationTask
 from omegaconf import DictConfig
 
+from ..checkpoints import reads_as_translation
 from ..files import FileError, digest, reading_binarised, temporary
 from . import databin
 from .databin import DataBin
@@ -71,13 +71,12 @@ class Corpus(NamedTuple):
                 f"{len(references)} in {data.langs[1]}: binarise both sides again, from files with "
                 "as many lines"
             )
-        if isinstance(task, TranslationTask) and references is not None:
+        if reads_as_translation(type(task)) and references is not None:
             task.load_dataset(subset)
             dataset = task.dataset(subset)
             return cls(dataset, dataset.src, dataset.tgt, data)
-        # other tasks load a training set to sample from it, or to mix languages
-        inference = task.build_dataset_for_inference(source, source.sizes)
-        return cls(inference, source, references, data)
+        # other tasks add symbols to both sides, or load a training set to mix languages
+        return cls(_for_inference(task, source), source, references, data)
 
     @classmethod
     def of_text(
@@ -105,8 +104,14 @@ class Corpus(NamedTuple):
             _binarise(text, data, to_subwords, cut=cut, prefix=prefix)
         with reading_binarised(prefix, "Delete both files and run the same command again"):
             source = databin.read(str(prefix))
-        inference = task.build_dataset_for_inference(source, source.sizes)
-        return cls(inference, source, None, data)
+        return cls(_for_inference(task, source), source, None, data)
+
+
+def _for_inference(task: Any, source: Any) -> Any:
+    dataset = task.build_dataset_for_inference(source, source.sizes)
+    # multilingual_translation has one of several, and decodes what that one gives
+    key = getattr(dataset, "eval_key", None)
+    return dataset if key is None else dataset.datasets[key]
 
 
 def _binarise(
@@ -189,6 +194,8 @@ def plan(
         FileError: a sentence is longer than a batch may be, or fairseq leaves out others, too.
     """
     limits = utils.resolve_max_positions(task.max_positions(), *max_positions)
+    if isinstance(limits, dict):  # multilingual_translation's, by direction
+        (limits,) = limits.values()
     # a column for the source, and one for references if the dataset has them
     sizes = np.asarray(corpus.dataset.sizes).reshape(len(corpus.source), -1)
     sizes = sizes[(sizes <= np.array(limits)[: sizes.shape[1]]).all(axis=1)]

@@ -49,11 +49,13 @@ class Proof(NamedTuple):
         text: the sentences.
         beam: of the translations that are compared.
         post_process: what BLEU is scored without, as fairseq's ``--post-process``.
+        user_dir: folder that was imported for architectures that are not fairseq's.
     """
 
     text: Text
     beam: int
     post_process: Optional[str]
+    user_dir: Optional[str] = None
 
 
 class Verdict(NamedTuple):

@@ -24,7 +24,7 @@ from ..teachers import Student, Teacher, TeacherSettings
 from ..timing import Quartiles
 from . import compare, page
 from .curves import read_curves
-from .decode import NUMBERS, Measured, configuration, measure
+from .decode import NUMBERS, Measured, configuration, measure, task_given
 from .score import METRICS, TESTS, score
 from .systems import CTRANSLATE2, Model, System, role_of
 
@@ -228,13 +228,14 @@ def _settings(data: _TestSet) -> Dict[str, Any]:
     }
 
 
-def _model_settings(model: Model, data: _TestSet) -> Dict[str, Any]:
-    """What they depend on beside that: the model's files, its own data-bin's, its workers."""
+def _model_settings(model: Model, asked: Asked, data: _TestSet) -> Dict[str, Any]:
+    """What they depend on beside that: the model's files, task, own data-bin and workers."""
     own = {}
     if _has_own_data(model, data):
         bins = decoding.DataBin(model.data, *data.corpus.data.langs)
         own = decoding.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
     found: Dict[str, Any] = {"model": model.fingerprint(), "model_data": own}
+    found["task"] = "translation" if task_given(asked.options) else "the checkpoint's"
     device, _ = decoding.placement(data.cfg, data.cfg.distributed_training.device_id)
     if model.kind == CTRANSLATE2 and device.type == "cpu":
         found["ctranslate2_workers"] = threads()
@@ -314,7 +315,7 @@ def _measure(asked: Asked, data: _TestSet, settings: Dict[str, Any], kept: Path)
     """
     measured = {
         model.name: Measured(
-            kept / (model.name + ".json"), {**settings, **_model_settings(model, data)}
+            kept / (model.name + ".json"), {**settings, **_model_settings(model, asked, data)}
         )
         for model in asked.models
     }
@@ -348,6 +349,18 @@ def _notes(results: _Results) -> List[str]:
         )
     if any(len(seconds) > asked.repeats for one in good for seconds in one.seconds.values()):
         notes.append(f"Some models were timed in more than {asked.repeats} passes.")
+    generation = results.data.cfg.generation
+    refine = [name for name, one in results.measured.items() if one.facts.get("refines")]
+    if refine:
+        notes.append(
+            f"Not autoregressive: {', '.join(refine)}. What they write is refined up to "
+            f"{generation.iter_decode_max_iter} times; the beam is for the other models."
+        )
+    elif decoding.refining_flags(generation):
+        notes.append(
+            f"{', '.join(decoding.refining_flags(generation))}: without effect, all models are "
+            "autoregressive."
+        )
     text = decoding.describe_text(results.data.cfg)
     lines = (line for one in good for line in one.translations.get(asked.beam, ()) if line)
     if not any(text.values()) and any("\u2581" in line or "@@ " in line for line in lines):
@@ -515,7 +528,12 @@ def _open(model: Model, results: _Results) -> Teacher:
         task.source_dictionary, task.target_dictionary, task.cfg.source_lang, task.cfg.target_lang
     )
     asked = results.asked
-    settings = TeacherSettings(model.paths, trust=asked.trust, role=role_of(model, asked.teacher))
+    settings = TeacherSettings(
+        model.paths,
+        trust=asked.trust,
+        role=role_of(model, asked.teacher),
+        task="translation" if task_given(asked.options) else None,
+    )
     return Teacher.open(settings, fit).place(device, dtype)
 
 

@@ -25,7 +25,7 @@ from .output import HYPOTHESES, Originals, Output
 from .student import Student, open_student
 
 ENGINES = ("fairseq", "ctranslate2")
-ROLE = Role("teacher", "--trust-checkpoint", overrides="--model-overrides")
+ROLE = Role("teacher", "--trust-checkpoint", overrides="--model-overrides", task="--task")
 
 
 class Asked(NamedTuple):
@@ -41,6 +41,8 @@ class Asked(NamedTuple):
         repeat_original: how many times the original training set comes before the distilled one.
         student_data: data-bin of a student with other dictionaries than the teacher's.
         student_spm: that student's SentencePiece model.
+        task_given: decode with the task of ``cfg``, whatever the checkpoints were trained for.
+            Without it, that holds for another task than ``translation`` alone.
         engine: what decodes, one of ``ENGINES``.
         compute_type: CTranslate2's precision; None is int8 on a CPU and float16 on a GPU.
         trust: open checkpoints with the full pickle machinery.
@@ -57,6 +59,7 @@ class Asked(NamedTuple):
     repeat_original: int = 0
     student_data: Optional[str] = None
     student_spm: Optional[str] = None
+    task_given: bool = False
     engine: str = "fairseq"
     compute_type: Optional[str] = None
     trust: bool = False
@@ -83,12 +86,15 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         cfg.dataset.max_tokens, cfg.dataset.batch_size = decoding.batch_limits(cfg)
     device, dtype = decoding.placement(cfg, asked.device_id)
     task = decoding.set_up_task(cfg)
+    paths = utils.split_paths(cfg.common_eval.path)
+    if not asked.task_given and cfg.task._name == "translation":
+        task = decoding.own_task(cfg, task, paths, ROLE, asked.trust)
     data = DataBin(cfg.task.data, cfg.task.source_lang, cfg.task.target_lang)
     to_text, to_subwords = decoding.text_functions(task, cfg)
     _refuse_subwords(asked, cfg, data)
     student = open_student(data, to_text, asked.student_data, asked.student_spm)
     teacher = _Teacher(
-        utils.split_paths(cfg.common_eval.path),
+        paths,
         parse_overrides(cfg.common_eval.model_overrides, "--model-overrides"),
         device,
         dtype,
@@ -311,6 +317,8 @@ def _engine(
     checkpoints = decoding.open_checkpoints(
         teacher.paths, task, ROLE, overrides=teacher.overrides, trust=asked.trust
     )
+    if asked.task_given:
+        checkpoints = [checkpoint.as_task(cfg.task._name) for checkpoint in checkpoints]
     if asked.engine == "fairseq":
         models = decoding.build_models(
             checkpoints,
@@ -319,6 +327,9 @@ def _engine(
             dtype=teacher.dtype,
         )
         engine: Any = decoding.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
+        unused = [] if engine.refines else decoding.refining_flags(cfg.generation)
+        if unused:
+            raise FileError(f"{', '.join(unused)}: for teachers that are not autoregressive")
         return engine, [model.max_positions() for model in models]
     folder = store.beside("ctranslate2", "teachers", "files")
     converted = convert_for_ctranslate2(checkpoints[0], task, folder)
