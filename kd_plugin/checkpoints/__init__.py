@@ -15,14 +15,14 @@ from .checkpoint import (
 )
 from .dictionaries import MISSING, Dictionaries, VocabularyError, index_map, is_padding, lacking
 from .roles import Role
-from .tasks import TRANSLATION_TASKS, reads_as_translation, translates_otherwise
+from .tasks import STOCK_OTHERS, reads_as_translation, translates_otherwise
 from .torchfile import allow_fairseq_globals
 
 __all__ = [
     "DTYPES",
     "MISSING",
     "SECOND_COPIES",
-    "TRANSLATION_TASKS",
+    "STOCK_OTHERS",
     "Checkpoint",
     "CheckpointError",
     "Dictionaries",

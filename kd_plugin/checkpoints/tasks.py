@@ -1,5 +1,6 @@
 """Which tasks of fairseq translate, and how: what a checkpoint's task means for using its model."""
 
+from inspect import getattr_static
 from typing import Any, Optional
 
 from fairseq.tasks import TASK_REGISTRY
@@ -16,12 +17,13 @@ _DECODING = (
     "build_dataset_for_inference",
     "build_generator",
     "inference_step",
+    "load_dictionary",
     "source_dictionary",
     "target_dictionary",
 )
 _OTHERS = (TranslationTask, MultilingualTranslationTask, TranslationMultiSimpleEpochTask)
 # fairseq's own among the subclasses of these; more would run or open what a checkpoint says
-_STOCK_OTHERS = (
+STOCK_OTHERS = (
     "multilingual_translation",
     "translation_from_pretrained_bart",
     "translation_lev",
@@ -45,7 +47,7 @@ def reads_as_translation(kind: Any) -> bool:
     if any(kind is TASK_REGISTRY.get(name) for name in TRANSLATION_TASKS):
         return True
     return issubclass(kind, TranslationTask) and all(
-        getattr(kind, name) is getattr(TranslationTask, name) for name in _DECODING
+        getattr_static(kind, name) is getattr_static(TranslationTask, name) for name in _DECODING
     )
 
 
@@ -60,4 +62,4 @@ def translates_otherwise(name: Optional[str]) -> bool:
     kind = TASK_REGISTRY.get(name)
     if kind is None or is_translation(name) or not issubclass(kind, _OTHERS):
         return False
-    return name in _STOCK_OTHERS or not kind.__module__.startswith("fairseq.")
+    return name in STOCK_OTHERS or not kind.__module__.startswith("fairseq.")

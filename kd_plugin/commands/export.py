@@ -45,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--task",
+        dest="trained_for",
         choices=("translation",),
         help="what the model was trained for, where a fork of fairseq has another name for it",
     )
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
         average=options.average,
         source_lang=options.source_lang,
         target_lang=options.target_lang,
-        task=options.task,
+        task=options.trained_for,
         user_dir=options.user_dir,
         overwrite=options.overwrite,
         trust=options.trust_checkpoint,

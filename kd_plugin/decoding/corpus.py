@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from fairseq import utils
 from fairseq.data import data_utils
+from fairseq.tasks.translation import TranslationTask
 from omegaconf import DictConfig
 
 from ..checkpoints import reads_as_translation
@@ -71,11 +72,13 @@ class Corpus(NamedTuple):
                 f"{len(references)} in {data.langs[1]}: binarise both sides again, from files with "
                 "as many lines"
             )
-        if reads_as_translation(type(task)) and references is not None:
+        if isinstance(task, TranslationTask) and references is not None:
             task.load_dataset(subset)
             dataset = task.dataset(subset)
-            return cls(dataset, dataset.src, dataset.tgt, data)
-        # other tasks add symbols to both sides, or load a training set to mix languages
+            if reads_as_translation(type(task)):
+                return cls(dataset, dataset.src, dataset.tgt, data)
+            return cls(dataset, source, references, data)  # without the symbols that it adds
+        # multilingual tasks load a training set to sample from it, or to mix languages
         return cls(_for_inference(task, source), source, references, data)
 
     @classmethod

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf, open_dict
 
 from ..checkpoints import (
     DTYPES,
+    STOCK_OTHERS,
     Checkpoint,
     CheckpointError,
     Role,
@@ -94,8 +95,8 @@ def own_task(cfg: Any, task: Any, paths: Sequence[str], role: Role, trust: bool 
     name = str(checkpoint.task)
     if not translates_otherwise(name):
         raise CheckpointError(
-            f"{checkpoint} was trained for the task {name!r}, which is not known to translate a "
-            f"data-bin.{checkpoint.advise_task()}"
+            f"{checkpoint} was trained for the task {name!r}; expected translation or one of "
+            f"{', '.join(STOCK_OTHERS)}.{checkpoint.advise_task()}"
         )
     with open_dict(cfg), omegaconf_no_object_check():
         cfg.task = _task_configuration(name, cfg, checkpoint, trust)

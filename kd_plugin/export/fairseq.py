@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of log-probabilities per token: rounding, and no more
 
+_FAIRSEQS = frozenset(models.ARCH_MODEL_REGISTRY)  # as long as no --user-dir has been imported
+
 # fairseq-generate; that the plugin is not there is part of the proof, unless a --user-dir that an
 # architecture needs imports it
 _STOCK = """
@@ -57,8 +59,7 @@ class FairseqFormat(Format):
         self, model: Model, output: Path, options: Mapping[str, Any], proof: Proof
     ) -> Verdict:
         text = proof.text
-        kind = models.ARCH_MODEL_REGISTRY[str(model.checkpoint.architecture)]
-        user_dir = None if kind.__module__.startswith("fairseq.") else proof.user_dir
+        user_dir = None if model.checkpoint.architecture in _FAIRSEQS else proof.user_dir
         difference = compare(model.checkpoint, text, output, proof.beam, user_dir)
         where = f"fairseq with --user-dir {user_dir}" if user_dir else "stock fairseq"
         line = (
