@@ -86,20 +86,19 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         cfg.dataset.max_tokens, cfg.dataset.batch_size = decoding.batch_limits(cfg)
     device, dtype = decoding.placement(cfg, asked.device_id)
     task = decoding.set_up_task(cfg)
-    paths = utils.split_paths(cfg.common_eval.path)
-    if not asked.task_given and cfg.task._name == "translation":
-        task = decoding.own_task(cfg, task, paths, ROLE, asked.trust)
     data = DataBin(cfg.task.data, cfg.task.source_lang, cfg.task.target_lang)
     to_text, to_subwords = decoding.text_functions(task, cfg)
     _refuse_subwords(asked, cfg, data)
     student = open_student(data, to_text, asked.student_data, asked.student_spm)
     teacher = _Teacher(
-        paths,
+        utils.split_paths(cfg.common_eval.path),
         parse_overrides(cfg.common_eval.model_overrides, "--model-overrides"),
         device,
         dtype,
         asked.compute_type or ("float16" if device.type == "cuda" else "int8"),
     )
+    if not asked.task_given and cfg.task._name == "translation":
+        task = decoding.own_task(cfg, task, teacher.paths, ROLE, asked.trust)
     header = _header(asked, cfg, data, teacher)
     output = Output(asked.output, _settings(asked, cfg, header, student))
     folder = Path(asked.hypotheses or output.folder / HYPOTHESES)
@@ -366,7 +365,8 @@ def convert_for_ctranslate2(checkpoint: Checkpoint, task: Any, folder: Path) -> 
         with contextlib.suppress(OSError):  # another process was first
             os.replace(new, folder)
     except ExportError as error:
-        raise FileError(f"--engine ctranslate2: {error}. --engine fairseq takes any.") from error
+        reason = str(error).rstrip(".")
+        raise FileError(f"--engine ctranslate2: {reason}. --engine fairseq takes any.") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder
