@@ -50,6 +50,13 @@ class TeacherConfig(FairseqDataclass):
             "source_lang and target_lang say what the student's data call its languages"
         },
     )
+    teacher_task: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "task that the teacher was trained for: 'translation' where a fork of fairseq "
+            "has another name for it (default: what its checkpoint says)"
+        },
+    )
     teacher_dtype: ChoiceEnum(["same", "fp32", "fp16", "bf16"]) = field(  # type: ignore
         default="same",
         metadata={

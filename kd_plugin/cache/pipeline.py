@@ -12,7 +12,9 @@ from ..errors import UserError
 from .fill import fill, open_writer, summary_lines
 from .layout import CacheError
 
-ROLE = Role("teacher", "--trust-checkpoint", "--teacher-data", "--model-overrides")
+ROLE = Role(
+    "teacher", "--trust-checkpoint", "--teacher-data", "--model-overrides", "--teacher-task"
+)
 
 
 class Asked(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any, Dict, Mapping, Tuple
 import torch
 from fairseq import models
 from fairseq.data import Dictionary
+from fairseq.models.nat import FairseqNATModel
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer.transformer_config import (
     DecoderConfig,
@@ -103,6 +104,15 @@ def flat_options(options: Mapping[str, Any]) -> Dict[str, Any]:
             flat.update({f"{name}_{key}": section[key] for key in section if key != "_name"})
     default = TransformerConfig()
     return {k: getattr(default, k, None) if v is None else v for k, v in flat.items()}
+
+
+def is_autoregressive(model: Any) -> bool:
+    """Whether a model writes a translation symbol by symbol, from left to right.
+
+    The others (Levenshtein, CMLM, insertion, ...) write all of it at once and refine it: they give
+    no distribution over the next symbol.
+    """
+    return not isinstance(model, FairseqNATModel)
 
 
 def complete_options(

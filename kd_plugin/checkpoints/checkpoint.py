@@ -19,21 +19,23 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary
-from fairseq.models import FairseqEncoderDecoderModel
+from fairseq.models import (
+    ARCH_MODEL_REGISTRY,
+    MODEL_REGISTRY,
+    FairseqEncoderDecoderModel,
+    FairseqMultiModel,
+)
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from ..errors import UserError
-from . import build, dictionaries, tags, torchfile, untrusted
+from . import build, dictionaries, tags, tasks, torchfile, untrusted
 from .dictionaries import Dictionaries, VocabularyError
 from .roles import Role
 from .tags import Tags
 
 logger = logging.getLogger(__name__)
-
-# Tasks whose models translate from one of our dictionaries to another, and add no symbols to them
-TRANSLATION_TASKS = ("translation", "kd_translation")
 
 # fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
 # later versions refuse them
@@ -42,6 +44,7 @@ SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias
 _MOST_NAMES = 8  # of a weight that is tied
 _LANGUAGES = ("source_lang", "target_lang")
 _POSITIONS = ("max_source_positions", "max_target_positions")
+_DIRECTION = re.compile(r"^models\.[^.]+\.")
 _NO_PARAMETERS = re.compile(r"_float_tensor$|coder\.version$")
 _TABLES = re.compile(
     r"\.(embed_tokens|embed_positions|output_projection)\.|decoder\.(fc_out|fc3)\."
@@ -167,6 +170,29 @@ class Checkpoint:
     def task(self) -> Optional[str]:
         """The task that it was trained for."""
         return self.task_options.get("_name") or self.task_options.get("task")
+
+    @property
+    def is_translation(self) -> bool:
+        """Whether it was trained for fairseq's ``translation``, by that name or another."""
+        return tasks.is_translation(self.task)
+
+    def as_task(self, name: Optional[str]) -> "Checkpoint":
+        """The same as one that was trained for another task; None changes nothing."""
+        if name is None:
+            return self
+        return dataclasses.replace(self, task_options={**self.task_options, "_name": name})
+
+    def advise_task(self) -> str:
+        """What to do about a task that this fairseq does not know."""
+        if tasks.is_registered(self.task):
+            return ""
+        advice = " This fairseq has no such task: --user-dir imports what registers it"
+        if self.role.task:
+            advice += (
+                f", and if it is fairseq's translation by another name, {self.role.task} "
+                "translation says so"
+            )
+        return advice + "."
 
     @property
     def languages(self) -> Tuple[Optional[str], Optional[str]]:
@@ -365,6 +391,7 @@ class Checkpoint:
             CheckpointError: it cannot be built, or is not an encoder-decoder.
         """
         overrides = overrides or {}
+        self._check_architecture()
         unknown = set(overrides) - set(self.options) - set(_LANGUAGES)
         if unknown:
             flag = f"{self.role.overrides}: " if self.role.overrides else ""
@@ -392,7 +419,7 @@ class Checkpoint:
                 f"{self}: its model cannot be rebuilt with this fairseq "
                 f"({type(error).__name__}: {str(error)[:500]}).{advice}"
             ) from error
-        if not isinstance(model, FairseqEncoderDecoderModel):
+        if not isinstance(model, (FairseqEncoderDecoderModel, FairseqMultiModel)):
             raise CheckpointError(
                 f"{self} is a {type(model).__name__}; expected an encoder-decoder translation model"
             )
@@ -404,19 +431,21 @@ class Checkpoint:
         Raises:
             CheckpointError: this fairseq has no such architecture, or it has other options.
         """
-        architecture = self.architecture
+        self._check_architecture()
         try:
-            return build.complete_options(str(architecture), self.options, self.max_positions)
-        except Exception as error:
-            if isinstance(error, KeyError) and error.args == (str(architecture),):
-                reason = f"this fairseq has no architecture {architecture!r}"
-            else:  # an option of another type than the architecture's
-                reason = f"its options are not those of {architecture} ({_described(error)})"
-            raise CheckpointError(f"{self}: {reason}") from error
+            return build.complete_options(str(self.architecture), self.options, self.max_positions)
+        except Exception as error:  # an option of another type than the architecture's
+            raise CheckpointError(
+                f"{self}: its options are not those of {self.architecture} "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    def _check_architecture(self) -> None:
+        if self.architecture not in ARCH_MODEL_REGISTRY and self.architecture not in MODEL_REGISTRY:
+            raise CheckpointError(
+                f"{self}: this fairseq has no architecture {self.architecture!r}; if it is one of "
+                "your own, --user-dir must import it"
+            )
 
 
 def count_parameters(weights: Mapping[str, Tensor]) -> Tuple[int, int]:
@@ -428,9 +457,15 @@ def count_parameters(weights: Mapping[str, Tensor]) -> Tuple[int, int]:
     """
     total = rest = 0
     tables: List[Tensor] = []
+    directions: Dict[str, List[Tensor]] = {}
     for name, tensor in weights.items():
         if _NO_PARAMETERS.search(name):
             continue
+        # multilingual models have a copy of what is shared for each direction
+        others = directions.setdefault(_DIRECTION.sub("", name), [])
+        if any(tensor.shape == other.shape and tensor.equal(other) for other in others):
+            continue
+        others.append(tensor)
         if _TABLES.search(name):
             # what shares storage in the model may be a copy in the file
             if any(tensor.shape == other.shape and tensor.equal(other) for other in tables):

@@ -151,7 +151,8 @@ def _refuse(options: Any) -> None:
     at_least(options, faults, 0, "examples")
     faults.check(
         options.task == "translation",
-        "--task must be translation, whatever the models were trained with",
+        "--task: leave it out, and each model is decoded with the task that its checkpoint names; "
+        "only --task translation can be given, for models that have another name for it",
     )
     faults.check(options.model_overrides in (None, "{}"), "--model-overrides cannot be used here")
     if options.bleu_tokenize:

@@ -175,6 +175,7 @@ def run(options: argparse.Namespace) -> None:
             student_data=options.student_data,
             student_spm=options.student_spm,
             student_langs=_student_langs(options),
+            task_given=options.task_given,
             engine=options.engine,
             compute_type=options.compute_type,
             trust=options.trust_checkpoint,

@@ -3,8 +3,8 @@
 from .bleu import Tokenizer
 from .corpus import DEFAULT_MAX_TOKENS, Corpus, batch_limits, describe, plan
 from .databin import DataBin, infer_languages, parse_languages
-from .engines import CTranslate2Engine, FairseqEngine, Hypothesis
-from .models import build_models, open_checkpoints, placement, set_up_task
+from .engines import CTranslate2Engine, FairseqEngine, Hypothesis, refining_flags
+from .models import build_models, open_checkpoints, own_task, placement, set_up_task
 from .text import describe_text, text_functions
 
 __all__ = [
@@ -21,9 +21,11 @@ __all__ = [
     "describe_text",
     "infer_languages",
     "open_checkpoints",
+    "own_task",
     "parse_languages",
     "placement",
     "plan",
+    "refining_flags",
     "set_up_task",
     "text_functions",
 ]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from fairseq import utils
 from fairseq.tasks.translation import TranslationTask
-from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
 from omegaconf import DictConfig
 
+from ..checkpoints import reads_as_translation
 from ..files import FileError, digest, read_whole, reading_binarised, remove, temporary
 from . import databin
 from .databin import DataBin
@@ -76,13 +76,11 @@ class Corpus(NamedTuple):
             task.load_dataset(subset)
             dataset = task.dataset(subset)
             read_whole(dataset)
-            if isinstance(task, TranslationFromPretrainedBARTTask):
-                # it adds tags of languages to both sides, which are not of the corpus
-                return cls(dataset, source, references, data)
-            return cls(dataset, dataset.src, dataset.tgt, data)
-        # other tasks load a training set to sample from it, or to mix languages
-        inference = task.build_dataset_for_inference(source, source.sizes)
-        return cls(inference, source, references, data)
+            if reads_as_translation(type(task)):
+                return cls(dataset, dataset.src, dataset.tgt, data)
+            return cls(dataset, source, references, data)  # without the symbols that it adds
+        # multilingual tasks load a training set to sample from it, or to mix languages
+        return cls(_for_inference(task, source), source, references, data)
 
     @classmethod
     def of_text(
@@ -110,8 +108,14 @@ class Corpus(NamedTuple):
             _binarise(text, data, to_subwords, cut=cut, prefix=prefix)
         with reading_binarised(prefix, "Delete both files and run the same command again"):
             source = databin.read(str(prefix))
-        inference = task.build_dataset_for_inference(source, source.sizes)
-        return cls(inference, source, None, data)
+        return cls(_for_inference(task, source), source, None, data)
+
+
+def _for_inference(task: Any, source: Any) -> Any:
+    dataset = task.build_dataset_for_inference(source, source.sizes)
+    # multilingual_translation has one of several, and decodes what that one gives
+    key = getattr(dataset, "eval_key", None)
+    return dataset if key is None else dataset.datasets[key]
 
 
 def _binarise(
@@ -166,6 +170,8 @@ def plan(
         FileError: a sentence is longer than a batch may be, or fairseq leaves out others, too.
     """
     limits = utils.resolve_max_positions(task.max_positions(), *max_positions)
+    if isinstance(limits, dict):  # multilingual_translation's, by direction
+        (limits,) = limits.values()
     # a column for the source, and one for references if the dataset has them
     sizes = np.asarray(corpus.dataset.sizes).reshape(len(corpus.source), -1)
     sizes = sizes[(sizes <= np.array(limits)[: sizes.shape[1]]).all(axis=1)]

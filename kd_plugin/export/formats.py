@@ -51,12 +51,14 @@ class Proof(NamedTuple):
         beam: of the translations that are compared.
         post_process: what BLEU is scored without, as fairseq's ``--post-process``.
         tokenizer: BLEU's.
+        user_dir: folder that was imported for architectures that are not fairseq's.
     """
 
     text: Text
     beam: int
     post_process: Optional[str]
     tokenizer: Tokenizer = Tokenizer()
+    user_dir: Optional[str] = None
 
 
 class Verdict(NamedTuple):

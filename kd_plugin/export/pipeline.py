@@ -22,7 +22,7 @@ from .verify import Text
 
 logger = logging.getLogger(__name__)
 
-ROLE = Role("model", "--trust-checkpoint", "--data")
+ROLE = Role("model", "--trust-checkpoint", "--data", task="--task")
 FORMATS: Dict[str, Format] = {
     format.name: format for format in (FairseqFormat(), CTranslate2Format())
 }
@@ -38,6 +38,8 @@ class Asked(NamedTuple):
         options: of the format, by name: ``{"quantization": "int8"}``.
         average: whether several checkpoints are meant to be averaged.
         source_lang, target_lang: unless they are the checkpoint's.
+        task: what it was trained for, whatever the checkpoint says; None is what that says.
+        user_dir: folder of architectures or tasks, which has been imported.
         overwrite: replace what is there, once the new one is good.
         trust: open checkpoints with the full pickle machinery.
         verify: compare the export with the checkpoint.
@@ -56,6 +58,8 @@ class Asked(NamedTuple):
     average: bool = False
     source_lang: Optional[str] = None
     target_lang: Optional[str] = None
+    task: Optional[str] = None
+    user_dir: Optional[str] = None
     overwrite: bool = False
     trust: bool = False
     verify: bool = True
@@ -80,10 +84,14 @@ def make(asked: Asked) -> List[str]:
     _refuse(asked)
     format, output = FORMATS[asked.format], Path(asked.output)
     if len(asked.paths) > 1:
-        checkpoint = average(asked.paths, ROLE, asked.trust, format.refuse)
+
+        def refuse(first: Checkpoint) -> None:
+            format.refuse(first.as_task(asked.task))
+
+        checkpoint = average(asked.paths, ROLE, asked.trust, refuse).as_task(asked.task)
         logger.info(f"averaged {len(asked.paths)} checkpoints")
     else:
-        checkpoint = Checkpoint.open(asked.paths[0], ROLE, asked.trust)
+        checkpoint = Checkpoint.open(asked.paths[0], ROLE, asked.trust).as_task(asked.task)
         format.refuse(checkpoint)
     langs = _languages(asked, checkpoint)
     data, source, target = _dictionaries(asked, checkpoint, langs)
@@ -237,7 +245,7 @@ def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Opti
                 "verified on them"
             )
         tokenizer = Tokenizer.of(model.languages[1], asked.tokenize)
-        yield Proof(text, asked.beam, asked.post_process, tokenizer)
+        yield Proof(text, asked.beam, asked.post_process, tokenizer, asked.user_dir)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from ..teachers import Student, Teacher, TeacherSettings
 from ..timing import Quartiles
 from . import compare, page
 from .curves import read_curves
-from .decode import NUMBERS, Measured, configuration, measure
+from .decode import NUMBERS, Measured, configuration, measure, task_given
 from .score import METRICS, TESTS, score
 from .systems import CTRANSLATE2, Model, System, role_of
 
@@ -241,14 +241,15 @@ def _settings(data: _TestSet) -> Dict[str, Any]:
     }
 
 
-def _model_settings(model: Model, data: _TestSet) -> Dict[str, Any]:
-    """What they depend on beside that: the model's files, its own data-bin's, its workers."""
+def _model_settings(model: Model, asked: Asked, data: _TestSet) -> Dict[str, Any]:
+    """What they depend on beside that: the model's files, task, own data-bin and workers."""
     own = {}
     if _has_own_data(model, data):
         langs = model.langs or data.corpus.data.langs
         bins = decoding.DataBin(model.data, *langs, renamed=f"--model-langs {model.name}={{}}")
         own = decoding.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
     found: Dict[str, Any] = {"model": model.fingerprint(), "model_data": own}
+    found["task"] = "translation" if task_given(asked.options) else "the checkpoint's"
     device, _ = decoding.placement(data.cfg, data.cfg.distributed_training.device_id)
     if model.kind == CTRANSLATE2 and device.type == "cpu":
         found["ctranslate2_workers"] = threads()
@@ -328,7 +329,7 @@ def _measure(asked: Asked, data: _TestSet, settings: Dict[str, Any], kept: Path)
     """
     measured = {
         model.name: Measured(
-            kept / (model.name + ".json"), {**settings, **_model_settings(model, data)}
+            kept / (model.name + ".json"), {**settings, **_model_settings(model, asked, data)}
         )
         for model in asked.models
     }
@@ -362,6 +363,18 @@ def _notes(results: _Results) -> List[str]:
         )
     if any(len(seconds) > asked.repeats for one in good for seconds in one.seconds.values()):
         notes.append(f"Some models were timed in more than {asked.repeats} passes.")
+    generation = data.cfg.generation
+    refine = [name for name, one in results.measured.items() if one.facts.get("refines")]
+    if refine:
+        notes.append(
+            f"Not autoregressive: {', '.join(refine)}. What they write is refined up to "
+            f"{generation.iter_decode_max_iter} times; the beam is for the other models."
+        )
+    elif decoding.refining_flags(generation):
+        notes.append(
+            f"{', '.join(decoding.refining_flags(generation))}: without effect, all models are "
+            "autoregressive."
+        )
     text = decoding.describe_text(data.cfg)
     lines = (line for one in good for line in one.translations.get(asked.beam, ()) if line)
     if not any(text.values()) and any("\u2581" in line or "@@ " in line for line in lines):
@@ -532,7 +545,11 @@ def _open(model: Model, results: _Results) -> Teacher:
     # it has been decoded, whatever its checkpoints call the languages
     names = {"source_lang": fit.source_lang, "target_lang": fit.target_lang}
     settings = TeacherSettings(
-        model.paths, overrides=names, trust=asked.trust, role=role_of(model, asked.teacher)
+        model.paths,
+        overrides=names,
+        trust=asked.trust,
+        role=role_of(model, asked.teacher),
+        task="translation" if task_given(asked.options) else None,
     )
     return Teacher.open(settings, fit).place(device, dtype)
 

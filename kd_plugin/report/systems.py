@@ -52,7 +52,7 @@ class Model(NamedTuple):
 def role_of(model: Model, teacher: Model) -> Role:
     """What messages call a model's checkpoints, and the flags that they advise."""
     name = "teacher" if model == teacher else "student"
-    return Role(name, trust="--trust-checkpoint")
+    return Role(name, trust="--trust-checkpoint", task="--task")
 
 
 class System(NamedTuple):

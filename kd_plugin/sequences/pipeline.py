@@ -28,7 +28,7 @@ from .student import Student, open_student
 logger = logging.getLogger(__name__)
 
 ENGINES = ("fairseq", "ctranslate2")
-ROLE = Role("teacher", "--trust-checkpoint", overrides="--model-overrides")
+ROLE = Role("teacher", "--trust-checkpoint", overrides="--model-overrides", task="--task")
 
 
 class Asked(NamedTuple):
@@ -45,6 +45,8 @@ class Asked(NamedTuple):
         student_data: data-bin of a student with other dictionaries than the teacher's.
         student_spm: that student's SentencePiece model.
         student_langs: what that data-bin calls the languages, if not as the teacher's does.
+        task_given: decode with the task of ``cfg``, whatever the checkpoints were trained for.
+            Without it, that holds for another task than ``translation`` alone.
         engine: what decodes, one of ``ENGINES``.
         compute_type: CTranslate2's precision; None is int8 on a CPU and float16 on a GPU.
         trust: open checkpoints with the full pickle machinery.
@@ -62,6 +64,7 @@ class Asked(NamedTuple):
     student_data: Optional[str] = None
     student_spm: Optional[str] = None
     student_langs: Optional[Tuple[str, str]] = None
+    task_given: bool = False
     engine: str = "fairseq"
     compute_type: Optional[str] = None
     trust: bool = False
@@ -102,6 +105,8 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         dtype,
         asked.compute_type or ("float16" if device.type == "cuda" else "int8"),
     )
+    if not asked.task_given and cfg.task._name == "translation":
+        task = decoding.own_task(cfg, task, teacher.paths, ROLE, asked.trust)
     header = _header(asked, cfg, data, teacher)
     output = Output(asked.output, _settings(asked, cfg, header, student, tokenizer))
     folder = Path(asked.hypotheses or output.folder / HYPOTHESES)
@@ -342,6 +347,8 @@ def _engine(
     checkpoints = decoding.open_checkpoints(
         teacher.paths, task, ROLE, overrides=teacher.overrides, trust=asked.trust
     )
+    if asked.task_given:
+        checkpoints = [checkpoint.as_task(cfg.task._name) for checkpoint in checkpoints]
     if asked.engine == "fairseq":
         models = decoding.build_models(
             checkpoints,
@@ -350,6 +357,9 @@ def _engine(
             dtype=teacher.dtype,
         )
         engine: Any = decoding.FairseqEngine(*(task, models, cfg.generation, cfg.common.seed), data)
+        unused = [] if engine.refines else decoding.refining_flags(cfg.generation)
+        if unused:
+            raise FileError(f"{', '.join(unused)}: for teachers that are not autoregressive")
         return engine, [model.max_positions() for model in models]
     folder = store.beside("ctranslate2", "teachers", "files")
     converted = convert_for_ctranslate2(checkpoints[0], task, folder)
@@ -386,7 +396,8 @@ def convert_for_ctranslate2(checkpoint: Checkpoint, task: Any, folder: Path) -> 
         with contextlib.suppress(OSError):  # another process was first
             os.replace(new, folder)
     except ExportError as error:
-        raise FileError(f"--engine ctranslate2: {error}. --engine fairseq takes any.") from error
+        reason = str(error).rstrip(".")
+        raise FileError(f"--engine ctranslate2: {reason}. --engine fairseq takes any.") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder

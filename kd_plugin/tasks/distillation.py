@@ -19,7 +19,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import FairseqTask
 
-from ..checkpoints import Role, refuse_cut_short
+from ..checkpoints import Role, is_autoregressive, refuse_cut_short
 from ..errors import UserError
 from ..files import read_whole, reading_binarised
 from ..flags import CRITERION
@@ -161,7 +161,7 @@ class Distillation(FairseqTask):
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         super().begin_epoch(epoch, model)
-        _refuse_adaptive_softmax(model)
+        _refuse_student(model)
         if not self.cfg.disable_validation:
             # fairseq 0.12.2 asks for validation's batches only when it is too late to refuse them
             limits = utils.resolve_max_positions(self.max_positions(), model.max_positions())
@@ -254,7 +254,18 @@ class Distillation(FairseqTask):
         probe(teacher, self.dataset(subset), self.student(), subset)
 
 
-def _refuse_adaptive_softmax(student: Any) -> None:
+def _refuse_student(student: Any) -> None:
+    """Refuse one that gives no distribution over the next symbol.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not is_autoregressive(student):
+        raise UserError(
+            f"the student is a {type(student).__name__}, which is not autoregressive and gives no "
+            "distribution over the next symbol to distil into; train it with --task "
+            "translation_lev on the data that fairseq-kd-sequences makes"
+        )
     # the built model tells; arguments name a cutoff for models that have none
     if getattr(getattr(student, "decoder", None), "adaptive_softmax", None) is not None:
         raise UserError(

@@ -11,14 +11,28 @@ from fairseq.models.bart import BARTModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
 from torch import Tensor
 
-from ..checkpoints import DTYPES, PRETRAINED_BART, TRANSLATION_TASKS, Checkpoint, Role, digest
+from ..checkpoints import (
+    DTYPES,
+    PRETRAINED_BART,
+    Checkpoint,
+    Role,
+    digest,
+    is_autoregressive,
+    translates_otherwise,
+)
 from ..errors import UserError
 from ..objective import Member, RunningAnswer
 from .view import Student, TeacherView
 
 logger = logging.getLogger(__name__)
 
-TRAINING = Role("teacher", "--teacher-trust-checkpoint", "--teacher-data", "--teacher-overrides")
+TRAINING = Role(
+    "teacher",
+    "--teacher-trust-checkpoint",
+    "--teacher-data",
+    "--teacher-overrides",
+    "--teacher-task",
+)
 
 
 class TeacherError(UserError):
@@ -38,6 +52,7 @@ class TeacherSettings(NamedTuple):
         on_cpu: whether it runs on the CPU wherever the student does.
         trust: open the checkpoints with the full pickle machinery.
         role: what messages call it, and the flags that they name.
+        task: what it was trained for, whatever its checkpoint says; None is what that says.
     """
 
     paths: Sequence[str]
@@ -48,6 +63,7 @@ class TeacherSettings(NamedTuple):
     on_cpu: bool = False
     trust: bool = False
     role: Role = TRAINING
+    task: Optional[str] = None
 
     def placement(
         self, device: torch.device, dtype: torch.dtype
@@ -90,7 +106,10 @@ class Teacher:
         if data:
             folders = [*data] * len(paths) if len(data) == 1 else [*data]
         members = [
-            _Model(Checkpoint.open(path, settings.role, settings.trust), student, folder, settings)
+            _Model(
+                Checkpoint.open(path, settings.role, settings.trust).as_task(settings.task),
+                *(student, folder, settings),
+            )
             for path, folder in zip(paths, folders)
         ]
         return cls(members, settings.weights or [1.0] * len(paths))
@@ -162,6 +181,10 @@ class _Model:
         self.model = checkpoint.build(checkpoint.translation_task(found), self.overrides)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+        if not is_autoregressive(self.model):
+            raise TeacherError(
+                f"{checkpoint} is a {type(self.model).__name__}: {_WHAT_TEACHES}{_SEQUENCES}"
+            )
         if getattr(self.model.decoder, "adaptive_softmax", None) is not None:
             raise TeacherError(
                 f"{checkpoint} has an adaptive softmax, which gives no distribution over the whole "
@@ -209,6 +232,13 @@ class _Model:
         return Member(self.path, logits)
 
 
+_WHAT_TEACHES = (
+    "word-level distillation learns from distributions over the next symbol, and asks "
+    "autoregressive models of the tasks 'translation' and 'translation_from_pretrained_bart' for them."
+)
+_SEQUENCES = " Sequence-level distillation (fairseq-kd-sequences) takes it."
+
+
 def _check_task(checkpoint: Checkpoint, student: Student, overrides: Mapping[str, Any]) -> None:
     arch = str(checkpoint.architecture)
     if checkpoint.task == "language_modeling" or arch.endswith("_lm") or "_lm_" in arch:
@@ -216,12 +246,11 @@ def _check_task(checkpoint: Checkpoint, student: Student, overrides: Mapping[str
             f"{checkpoint} is a decoder-only language model ({arch}); a translation student needs "
             "an encoder-decoder teacher"
         )
-    known = (None, *TRANSLATION_TASKS, PRETRAINED_BART)
-    if checkpoint.task not in known:
+    if not (checkpoint.task in (None, PRETRAINED_BART) or checkpoint.is_translation):
         raise TeacherError(
-            f"{checkpoint} was trained for the task {checkpoint.task!r}; word-level distillation "
-            f"reads teachers of the tasks 'translation' and {PRETRAINED_BART!r}. Sequence-level "
-            "distillation takes any task."
+            f"{checkpoint} was trained for the task {checkpoint.task!r}: {_WHAT_TEACHES}"
+            f"{_SEQUENCES if translates_otherwise(checkpoint.task) else ''}"
+            f"{checkpoint.advise_task()}"
         )
     theirs = checkpoint.languages_with(overrides)
     ours = (student.source_lang, student.target_lang)

@@ -321,6 +321,11 @@ def test_a_multilingual_teacher(corpus, tmp_path):
     assert sum(ours[i][0][0] == theirs[i][0][0] for i in theirs) >= 47
     assert f"__{TARGET}__" not in (output / "hypotheses" / "hypotheses.jsonl").read_text()
     train_plain(output, tmp_path / "s", "--max-update", 2).ok()
+    # the checkpoint names its task, unless a flag names another
+    write_sequences(joined, teacher, tmp_path / "own", "--gen-subset", "valid").ok()
+    assert lists(tmp_path / "own" / "hypotheses") == ours
+    message = write_sequences(joined, teacher, tmp_path / "no", "--task", "translation").refusal
+    assert "embeddings, but the dictionary" in message
 
 
 def test_sources_that_are_too_long(corpus, data, tmp_path):
