@@ -30,7 +30,8 @@ class TeacherConfig(FairseqDataclass):
     teacher_data: Optional[str] = field(
         default=None,
         metadata={
-            "help": "folder with the teacher's dict.*.txt: one for all teachers, or one for each "
+            "help": "folder with the teacher's dict.*.txt, under its names of the languages or the "
+            "student's: one for all teachers, or one for each "
             "with ':' between them (default: found in the checkpoint, beside it, or in the data "
             "folder that it names; failing that the student's, with a warning)"
         },
@@ -44,7 +45,17 @@ class TeacherConfig(FairseqDataclass):
     )
     teacher_overrides: str = field(
         default="{}",
-        metadata={"help": "dictionary of arguments that override those of the teacher's training"},
+        metadata={
+            "help": "dictionary of arguments that override those of the teacher's training; "
+            "source_lang and target_lang say what the student's data call its languages"
+        },
+    )
+    teacher_task: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "task that the teacher was trained for: 'translation' where a fork of fairseq "
+            "has another name for it (default: what its checkpoint says)"
+        },
     )
     teacher_dtype: ChoiceEnum(["same", "fp32", "fp16", "bf16"]) = field(  # type: ignore
         default="same",

@@ -238,6 +238,7 @@ def read_teacher(task: Any) -> Optional[TeacherSettings]:
         dtype="fp32" if on_cpu else dtype,
         on_cpu=on_cpu,
         trust=task.teacher_trust_checkpoint,
+        task=task.teacher_task,
     )
 
 

@@ -7,7 +7,7 @@
 #   WORK        folder of all results                      SRC, TGT    languages
 #   VOCAB       SentencePiece symbols                      BEAM        beam of the evaluation (5)
 #   LAUNCH      put before fairseq-train, e.g. "srun"      TRAIN_FLAGS added to every training
-#   REFERENCES  to score against (text/test.$TGT; empty: data-bin's)      BLEU_TOKENIZE  sacreBLEU's --tokenize (13a)
+#   REFERENCES  to score against (text/test.$TGT; empty: data-bin's)      BLEU_TOKENIZE  sacreBLEU's --tokenize (the language's)
 #   REMOVE_BPE  fairseq's --remove-bpe (sentencepiece)     SUBWORDS    what the names of subword text end in (.spm)
 #   USER_DIR    the plugin (kd_plugin of this checkout)    KD_CACHE    read the teacher from a cache of its top K
 #   DATA_BIN    what is trained on (data-bin)              ENGINE      of decoding: fairseq, or ctranslate2
@@ -223,10 +223,11 @@ judge() { # NAME=CHECKPOINT...
         flags+=(--reference "${REFERENCES-$WORK/text/test.$TGT}")
     fi
     if [ -n "${GREEDY:-}" ]; then flags+=(--greedy); fi
+    if [ -n "${BLEU_TOKENIZE:-}" ]; then flags+=(--bleu-tokenize "$BLEU_TOKENIZE"); fi
     say "judging on test"
     # shellcheck disable=SC2086
     LOGLEVEL=${LOGLEVEL:-WARNING} command_of report "$WORK/data-bin" --source-lang "$SRC" --target-lang "$TGT" --output "$WORK/${REPORT:-report}" \
         --teacher "${models[0]%%=*}" --models "${models[@]}" ${flags[@]+"${flags[@]}"} --beam "$BEAM" --max-tokens 4096 \
-        --bleu-tokenize "${BLEU_TOKENIZE:-13a}" --remove-bpe "${REMOVE_BPE:-sentencepiece}" \
+        --remove-bpe "${REMOVE_BPE:-sentencepiece}" \
         $ALL_DATA $DEVICE_FLAGS ${REPORT_FLAGS:-} || die "judging failed. Run the recipe again to go on."
 }

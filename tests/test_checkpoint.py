@@ -159,9 +159,9 @@ def test_messages_name_the_flags_of_the_command_at_hand(save, tmp_path, role, wo
 @pytest.mark.parametrize(
     "role, advice",
     [
-        (TEACHER, "--teacher-data names the folder with the dict.*.txt it was trained with."),
-        (AVERAGED, "--data names the folder with the dict.*.txt it was trained with."),
-        (Role("student"), "Put the dict.*.txt it was trained with beside it."),
+        (TEACHER, "--teacher-data names the folder with the dict.*.txt it was trained with{}."),
+        (AVERAGED, "--data names the folder with the dict.*.txt it was trained with{}."),
+        (Role("student"), "Put the dict.*.txt it was trained with beside it{}."),
     ],
 )
 def test_dictionaries_that_are_found_nowhere(save, tmp_path, caplog, role, advice):
@@ -174,10 +174,13 @@ def test_dictionaries_that_are_found_nowhere(save, tmp_path, caplog, role, advic
     taken = found.dictionaries(("xx", "yy"), otherwise=("data", Dictionary(), Dictionary()))
     assert taken.origin == "taken from the data" and len(taken.source) == 4
     assert f"{role.name} {found.path}: no dict.aa.txt and dict.bb.txt found" in caplog.text
-    assert "TAKEN TO BE THE DATA'S" in caplog.text and advice in caplog.text
+    names = ", as dict.aa.txt and dict.bb.txt"
+    if role.data:
+        names += " or dict.xx.txt and dict.yy.txt"
+    assert "TAKEN TO BE THE DATA'S" in caplog.text and advice.format(names) in caplog.text
     with pytest.raises(VocabularyError, match=f"^{found} has 5 source embeddings") as error:
         found.check_sizes(taken)
-    assert str(error.value).endswith(advice)
+    assert str(error.value).endswith(advice.format(""))
 
 
 def test_dictionaries_where_they_are(save, tmp_path):
@@ -200,11 +203,12 @@ def test_dictionaries_where_they_are(save, tmp_path):
     assert asked(("xx", "bb")) == ("a", "a", "from its checkpoint")
     found = opened(save(fairseq_like(cfg=cfg)))
     assert asked(("xx", "bb")) == ("baa", "bbb", "from beside it")
-    renamed = {"source_lang": "cc"}
-    assert asked(("xx", "bb"), overrides=renamed)[:2] == ("bcc", "bbb")
     for path in tmp_path.glob("dict.*"):
         path.unlink()
     assert asked(("xx", "bb")) == ("daa", "dbb", "from " + str(tmp_path / "data"))
+    assert found.dictionaries(("aa", "yy")) is None
+    with pytest.raises(VocabularyError, match="no dict.aa.txt and dict.yy.txt .*, though dict.aa"):
+        found.dictionaries(("aa", "yy"), otherwise=("data", Dictionary(), Dictionary()))
     with pytest.raises(VocabularyError, match="--teacher-data .*: expected dict.aa.txt and dict.z"):
         found.dictionaries(("xx", "zz"), str(tmp_path))
 

@@ -110,6 +110,8 @@ def test_a_selector_is_its_entry_in_the_table(toy, monkeypatch):
     monkeypatch.setitem(SELECTORS, "shortest", shortest)
     filters = Filters.off()
     chosen = choose(toy[0], LISTS, toy[1], Choice("shortest", filters=filters))
+    assert chosen.which.tolist() == [0, 0, 1, -1, 1] and chosen.dropped["empty"] == 0
+    chosen = choose(toy[0], LISTS, toy[1], Choice("shortest"))
     assert chosen.which.tolist() == [0, 0, -1, -1, 1] and chosen.dropped["empty"] == 1
     assert not Choice("longest").needs_references and Choice("closest").needs_references
 

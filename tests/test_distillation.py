@@ -11,6 +11,7 @@ from trainer import (
     SENTENCES,
     Training,
     criterion_config,
+    fairseq_train,
     new_task,
     write_data,
     write_teacher,
@@ -18,6 +19,7 @@ from trainer import (
 
 from kd_plugin.cache import CacheError
 from kd_plugin.errors import UserError
+from kd_plugin.flags import CRITERION
 from kd_plugin.teachers import RunningTeacher, Step, TeacherError
 
 SELECTING = {"kd_selection": "global", "kd_queue_size": 50}
@@ -146,6 +148,60 @@ def test_translating_never_opens_a_teacher(data):
     assert t.source.answer({}, Step()) is None
 
 
+# The data: stock fairseq's batches, whatever its flags
+
+MANY = {"train": SENTENCES["train"] * 8, "valid": SENTENCES["valid"] * 8}
+FOLDERS = "--disable-validation"
+# Stock fairseq's buckets need an older numpy; 0.12.2 miscounts the remainder of a resumed epoch
+OF_ONE_END = "--num-batch-buckets 2 --max-tokens 100"
+if np.__version__ >= "2":
+    OF_ONE_END = "--skip-remainder-batch"
+BATCH_FLAGS = {
+    "none": "",
+    "seed": "--update-ordered-indices-seed",
+    "new batches": "--update-epoch-batch-itr=True --update-ordered-indices-seed",
+    "one seed": "--update-epoch-batch-itr=True",
+    "order": "--grouped-shuffling --curriculum 1 --update-freq 2",
+    "subsets": "--train-subset tuned --valid-subset train,valid --max-tokens-valid 20 "
+    "--batch-size-valid 3 --validate-interval 2 --max-valid-steps 2 --fixed-validation-seed 7 "
+    "--ignore-unused-valid-subsets",
+    "joined": "--combine-valid-subsets --upsample-primary 2 --required-batch-size-multiple 2",
+    "cut": "--max-source-positions 4 --truncate-source --max-target-positions 4 "
+    "--skip-invalid-size-inputs-valid-test --data-buffer-size 2 --max-tokens 12",
+    "padding": "--left-pad-source --required-seq-len-multiple 4 --load-alignments",
+    "of one end": OF_ONE_END,
+    "folders": FOLDERS,
+}
+
+
+@pytest.mark.parametrize("flags", BATCH_FLAGS.values(), ids=BATCH_FLAGS)
+def test_batches_are_stock_fairseqs(flags, teacher, tmp_path):
+    """Also those of a training that was stopped within its second epoch: as without the stop."""
+    more = {"tuned": MANY["train"]}
+    if "--combine-valid-subsets" in flags:
+        more.update(train1=MANY["valid"], valid1=MANY["train"])
+    data = [write_data(tmp_path / "data", {**MANY, **more})]
+    if flags is FOLDERS:
+        data.append(write_data(tmp_path / "more", {"train": SENTENCES["train"][::-1] * 5}))
+    flags = [":".join(map(str, data)), "--batch-size", 4, "--max-epoch", 3, *flags.split()]
+    taught = ("--task", "kd_translation", "--teacher-checkpoint-path", teacher)
+
+    def batches(criterion, name, *more):
+        folder = ("--save-dir", tmp_path / name, "--no-epoch-checkpoints")
+        given = fairseq_train(*flags, "--criterion", criterion, *folder, *more)
+        return [(kind, batch["id"].tolist(), batch["target"].tolist()) for kind, batch in given]
+
+    def training(found):
+        return [batch for batch in found if batch[0] == "train"]
+
+    stock = batches("label_smoothed_cross_entropy", "stock")
+    assert batches(CRITERION, "whole", *taught) == stock
+    half = len(training(stock)) // 2 // (2 if "--update-freq" in flags else 1)
+    stopped = batches(CRITERION, "stopped", *taught, "--max-update", half)
+    resumed = batches(CRITERION, "stopped", *taught)
+    assert training(resumed) and training(stopped) + training(resumed) == training(stock)
+
+
 # A teacher that runs
 
 
@@ -272,6 +328,22 @@ def test_a_manifest_that_is_no_json_stops_a_training_and_not_a_validation(data, 
     with caplog.at_level(logging.WARNING):
         assert "kd_loss" not in alone.validate(alone.batches("valid")[0])
     assert any("validating the student alone" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("cached_teacher", [False, True])
+def test_how_sentences_are_padded_changes_no_loss(data, teacher, cache, cached_teacher):
+    named = (
+        {"teacher_cache": str(cache)} if cached_teacher else {"teacher_checkpoint_path": teacher}
+    )
+
+    def losses(**flags):
+        begun = Training(data, {**named, **flags}).begin()
+        logs = begun.update(begun.batches())
+        return [float(log[key]) for log in logs for key in ("loss", "kd_loss")]
+
+    expected = pytest.approx(losses(), rel=1e-5)
+    for flags in ({"left_pad_source": False}, {"left_pad_target": True}):
+        assert losses(**flags, required_seq_len_multiple=8) == expected, flags
 
 
 # The queue of scores

@@ -139,7 +139,7 @@ def parse(parser: argparse.ArgumentParser, arguments: List[str]) -> None:
         raise AssertionError(message)
 
     parser.error = fail  # type: ignore
-    takes_task = any("--user-dir" in action.option_strings for action in parser._actions)
+    takes_task = any("--seed" in action.option_strings for action in parser._actions)
     if takes_task and not any("--trainpref" in a.option_strings for a in parser._actions):
         modified = {"modify_parser": lambda made: setattr(made, "error", fail)}
         fairseq_options.parse_args_and_arch(parser, arguments, **modified)

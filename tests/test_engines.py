@@ -84,6 +84,46 @@ def test_flags_that_ctranslate2_refuses_are_the_users_mistake(task):
         list(engine.decode([ONE_SENTENCE]))
 
 
+def test_what_is_no_translation_is_stripped(task):
+    """mBART's generator ends with the language, behind the end of the sentence."""
+    dictionary = task.tgt_dict
+    data = Namespace(target=Dictionary())
+    for symbol in ("a", "b"):
+        dictionary.add_symbol(symbol)
+        data.target.add_symbol(symbol)
+    german, english = dictionary.add_symbol("[de_DE]"), dictionary.add_symbol("[en_XX]")
+    generator = namedtuple("Generator", "eos symbols_to_strip_from_output")(english, {english})
+    task.build_generator = lambda *_, **__: generator
+    engine = FairseqEngine(task, [torch.nn.Linear(1, 1)], GenerationConfig(), 1, data)
+    eos = dictionary.eos()
+    for tokens in ([4, 5, eos, english], [german, 4, 5, eos, english], [0, 4, 5, eos]):
+        found = engine._read({"tokens": torch.tensor(tokens), "score": -1.0}, 9)
+        assert found == ("a b", -1.0, True)
+
+
+def test_ctranslate2_gets_and_gives_what_fairseq_does(task):
+    class Translator:
+        def translate_batch(self, sources, **_):
+            self.sources = sources
+            found = namedtuple("Result", "hypotheses scores")
+            lists = [found([source and [*source, "</s>"]], [-1.0]) for source in sources]
+            return [Namespace(result=lambda one=one: one) for one in lists]
+
+    task.src_dict.add_symbol("a")
+    engine = engine_of(
+        CTranslate2Engine,
+        **{"task": task, "generation": GenerationConfig(), "max_positions": 9, "workers": 1},
+        **{"split": {}, "translator": Translator()},
+    )
+    # fairseq's encoder sees an end within a sentence, and no pads
+    tokens = torch.tensor([[1, 4, 2, 4, 2], [1, 4, 1, 4, 2], [1, 1, 1, 1, 2]])
+    sample = {"id": torch.tensor([5, 6, 7]), "net_input": {"src_tokens": tokens}}
+    (found,) = engine.decode([sample])
+    assert engine.translator.sources == [["a", "</s>", "a"], ["a", "a"], []]
+    # nothing is a whole translation of nothing
+    assert found[6] == [("a a", -1.0, True)] and found[7] == [("", -1.0, True)]
+
+
 def test_sides_of_different_lengths_are_the_users_mistake(task, tmp_path):
     """fairseq has an assertion for it."""
     sentence = torch.tensor([4, 2], dtype=torch.int32)

@@ -6,6 +6,7 @@ import random
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import support
@@ -13,12 +14,20 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import register_model
+from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from letters import write_letters
 from omegaconf import OmegaConf
 
 from kd_plugin.checkpoints import Checkpoint, Role, count_parameters
 from kd_plugin.commands import export as command
-from kd_plugin.decoding import DataBin, FairseqEngine, databin
+from kd_plugin.decoding import (
+    DataBin,
+    FairseqEngine,
+    Hypothesis,
+    Tokenizer,
+    databin,
+)
 from kd_plugin.export import FORMATS, Asked, make
 from kd_plugin.export import ctranslate2 as to_ctranslate2
 from kd_plugin.export import fairseq as to_fairseq
@@ -97,6 +106,36 @@ def made(data, path, arch, seed=1, args_only=False):
     return path
 
 
+SIDE = {"layers": 2, "embed_dim": 16, "ffn_embed_dim": 32, "attention_heads": 2}
+SECTIONS = {
+    "both": {"encoder": SIDE, "decoder": SIDE},
+    "one": {**{f"encoder_{name}": value for name, value in SIDE.items()}, "decoder": SIDE},
+    "other values": {
+        "encoder": {**SIDE, "layers": 3, "normalize_before": True, "attention_heads": 4},
+        "decoder": {
+            **{**SIDE, "layers": 1, "attention_heads": 4},
+            **{"normalize_before": True, "learned_pos": True},
+        },
+        "quant_noise": {"pq": 0.0},
+        "activation_fn": "gelu",
+    },
+}
+
+
+def made_from_yaml(data, path, options, architecture="transformer"):
+    """A checkpoint as fairseq-hydra-train writes it."""
+    state = torch.load(str(made(data, path, TRANSFORMER)))
+    model = OmegaConf.create({"_name": architecture, "base_layers": 0, **options})
+    model.update(max_source_positions=64, max_target_positions=64)
+    built = tasks.setup_task(OmegaConf.create(state["cfg"]["task"])).build_model(model)
+    for p in built.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    # building fills in the defaults of options with a prefix
+    state["cfg"]["model"] = OmegaConf.to_container(model, resolve=True, enum_to_str=True)
+    torch.save({**state, "model": built.state_dict()}, str(path))
+    return path
+
+
 def read(path):
     return Checkpoint.open(str(path), Role("model"))
 
@@ -154,6 +193,44 @@ def test_stock_fairseq_says_the_same(name, data, tmp_path):
     assert_generates_the_same(path, stock, data, tmp_path)
 
 
+@pytest.mark.parametrize("name", SECTIONS)
+def test_options_in_sections_are_read(name, data, tmp_path):
+    """encoder: {layers: 2} of a YAML file, in both formats."""
+    path = made_from_yaml(data, tmp_path / "model.pt", SECTIONS[name])
+    checkpoint, stock = opened(path, data)
+    decoder = SECTIONS[name]["decoder"]
+    assert checkpoint.options["decoder_layers"] == decoder["layers"]
+    assert "decoder" not in stock["cfg"]["model"]
+    assert_generates_the_same(path, stock, data, tmp_path)
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    to_ctranslate2.check(checkpoint)
+    to_ctranslate2.convert(Model(checkpoint, stock), tmp_path / "ct2")
+    text = text_of(data, tmp_path / "again")
+    expected = verification.reference_scores(verification.build(checkpoint, text, 1), text)
+    translator = ctranslate2.Translator(str(tmp_path / "ct2"))
+    assert to_ctranslate2.compare_token_scores(expected, translator, text)[0] < 1e-3
+
+
+def test_a_model_with_a_configuration_of_its_own_class(data, tmp_path):
+    """fairseq's newer way to register models: their sections are part of the class."""
+
+    @register_model("toy_of_sections", dataclass=TransformerConfig)
+    class _(TransformerModelBase):
+        pass
+
+    decoder = {**SIDE, "input_dim": 16, "output_dim": 16}  # the whole configuration says so
+    sections = {"encoder": {**SIDE, "layers": 1}, "decoder": decoder}
+    path = made_from_yaml(data, tmp_path / "model.pt", sections, "toy_of_sections")
+    checkpoint, stock = opened(path, data)
+    text = text_of(data, tmp_path / "text")
+    torch.save(stock, str(tmp_path / "exported.pt"))
+    expected, found = [
+        verification.reference_scores(verification.build(read(file), text, 1), text)
+        for file in (path, tmp_path / "exported.pt")
+    ]
+    assert expected == found and checkpoint.max_positions == (64, 64)
+
+
 @pytest.mark.parametrize("name", ["untied", "lightconv"])
 def test_args_of_old_versions(name, data, tmp_path):
     path = made(data, tmp_path / "model.pt", {**MODELS, **OTHERS}[name], args_only=True)
@@ -178,6 +255,54 @@ def test_ctranslate2_scores_the_same(name, data, tmp_path):
     changed = {i: [score + 0.01 for score in scores] for i, scores in expected.items()}
     largest, mean = to_ctranslate2.compare_token_scores(changed, translator, text)
     assert largest == pytest.approx(0.01, abs=1e-3) and mean == pytest.approx(0.01, abs=1e-3)
+
+
+def test_special_symbols_within_sentences_score_the_same(data, tmp_path):
+    """An end of sentence counts in both; of a pad CTranslate2 knows nothing."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    checkpoint, stock = opened(path, data)
+    to_ctranslate2.convert(Model(checkpoint, stock), tmp_path / "ct2")
+    special = tmp_path / "special"
+    special.mkdir()
+    sides = [
+        ["w01 </s> w02", "w03 <pad> w04 w05", "w06 w07", "w08"],
+        ["w01 </s> w02", "w03 w04", "w05 <pad> w06", "w07 </s>"],
+    ]
+    for lang, lines in zip(LANGS, sides):
+        shutil.copy(str(data / f"dict.{lang}.txt"), str(special))
+        dictionary = Dictionary.load(str(special / f"dict.{lang}.txt"))
+        writer = databin.Writer(special / "valid.{}-{}.{}".format(*LANGS, lang), len(dictionary))
+        for line in lines:
+            writer.add(databin.encode(dictionary, line))
+        writer.close()
+    text = text_of(special, tmp_path / "text")
+    model = verification.build(checkpoint, text, 1)
+    translator = ctranslate2.Translator(str(tmp_path / "ct2"))
+    expected = verification.reference_scores(model, text)
+    assert to_ctranslate2.compare_token_scores(expected, translator, text)[0] < 1e-3
+
+
+def test_bleu_of_a_language_without_spaces(data, tmp_path, caplog):
+    """Scored on text, with the tokenizer that is asked for; and where it says nothing, that."""
+    text = text_of(data, tmp_path / "text")
+    dictionary = text.task.target_dictionary
+    pieces = [dictionary.add_symbol(piece) for piece in ("<0xE4>", "<0xBB>", "<0x8A>", "\u2581")]
+    chinese = [dictionary.add_symbol(c) for c in "天气很好我们去散步吧"]
+    lines = [[pieces[3], *pieces[:3], *chinese[i:], *chinese[:i]] for i in range(3)]
+    references = [torch.tensor([*line, dictionary.eos()]) for line in lines]
+    own = SimpleNamespace(source=text.task.source_dictionary, target=dictionary)
+    text = text._replace(corpus=text.corpus._replace(references=references, data=own))
+    symbols = [" ".join(dictionary.symbols[i] for i in line) for line in lines]
+    same = {i: Hypothesis(line, -1.0, True) for i, line in enumerate(symbols)}
+    shorter = {i: Hypothesis(line[:-2], -1.0, True) for i, line in enumerate(symbols)}
+    for tokenizer, expected in ((Tokenizer.of("zh"), 90), (Tokenizer(), 0)):
+        (perfect, good), signature = verification.bleu(
+            [same, shorter], text, post_process="sentencepiece", tokenizer=tokenizer
+        )
+        assert good == pytest.approx(expected, abs=5) and f"|tok:{tokenizer.name}|" in signature
+        assert (perfect > 99) == (tokenizer.name == "zh")
+        assert ("CANNOT BE TOLD APART" in caplog.text) == (tokenizer.name != "zh")
 
 
 @pytest.mark.parametrize("name", ["tied", "learned positions"])
@@ -283,7 +408,7 @@ def test_other_tasks_and_architectures_are_named(data, tmp_path):
     path = made(data, tmp_path / "model.pt", MODELS["tied"])
     checkpoint = read(path)
     other = dataclasses.replace(checkpoint, task_options={"_name": "language_modeling"})
-    with pytest.raises(ExportError, match="'language_modeling'; expected.*translation"):
+    with pytest.raises(ExportError, match="'language_modeling'; only models of.*translation"):
         to_fairseq.model_arguments(other)
     other = dataclasses.replace(checkpoint, options={"arch": "nobody_knows"})
     with pytest.raises(ExportError, match="no architecture 'nobody_knows'"):
@@ -452,6 +577,11 @@ def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
         (("--path", path, "--max-positions", 9), "--max-positions needs --format ctranslate2"),
         (("--path", path, "--spm", "absent"), "--spm needs --format ctranslate2; --spm absent"),
         (("--path", path, "--beam", 0), "--beam must be"),
+        (("--path", path, "--bleu-tokenize", "zh"), "--bleu-tokenize needs --format ctranslate2"),
+        (
+            ("--path", path, "--format", "ctranslate2", "--bleu-tokenize", "no"),
+            "--bleu-tokenize no: expected one of",
+        ),
         (("--path", lstm, "--data", other, "--format", "ctranslate2"), "'lstm'"),
     ):
         code, error = run(capsys, *arguments, "--output", tmp_path / "out")
@@ -491,3 +621,13 @@ def test_languages_that_fairseq_train_was_not_told(data, tmp_path, capsys):
     torch.save(state, str(path))
     code, error = run(capsys, "--path", path, "--output", tmp_path / "no.pt", "--no-verify")
     assert code == 1 and "names no languages" in error
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_export_under_other_names_of_the_languages(named, data, tmp_path, capsys):
+    """It is verified on the model's data-bin, whose files have the names of its training."""
+    path = made(data, tmp_path / "model.pt", MODELS["tied"])
+    flags = ["-s", "x_X", "-t", "y_Y", *(["--data", data] if named else [])]
+    code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt", *flags)
+    assert code == 0 and "UNVERIFIED" not in error, error
+    assert read(tmp_path / "out.pt").languages == ("x_X", "y_Y")

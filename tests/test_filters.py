@@ -35,9 +35,8 @@ def test_filters(source, target, reason):
         source.strip(), Hypothesis(target.strip(), -1.0, True), (source, target, "")
     )
     assert found == reason
-    if reason != "empty":
-        texts = (source, target, "")
-        assert Filters.off().reason(source, Hypothesis(target.strip(), -1.0, False), texts) is None
+    texts = (source, target, "")
+    assert Filters.off().reason(source, Hypothesis(target.strip(), -1.0, False), texts) is None
 
 
 def test_unfinished_hypotheses():

@@ -20,6 +20,7 @@ from fairseq.data import Dictionary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_plugin.decoding import Tokenizer
 from kd_plugin.errors import UserError
 from kd_plugin.files import FileError, locked
 from kd_plugin.objective.answer import Member, RunningAnswer
@@ -48,7 +49,9 @@ BAD = [" ".join(line.split()[::-1]) for line in REFERENCES]
 @pytest.fixture(scope="module")
 def scored():
     systems = {"plain": BAD, "student": GOOD, "copy": list(BAD)}
-    return score(systems, REFERENCES, baseline="plain", tokenize="13a", test="bs", samples=1000)
+    return score(
+        systems, REFERENCES, baseline="plain", tokenizer=Tokenizer(), test="bs", samples=1000
+    )
 
 
 def test_scores_are_those_of_the_command_line(scored, tmp_path):
@@ -83,7 +86,7 @@ def test_a_clearly_better_system_is_significantly_so_and_a_copy_is_called_one(sc
 def test_approximate_randomisation_is_sacrebleus(scored):
     ours, _ = score(
         *({"a": BAD, "b": GOOD}, REFERENCES),
-        **{"baseline": "a", "tokenize": "13a", "test": "ar", "samples": 200},
+        **{"baseline": "a", "tokenizer": Tokenizer(), "test": "ar", "samples": 200},
     )
     metrics = {"BLEU": sacrebleu.metrics.BLEU()}
     systems = [("a", BAD), ("b", GOOD)]
@@ -323,7 +326,8 @@ def test_models_by_name(tmp_path):
     (folder / "model.bin").write_bytes(b"x")
     a, b = str(tmp_path / "a.pt"), str(tmp_path / "b.pt")
     pairs = [f"teacher={a}:{b}", "student=" + a, f"int8={folder}"]
-    models = read_models(pairs, "data", ["student=other"])
+    models = read_models(pairs, "data", ["student=other"], ["student=a_A,b_B"])
+    assert [m.langs for m in models] == [None, ("a_A", "b_B"), None]
     assert [(m.name, m.kind, m.data) for m in models] == [
         ("teacher", "fairseq", "data"),
         ("student", "fairseq", "other"),
@@ -353,6 +357,10 @@ def test_wrong_names_are_all_named_at_once(tmp_path):
             read_models([f"{name}={a}"], "", [])
     with pytest.raises(UserError, match="no such file"):  # a folder is no member of an ensemble
         read_models([f"m={a}:{tmp_path}"], "", [])
+    with pytest.raises(UserError, match="--model-langs m: --model-data names no folder of it"):
+        read_models(["m=" + a], "", [], ["m=aa,bb"])
+    with pytest.raises(UserError, match="--model-langs m: expected a source and a target language"):
+        read_models(["m=" + a], "", ["m=data"], ["m=aa"])
 
 
 # models at once
@@ -511,16 +519,17 @@ def test_workers_of_ctranslate2_are_part_of_what_is_kept(tmp_path, monkeypatch):
         distributed_training=SimpleNamespace(device_id=0),
     )
     corpus = SimpleNamespace(data=SimpleNamespace(folder=tmp_path))
-    data = build._TestSet(cfg, None, corpus, [], [], True)
+    data = build._TestSet(cfg, None, corpus, [], [], True, Tokenizer())
 
     def settings_with(workers, path):
         monkeypatch.setattr(build, "threads", lambda: workers, raising=False)
-        return build._model_settings(Model("m", str(path), str(tmp_path)), data)
+        asked = SimpleNamespace(options=SimpleNamespace())
+        return build._model_settings(Model("m", str(path), str(tmp_path)), asked, data)
 
     assert settings_with(1, folder) != settings_with(2, folder)
-    # as ever, so that what was measured before stays
     assert settings_with(1, checkpoint) == settings_with(2, checkpoint)
-    assert set(settings_with(1, checkpoint)) == {"model", "model_data"}
+    # what was measured before models had their own tasks may be wrong, and is measured anew
+    assert settings_with(1, checkpoint)["task"] == "the checkpoint's"
 
 
 # the folder
@@ -621,6 +630,7 @@ def a_report():
         **{"teacher": "teacher", "baseline": "teacher", "beam": 5, "device": "CPU", "threads": 2},
         **{"repeats": 3, "significance": "paired bootstrap resampling, 1,000 samples"},
         "signatures": {metric: metric + " nrefs:1|bs:1000" for metric in METRICS},
+        "doubts": [],
         "notes": [],
         "models": [model("teacher"), model("s|t"), model("broken", error="unreadable: " + NASTY)],
         "systems": [

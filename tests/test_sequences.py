@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import re
 import shutil
 import signal
 from types import SimpleNamespace
@@ -10,21 +11,27 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
+from fairseq_cli.generate import get_symbols_to_strip_from_output
 from kills import at_each_line, in_a_child
 from letters import LISTS, LetterCorpus, write_letters
 from nbest import HEADER, PLAN, SENTENCES, lists, write
 from support import tree
+from trainer import SENTENCES as SENTENCES_OF_TRAINER
+from trainer import write_data, write_mbart
 
 from kd_plugin import files
 from kd_plugin.commands import arguments
 from kd_plugin.commands import sequences as command
 from kd_plugin.decoding import databin
+from kd_plugin.decoding.text import split_tags
 from kd_plugin.errors import UserError
 from kd_plugin.files import Busy, FileError, temporary
 from kd_plugin.sequences import Choice, Filters, HypothesisStore, Output, Student, choose
 from kd_plugin.sequences import output as output_module
 from kd_plugin.sequences import pipeline as distil
 from kd_plugin.sequences.output import Originals
+from kd_plugin.sequences.student import open_student
 
 
 @pytest.fixture
@@ -83,6 +90,46 @@ def test_subwords_of_another_model_are_said(data, tmp_path, caplog):
     output.write(corpus, LISTS, chosen, student)
     assert "12% OF THE SYMBOLS OF train.aa ARE UNKNOWN" in caplog.text
     assert output.record()["counts"]["unknown_tokens"] == 4
+
+
+def rows(folder, lang):
+    side = databin.DataBin(str(folder), "aa", "bb").side("train", lang)
+    return [side[i].tolist() for i in range(len(side))]
+
+
+def test_an_original_is_written_as_it_is(data, tmp_path):
+    """fairseq-train sees special symbols within sentences, too: so does a student of the mix."""
+    sides = data.side("train", "aa"), data.side("train", "bb")
+    special = [torch.tensor(tokens) for tokens in ([4, 1, 5, 2], [4, 2, 5, 2], [0, 3, 1, 2])]
+    corpus = LetterCorpus(*sides, data)
+    student = Student(data, lambda text: text, None)
+    output = Output(str(tmp_path / "out"), {})
+    chosen = choose(corpus, LISTS, student, Choice())
+    output.write(corpus, LISTS, chosen, student, originals=Originals(special, special))
+    for lang in ("aa", "bb"):
+        assert rows(tmp_path / "out", lang)[:3] == [tokens.tolist() for tokens in special]
+
+
+def test_tags_are_no_text(data, tmp_path, caplog):
+    """A student keeps those that it has symbols for."""
+    corpus = LetterCorpus(data.side("train", "aa"), data.side("train", "bb"), data)
+    known, unknown = "<2aa>", "bbb_Latn"
+    for dictionary in (data.source, data.target):
+        for tag in (known, unknown):
+            dictionary.add_symbol(tag)
+    source = [databin.encode(data.source, f"{unknown} {known} a b {known}")] * 5
+    corpus = corpus._replace(source=source)
+    mine = write_letters(tmp_path / "mine")
+    for dictionary in (mine.source, mine.target):
+        dictionary.add_symbol(known)
+    student = Student(mine, lambda line: " ".join(split_tags(line.split())[1]), str.lower)
+    output = Output(str(tmp_path / "out"), {})
+    output.write(corpus, LISTS, choose(corpus, LISTS, student, Choice()), student)
+    assert (tmp_path / "out/text/train.aa").read_text() == "a b\n" * 4
+    assert (tmp_path / "out/text/train.subwords.aa").read_text() == "<2aa> a b <2aa>\n" * 4
+    assert output.record()["counts"]["unknown_tokens"] == 0
+    assert "train.aa is written without tags of languages (bbb_Latn)" in caplog.text
+    assert "train.bb is written without" not in caplog.text
 
 
 def test_killed_at_any_line_of_writing(data, tmp_path):
@@ -291,3 +338,68 @@ def test_the_shard_of_a_process(monkeypatch, flags, environment, expected):
         device_id: int = 0
 
     assert arguments.shard_of_process(Options(*flags))[:2] == expected
+
+
+# other names of languages
+
+
+@pytest.fixture
+def renamed(data, tmp_path):
+    """A copy of the data-bin whose languages have other names."""
+    folder = tmp_path / "renamed"
+    folder.mkdir()
+    for path in data.folder.iterdir():
+        name = path.name.replace("aa", "a_A").replace("bb", "b_B")
+        shutil.copy(str(path), str(folder / name))
+    return folder
+
+
+def test_a_student_whose_data_call_the_languages_otherwise(data, renamed):
+    """What is advised, to the letter, leads to its own dictionaries and files."""
+    with pytest.raises(FileError, match="dict.b_B.txt: if these are other names") as error:
+        open_student(data, str, str(renamed))
+    langs = re.search(r"--student-langs (\S+), the source's first$", str(error.value)).group(1)
+    found = open_student(data, str, str(renamed), None, databin.parse_languages(langs, "")).data
+    assert found.langs == ("a_A", "b_B") and found.source.symbols == data.source.symbols
+    assert {path.name for path in databin.carried_files(found)} >= {"dict.a_A.txt", "dict.b_B.txt"}
+    for path in renamed.glob("valid.*"):  # a second direction: its files no longer tell
+        shutil.copy(str(path), str(path).replace("a_A-b_B", "b_B-a_A"))
+    with pytest.raises(FileError, match="--student-langs SRC,TGT, the source's first"):
+        open_student(data, str, str(renamed))
+
+
+@pytest.mark.parametrize("text", ["aa", "aa,", ",bb", "aa,bb,cc"])
+def test_names_of_languages_that_are_none(data, text):
+    with pytest.raises(UserError, match="--student-langs: expected a source and a target .* got"):
+        asked(data, "out", "--student-data", data.folder, "--student-langs", text)
+    with pytest.raises(UserError, match="--student-langs needs --student-data"):
+        asked(data, "out", "--student-langs", "aa,bb")
+
+
+# teachers whose task adds tags to sentences
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_an_mbart_translates_as_its_own_task_has_it(bos, tmp_path):
+    """With neither its tags nor ends of sentences in text, and with the corpus as it is."""
+    data = write_data(tmp_path / "data")
+    teacher, model, task = write_mbart(tmp_path, data, bos)
+    flags = ["--langs", "bb,xx,aa", *(["--prepend-bos"] if bos else [])]
+    given = asked(
+        *(databin.DataBin(str(data), "aa", "bb"), tmp_path / "out", "--path", teacher),
+        *("--task", "translation_from_pretrained_bart", *flags, "-s", "aa", "-t", "bb"),
+        *("--beam", 3, "--no-filters", "--keep-unfinished", "--max-len-b", 5, "--num-workers", 0),
+    )
+    assert distil.make(given)["counts"]["unknown_tokens"] == 0
+    dataset, dictionary = task.dataset("train"), task.target_dictionary
+    generator = task.build_generator([model], given.cfg.generation)
+    expected = []
+    for i in range(len(dataset)):
+        best = task.inference_step(generator, [model], dataset.collater([dataset[i]]))[0][0]
+        strip = get_symbols_to_strip_from_output(generator)
+        expected.append(dictionary.string(best["tokens"], extra_symbols_to_ignore=strip))
+    text = tmp_path / "out" / "text"
+    assert (text / "train.subwords.bb").read_text().splitlines() == expected
+    assert len(set(expected)) > 2 and not any("[" in line or "<" in line for line in expected)
+    sources = [" ".join(source) for source, _ in SENTENCES_OF_TRAINER["train"]]
+    assert (text / "train.subwords.aa").read_text().splitlines() == sources

@@ -5,12 +5,17 @@ Data, student and teacher are real, and so small that a whole training takes a t
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
+from unittest import mock
 
 import torch
-from fairseq import models
+from fairseq import models, options
 from fairseq.data import Dictionary, indexed_dataset
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.tasks import FairseqTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
+from fairseq_cli import train
 from omegaconf import OmegaConf
 
 from kd_plugin.decoding import databin
@@ -59,6 +64,32 @@ def write_teacher(
     return str(folder / "teacher.pt")
 
 
+def write_mbart(folder: Path, data: Path, bos: bool) -> Tuple[str, Any, Any]:
+    """A model that knows a little, of a task that adds tags to sentences, and that task."""
+    args = arguments("mbart_base")
+    vars(args).update(
+        **dict(task="translation_from_pretrained_bart", langs="bb,xx,aa", prepend_bos=bos),
+        **dict(data=str(data), dataset_impl=None, upsample_primary=1, load_alignments=False),
+        **dict(left_pad_source=True, left_pad_target=False),
+        **dict(max_source_positions=12, max_target_positions=10),
+    )
+    task = TranslationFromPretrainedBARTTask(args, dictionary(SOURCE), dictionary(TARGET))
+    task.args = args
+    torch.manual_seed(1)
+    model = models.build_model(args, task)
+    task.load_dataset("train")
+    batch = task.dataset("train").collater([*task.dataset("train")])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        logits = model(**batch["net_input"])[0].transpose(1, 2)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, batch["target"], ignore_index=1).backward()
+        optimizer.step()
+    model.eval()
+    torch.save({"args": args, "model": model.state_dict()}, str(folder / "teacher.pt"))
+    return str(folder / "teacher.pt"), model, task
+
+
 def _teach(model: Any, source: Dictionary, target: Dictionary) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(5):
@@ -78,6 +109,8 @@ def arguments(arch: str = "transformer", width: int = 8) -> Namespace:
     sides.update(hidden_size=width, out_embed_dim=width)  # an lstm's
     args = Namespace(arch=arch, criterion="cross_entropy", source_lang="aa", target_lang="bb")
     args.dropout = 0.0  # two trainings are the same
+    args.share_all_embeddings = False  # BART's default, for a joined dictionary
+    args.task = "translation"
     for side in ("encoder", "decoder"):
         vars(args).update({f"{side}_{key}": value for key, value in sides.items()})
     models.ARCH_CONFIG_REGISTRY[arch](args)
@@ -120,6 +153,7 @@ def _task_config(flags: Dict[str, Any]) -> KDTranslationConfig:
         disable_validation=False,
         save_dir="nowhere",
         restore_file="checkpoint_last.pt",
+        update_ordered_indices_seed=False,
     )
     for name, value in flags.items():
         assert hasattr(config, name), name
@@ -132,6 +166,34 @@ def criterion_config(**flags: Any) -> Any:
     config = KDLabelSmoothedCrossEntropyCriterionConfig(sentence_avg=False, **flags)
     config._name = CRITERION
     return OmegaConf.structured(config)
+
+
+def fairseq_train(*flags: Any) -> List[Tuple[str, Dict[str, Any]]]:
+    """fairseq-train in this process.
+
+    Returns:
+        the batches that its task was given, each after "train" or "valid".
+    """
+    sizes = ("layers=1", "embed-dim=8", "ffn-embed-dim=16", "attention-heads=2")
+    student = [f"--{side}-{size}" for side in ("encoder", "decoder") for size in sizes]
+    common = ("--arch=transformer", "--dropout=0", "--optimizer=sgd", "--lr=0.1", "--seed=3")
+    parser = options.get_training_parser()
+    data = ("-s=aa", "-t=bb", "--num-workers=0", "--cpu")
+    args = options.parse_args_and_arch(parser, [*map(str, flags), *common, *student, *data])
+    given: List[Tuple[str, Dict[str, Any]]] = []
+
+    def noting(kind: str) -> Any:
+        real = getattr(FairseqTask, kind + "_step")
+
+        def step(task: Any, sample: Any, *rest: Any, **more: Any) -> Any:
+            given.append((kind, sample))
+            return real(task, sample, *rest, **more)
+
+        return mock.patch.object(FairseqTask, kind + "_step", step)
+
+    with noting("train"), noting("valid"):
+        train.main(convert_namespace_to_omegaconf(args))
+    return given
 
 
 class Training:

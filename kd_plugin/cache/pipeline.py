@@ -14,7 +14,9 @@ from .fill import fill, open_writer, summary_lines
 from .layout import CacheError
 from .reader import CachedSubset
 
-ROLE = Role("teacher", "--trust-checkpoint", "--teacher-data", "--model-overrides")
+ROLE = Role(
+    "teacher", "--trust-checkpoint", "--teacher-data", "--model-overrides", "--teacher-task"
+)
 
 
 class Asked(NamedTuple):

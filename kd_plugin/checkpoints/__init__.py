@@ -5,10 +5,9 @@ Everything that a checkpoint is asked is a member of ``Checkpoint``.
 
 from ..files import digest
 from .average import average
-from .build import DTYPES, build_model, parse_overrides, translation_task
+from .build import DTYPES, build_model, is_autoregressive, parse_overrides, translation_task
 from .checkpoint import (
     SECOND_COPIES,
-    TRANSLATION_TASKS,
     Checkpoint,
     CheckpointError,
     count_parameters,
@@ -16,17 +15,21 @@ from .checkpoint import (
 )
 from .dictionaries import MISSING, Dictionaries, VocabularyError, index_map, is_padding, lacking
 from .roles import Role
+from .tags import PRETRAINED_BART, Tags
+from .tasks import STOCK_OTHERS, reads_as_translation, translates_otherwise
 from .torchfile import allow_fairseq_globals
 
 __all__ = [
     "DTYPES",
     "MISSING",
+    "PRETRAINED_BART",
     "SECOND_COPIES",
-    "TRANSLATION_TASKS",
+    "STOCK_OTHERS",
     "Checkpoint",
     "CheckpointError",
     "Dictionaries",
     "Role",
+    "Tags",
     "VocabularyError",
     "allow_fairseq_globals",
     "average",
@@ -34,9 +37,12 @@ __all__ = [
     "count_parameters",
     "digest",
     "index_map",
+    "is_autoregressive",
     "is_padding",
     "lacking",
     "parse_overrides",
+    "reads_as_translation",
     "refuse_cut_short",
+    "translates_otherwise",
     "translation_task",
 ]

@@ -7,10 +7,26 @@ from typing import Any, Dict, Mapping, Tuple
 import torch
 from fairseq import models
 from fairseq.data import Dictionary
+from fairseq.models.nat import FairseqNATModel
+from fairseq.models.transformer import TransformerModel
+from fairseq.models.transformer.transformer_config import (
+    DecoderConfig,
+    EncDecBaseConfig,
+    QuantNoiseConfig,
+    TransformerConfig,
+)
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from ..errors import UserError
 from .untrusted import bounded_memory
+
+# What a YAML file for fairseq-hydra-train may write as a section, "encoder: {layers: 2}", and the
+# command line as options with a prefix, "--encoder-layers 2"
+_SECTIONS = {
+    "encoder": EncDecBaseConfig,
+    "decoder": DecoderConfig,
+    "quant_noise": QuantNoiseConfig,
+}
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -67,6 +83,38 @@ def build_model(options: Any, weights: Mapping[str, torch.Tensor], task: Any) ->
     return model
 
 
+def flat_options(options: Mapping[str, Any]) -> Dict[str, Any]:
+    """A configuration of fairseq-hydra-train's with a transformer's options as the command line has
+    them: each section's with its prefix, and a value where fairseq takes its default.
+
+    Of a section fairseq reads nothing but the section. Beside it there are options with its prefix
+    that nobody gave and nothing reads, the architecture's; with older versions of omegaconf they,
+    and others, are None.
+
+    Raises:
+        TypeError: a section has a field that fairseq's has not.
+    """
+    flat, architecture = dict(options), options.get("_name") or options.get("arch")
+    model = models.ARCH_MODEL_REGISTRY.get(architecture, object)
+    if architecture in models.MODEL_DATACLASS_REGISTRY or not issubclass(model, TransformerModel):
+        return flat
+    for name, fields in _SECTIONS.items():
+        if isinstance(flat.get(name), dict):
+            section = vars(fields(**flat.pop(name)))
+            flat.update({f"{name}_{key}": section[key] for key in section if key != "_name"})
+    default = TransformerConfig()
+    return {k: getattr(default, k, None) if v is None else v for k, v in flat.items()}
+
+
+def is_autoregressive(model: Any) -> bool:
+    """Whether a model writes a translation symbol by symbol, from left to right.
+
+    The others (Levenshtein, CMLM, insertion, ...) write all of it at once and refine it: they give
+    no distribution over the next symbol.
+    """
+    return not isinstance(model, FairseqNATModel)
+
+
 def complete_options(
     architecture: str, options: Mapping[str, Any], max_positions: Tuple[int, int]
 ) -> Namespace:
@@ -76,6 +124,8 @@ def complete_options(
         KeyError: this fairseq does not know the architecture.
         Exception: of nearly any kind: the options are not those of the architecture.
     """
+    if architecture in models.MODEL_DATACLASS_REGISTRY:
+        return Namespace(**{**options, "_name": architecture})  # they were saved complete
     parser = ArgumentParser()
     models.ARCH_MODEL_REGISTRY[architecture].add_args(parser)
     names = sorted(action.dest for action in parser._actions)

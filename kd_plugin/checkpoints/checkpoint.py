@@ -6,6 +6,7 @@ run. What is left of it is a ``Checkpoint``: nobody else takes such a file apart
 """
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import math
@@ -18,20 +19,23 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary
-from fairseq.models import FairseqEncoderDecoderModel
+from fairseq.models import (
+    ARCH_MODEL_REGISTRY,
+    MODEL_REGISTRY,
+    FairseqEncoderDecoderModel,
+    FairseqMultiModel,
+)
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from ..errors import UserError
-from . import build, dictionaries, torchfile, untrusted
+from . import build, dictionaries, tags, tasks, torchfile, untrusted
 from .dictionaries import Dictionaries, VocabularyError
 from .roles import Role
+from .tags import Tags
 
 logger = logging.getLogger(__name__)
-
-# Tasks whose models translate from one of our dictionaries to another, and add no symbols to them
-TRANSLATION_TASKS = ("translation", "kd_translation")
 
 # fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
 # later versions refuse them
@@ -40,6 +44,7 @@ SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias
 _MOST_NAMES = 8  # of a weight that is tied
 _LANGUAGES = ("source_lang", "target_lang")
 _POSITIONS = ("max_source_positions", "max_target_positions")
+_DIRECTION = re.compile(r"^models\.[^.]+\.")
 _NO_PARAMETERS = re.compile(r"_float_tensor$|coder\.version$")
 _TABLES = re.compile(
     r"\.(embed_tokens|embed_positions|output_projection)\.|decoder\.(fc_out|fc3)\."
@@ -129,15 +134,16 @@ class Checkpoint:
                 f"weights under 'model', found {_contents(state)}"
             )
         model, task = _configurations(named, state)
+        is_namespace = isinstance(model, Namespace)
         opened = cls(
             path=path,
             role=role,
             weights=_checked_weights(named, path, state["model"]),
-            options=dict(vars(model)) if isinstance(model, Namespace) else model,
+            options=dict(vars(model)) if is_namespace else build.flat_options(model),
             task_options=dict(vars(task)) if isinstance(task, Namespace) else task,
             symbols=_checked_symbols(state.get("task_state") or {}),
             updates=_checked_updates(state.get("optimizer_history") or []),
-            _is_namespace=isinstance(model, Namespace),
+            _is_namespace=is_namespace,
         )
         opened._check_options()
         return opened
@@ -166,13 +172,45 @@ class Checkpoint:
         return self.task_options.get("_name") or self.task_options.get("task")
 
     @property
+    def is_translation(self) -> bool:
+        """Whether it was trained for fairseq's ``translation``, by that name or another."""
+        return tasks.is_translation(self.task)
+
+    def as_task(self, name: Optional[str]) -> "Checkpoint":
+        """The same as one that was trained for another task; None changes nothing."""
+        if name is None:
+            return self
+        return dataclasses.replace(self, task_options={**self.task_options, "_name": name})
+
+    def advise_task(self) -> str:
+        """What to do about a task that this fairseq does not know."""
+        if tasks.is_registered(self.task):
+            return ""
+        advice = " This fairseq has no such task: --user-dir imports what registers it"
+        if self.role.task:
+            advice += (
+                f", and if it is fairseq's translation by another name, {self.role.task} "
+                "translation says so"
+            )
+        return advice + "."
+
+    @property
     def languages(self) -> Tuple[Optional[str], Optional[str]]:
         """Source and target language; None where it names none."""
         return self.languages_with({})
 
     def languages_with(self, overrides: Mapping[str, Any]) -> Tuple[Any, Any]:
-        """Source and target language, where ``overrides`` may name them otherwise."""
+        """What the data call them, where ``overrides`` say that they call them otherwise.
+
+        Its dictionaries' files have its own names for them all the same.
+        """
         source, target = [overrides.get(key, self.task_options.get(key)) for key in _LANGUAGES]
+        return source, target
+
+    def languages_or(self, others: Sequence[str]) -> Tuple[str, str]:
+        """Its source and target language, which name its dictionaries' files; where it names none,
+        those of the data."""
+        source, target = [own or other for own, other in zip(self.languages, others)]
         return source, target
 
     @property
@@ -205,18 +243,18 @@ class Checkpoint:
         self,
         languages: Sequence[str],
         data: Optional[str] = None,
-        overrides: Optional[Mapping[str, Any]] = None,
         otherwise: Optional[Tuple[str, Dictionary, Dictionary]] = None,
     ) -> Optional[Dictionaries]:
         """The source and target dictionaries that the model was trained with.
 
         From ``data``, or else from the checkpoint (of a student of ours), from beside it, or from
-        the data folder that it names.
+        the data folder that it names. Its own names of the languages name the files. Only in
+        ``data``, which somebody says has its dictionaries, may the files have the names that the
+        data at hand go by: elsewhere those may be the dictionaries of the data.
 
         Args:
-            languages: of a checkpoint that names none.
+            languages: of the data at hand.
             data: folder that the role's flag names.
-            overrides: may name the languages otherwise.
             otherwise: whose dictionaries ("student", "data") to take, with a warning, if none are
                 found.
 
@@ -224,16 +262,26 @@ class Checkpoint:
             None if none are found and there are none to take.
 
         Raises:
-            VocabularyError: there are none in ``data``, or one cannot be read.
+            VocabularyError: there are none in ``data``, one cannot be read, or those that are
+                found have other names.
         """
-        langs = [
-            own or other for own, other in zip(self.languages_with(overrides or {}), languages)
-        ]
-        files = " and ".join(f"dict.{lang}.txt" for lang in langs)
+        found = self._dictionaries(languages, data, otherwise)
+        return found and self._with_added_symbols(found)
+
+    def _dictionaries(
+        self,
+        languages: Sequence[str],
+        data: Optional[str],
+        otherwise: Optional[Tuple[str, Dictionary, Dictionary]],
+    ) -> Optional[Dictionaries]:
+        langs = self.languages_or(languages)
+        files = allowed = dictionaries.files(langs)
+        if langs != tuple(languages):
+            allowed += " or " + dictionaries.files(languages)
         if data is not None:
-            found = dictionaries.read_folder(data, langs)
+            found = dictionaries.read_folder(data, langs, languages)
             if found is None:
-                raise VocabularyError(f"{self.role.data or self} {data}: expected {files} there")
+                raise VocabularyError(f"{self.role.data or self} {data}: expected {allowed} there")
             return Dictionaries(*found, "from " + data)
         if self.symbols is not None:
             try:
@@ -244,7 +292,8 @@ class Checkpoint:
                     f"{self._advise_data()}"
                 ) from None
             return Dictionaries(source, target, "from its checkpoint")
-        found = dictionaries.read_folder(os.path.dirname(os.path.abspath(self.path)), langs)
+        beside = os.path.dirname(os.path.abspath(self.path))
+        found = dictionaries.read_folder(beside, langs)
         if found is not None:
             return Dictionaries(*found, "from beside it")
         found = dictionaries.read_folder(self.data, langs) if self.data else None
@@ -260,17 +309,54 @@ class Checkpoint:
         if otherwise is None:
             return None
         owner, source, target = otherwise
+        missing = f"{self}: no {files} found beside it or in the data folder that it names"
+        advice = self._advise_data(f", as {allowed if self.role.data else files}")
+        for folder in filter(None, (beside, self.data)):
+            others = dictionaries.named(folder)
+            if others:
+                raise VocabularyError(
+                    f"{missing}, though {', '.join(others[:8])} in {folder}.{advice}"
+                )
         logger.warning(
-            f"{self}: no {files} found beside it or in the data folder that it names, so its "
-            f"vocabulary is TAKEN TO BE THE {owner.upper()}'S and nothing could be verified."
-            f"{self._advise_data()}"
+            f"{missing}, so its vocabulary is TAKEN TO BE THE {owner.upper()}'S and nothing could "
+            f"be verified.{advice}"
         )
         return Dictionaries(source, target, f"taken from the {owner}")
 
-    def _advise_data(self) -> str:
+    def _with_added_symbols(self, found: Dictionaries) -> Dictionaries:
+        """Dictionaries with what its task adds to those of the files."""
+        added = tags.added_symbols(self.task, self.task_options)
+        if not added:
+            return found
+        sides = copy.deepcopy((found.source, found.target))  # which may be the data's own
+        for side in sides:
+            for symbol in added:
+                side.add_symbol(symbol)
+        return Dictionaries(*sides, found.origin)
+
+    def tags(self, languages: Sequence[str]) -> Tags:
+        """What it reads beside the sentences of the data.
+
+        Args:
+            languages: of the data at hand.
+
+        Raises:
+            CheckpointError: nothing says which languages it reads and writes.
+        """
+        for own, other in zip(self.languages, languages):
+            known = tags.languages(self.task_options)
+            if self.task == tags.PRETRAINED_BART and not own and other not in known:
+                raise CheckpointError(
+                    f"{self} does not say which of its languages ({', '.join(known)}) it reads "
+                    f"and writes, and the data's {other} is none of them"
+                )
+        return tags.tags(self.task, self.task_options, self.languages_or(languages))
+
+    def _advise_data(self, names: str = "") -> str:
+        own = "the dict.*.txt it was trained with"
         if self.role.data:
-            return f" {self.role.data} names the folder with the dict.*.txt it was trained with."
-        return " Put the dict.*.txt it was trained with beside it."
+            return f" {self.role.data} names the folder with {own}{names}."
+        return f" Put {own} beside it{names}."
 
     def check_sizes(self, found: Dictionaries) -> None:
         """Its dictionaries must have as many symbols as it has embeddings.
@@ -305,6 +391,7 @@ class Checkpoint:
             CheckpointError: it cannot be built, or is not an encoder-decoder.
         """
         overrides = overrides or {}
+        self._check_architecture()
         unknown = set(overrides) - set(self.options) - set(_LANGUAGES)
         if unknown:
             flag = f"{self.role.overrides}: " if self.role.overrides else ""
@@ -332,7 +419,7 @@ class Checkpoint:
                 f"{self}: its model cannot be rebuilt with this fairseq "
                 f"({type(error).__name__}: {str(error)[:500]}).{advice}"
             ) from error
-        if not isinstance(model, FairseqEncoderDecoderModel):
+        if not isinstance(model, (FairseqEncoderDecoderModel, FairseqMultiModel)):
             raise CheckpointError(
                 f"{self} is a {type(model).__name__}; expected an encoder-decoder translation model"
             )
@@ -344,19 +431,21 @@ class Checkpoint:
         Raises:
             CheckpointError: this fairseq has no such architecture, or it has other options.
         """
-        architecture = self.architecture
+        self._check_architecture()
         try:
-            return build.complete_options(str(architecture), self.options, self.max_positions)
-        except Exception as error:
-            if isinstance(error, KeyError) and error.args == (str(architecture),):
-                reason = f"this fairseq has no architecture {architecture!r}"
-            else:  # an option of another type than the architecture's
-                reason = f"its options are not those of {architecture} ({_described(error)})"
-            raise CheckpointError(f"{self}: {reason}") from error
+            return build.complete_options(str(self.architecture), self.options, self.max_positions)
+        except Exception as error:  # an option of another type than the architecture's
+            raise CheckpointError(
+                f"{self}: its options are not those of {self.architecture} "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    def _check_architecture(self) -> None:
+        if self.architecture not in ARCH_MODEL_REGISTRY and self.architecture not in MODEL_REGISTRY:
+            raise CheckpointError(
+                f"{self}: this fairseq has no architecture {self.architecture!r}; if it is one of "
+                "your own, --user-dir must import it"
+            )
 
 
 def count_parameters(weights: Mapping[str, Tensor]) -> Tuple[int, int]:
@@ -368,9 +457,15 @@ def count_parameters(weights: Mapping[str, Tensor]) -> Tuple[int, int]:
     """
     total = rest = 0
     tables: List[Tensor] = []
+    directions: Dict[str, List[Tensor]] = {}
     for name, tensor in weights.items():
         if _NO_PARAMETERS.search(name):
             continue
+        # multilingual models have a copy of what is shared for each direction
+        others = directions.setdefault(_DIRECTION.sub("", name), [])
+        if any(tensor.shape == other.shape and tensor.equal(other) for other in others):
+            continue
+        others.append(tensor)
         if _TABLES.search(name):
             # what shares storage in the model may be a copy in the file
             if any(tensor.shape == other.shape and tensor.equal(other) for other in tables):

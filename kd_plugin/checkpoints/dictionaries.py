@@ -43,16 +43,33 @@ def read(path: str) -> Dictionary:
         ) from error
 
 
-def read_folder(folder: str, languages: Sequence[str]) -> Optional[Tuple[Dictionary, Dictionary]]:
-    """The source and target ``dict.LANG.txt`` of a folder; None if one is missing.
+def files(languages: Sequence[Optional[str]]) -> str:
+    """The files with the dictionaries of a source and a target language, for messages."""
+    return " and ".join(f"dict.{language}.txt" for language in languages)
+
+
+def named(folder: str) -> List[str]:
+    """The names of all dictionaries' files in a folder."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if re.fullmatch(r"dict\..+\.txt", name))
+
+
+def read_folder(
+    folder: str, *names: Sequence[Optional[str]]
+) -> Optional[Tuple[Dictionary, Dictionary]]:
+    """The source and target ``dict.LANG.txt`` of a folder; None if there are none.
+
+    Args:
+        names: of both languages, and other ones that the files may have instead.
 
     Raises:
         VocabularyError: one cannot be read.
     """
-    source, target = [os.path.join(folder, f"dict.{language}.txt") for language in languages]
-    if not (os.path.isfile(source) and os.path.isfile(target)):
-        return None
-    return read(source), read(target)
+    for languages in names:
+        source, target = [os.path.join(folder, f"dict.{language}.txt") for language in languages]
+        if os.path.isfile(source) and os.path.isfile(target):
+            return read(source), read(target)
+    return None
 
 
 def of_symbols(symbols: Sequence[str]) -> Dictionary:

@@ -11,6 +11,7 @@ class Role(NamedTuple):
         trust: the flag that opens a checkpoint with the full pickle machinery.
         data: the flag that names a folder with its dictionaries.
         overrides: the flag that changes options of its model.
+        task: the flag that says which task it was trained for, whatever name its checkpoint has.
 
     None where the command has no such flag: messages then advise none.
     """
@@ -19,3 +20,4 @@ class Role(NamedTuple):
     trust: Optional[str] = None
     data: Optional[str] = None
     overrides: Optional[str] = None
+    task: Optional[str] = None

@@ -23,7 +23,7 @@ EVALUATED = re.compile(
 )
 BUILDABLE = re.compile(
     r"fairseq\.models\.(transformer(\.\w+)?|transformer_(legacy|align|lm)|multilingual_transformer"
-    r"|nat\.\w+|(lstm|fconv|lightconv)(_lm)?)$"
+    r"|bart\.model|nat\.\w+|(lstm|fconv|lightconv)(_lm)?)$"
 )
 _DEEPEST, _MOST_VALUES = 20, 1 << 16  # of a configuration
 _BUILDING = 1 << 32  # bytes for building a model, beyond some times its weights

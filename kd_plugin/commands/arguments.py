@@ -55,6 +55,9 @@ def run_like_fairseq(
 def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) -> argparse.Namespace:
     """Parse fairseq's flags, the task's included; unlike fairseq's own, --help shows these, too.
 
+    Returns:
+        them, and ``task_given``: whether --task is among the arguments.
+
     Raises:
         UserError: fairseq refuses a flag.
     """
@@ -72,9 +75,13 @@ def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) ->
 
     rest = [argument for argument in arguments if argument not in help_wanted]
     try:
-        return fairseq_options.parse_args_and_arch(parser, rest, modify_parser=modify)
+        parsed = fairseq_options.parse_args_and_arch(parser, rest, modify_parser=modify)
     except ValueError as error:
         raise UserError(f"fairseq refuses these arguments: {error}") from error
+    given = argparse.ArgumentParser(add_help=False)
+    given.add_argument("--task")
+    parsed.task_given = given.parse_known_args(rest)[0].task is not None
+    return parsed
 
 
 def import_user_dir(arguments: List[str]) -> None:
@@ -107,6 +114,14 @@ def add_trust(add: Callable[..., Any], **options: Any) -> None:
         help="open checkpoints with the full pickle machinery, which runs whatever code they ask "
         "for",
         **options,
+    )
+
+
+def add_bleu_tokenize(add: Callable[..., Any]) -> None:
+    add(
+        "--bleu-tokenize",
+        metavar="NAME",
+        help="tokenizer of BLEU, as sacrebleu --tokenize (default: the target language's)",
     )
 
 
@@ -166,7 +181,7 @@ def refuse_unsupported(options: Any, faults: Faults) -> None:
         "prefix_size": 0,
         "retain_dropout": False,
         "results_path": None,
-        "iter_decode_with_beam": 1,
+        "iter_decode_with_external_reranker": False,
     }
     for name, default in unsupported.items():
         value = getattr(options, name, default)

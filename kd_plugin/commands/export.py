@@ -11,7 +11,7 @@ from typing import List, Optional
 from fairseq import utils
 
 from ..export import FORMATS, Asked, flag_name, make
-from .arguments import Help, add_trust, exit_code
+from .arguments import Help, add_bleu_tokenize, add_trust, exit_code, import_user_dir
 
 PROG = "fairseq-kd-export"
 
@@ -42,6 +42,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--overwrite",
         action="store_true",
         help="replace an existing output once the new one is verified",
+    )
+    add(
+        "--task",
+        dest="trained_for",
+        choices=("translation",),
+        help="what the model was trained for, where a fork of fairseq has another name for it",
+    )
+    add(
+        "--user-dir",
+        metavar="DIR",
+        help="folder to import for architectures and tasks that are not fairseq's",
     )
     add_trust(add)
     add = parser.add_argument_group("verification").add_argument
@@ -74,13 +85,20 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SYMBOL",
         help="subword marks to remove before BLEU is scored, as in fairseq-generate",
     )
+    add_bleu_tokenize(add)
     add("--no-verify", action="store_true", help="skip the comparison")
     return parser
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
     options = make_parser().parse_args(arguments)
-    return exit_code(PROG, lambda: run(options), resumable=False)
+
+    def work() -> None:
+        if options.user_dir:
+            import_user_dir(["--user-dir", options.user_dir])
+        run(options)
+
+    return exit_code(PROG, work, resumable=False)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -95,6 +113,8 @@ def run(options: argparse.Namespace) -> None:
         average=options.average,
         source_lang=options.source_lang,
         target_lang=options.target_lang,
+        task=options.trained_for,
+        user_dir=options.user_dir,
         overwrite=options.overwrite,
         trust=options.trust_checkpoint,
         verify=not options.no_verify,
@@ -103,6 +123,7 @@ def run(options: argparse.Namespace) -> None:
         sentences=options.verify_sentences,
         beam=options.beam,
         post_process=options.post_process,
+        tokenize=options.bleu_tokenize,
     )
     print("\n".join(make(asked)), flush=True)
 

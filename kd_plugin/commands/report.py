@@ -11,11 +11,18 @@ import sys
 from typing import Any, List, Optional
 
 from fairseq import options as fairseq_options
-from sacrebleu.metrics import BLEU
 
 from .. import report
+from ..decoding import Tokenizer
 from ..errors import Faults, UserError
-from .arguments import Help, add_trust, at_least, refuse_unsupported, run_like_fairseq
+from .arguments import (
+    Help,
+    add_bleu_tokenize,
+    add_trust,
+    at_least,
+    refuse_unsupported,
+    run_like_fairseq,
+)
 
 PROG = "fairseq-kd-report"
 
@@ -57,16 +64,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="data-bin of the same sentences for a model whose dictionaries are not DATA's",
     )
     add(
+        "--model-langs",
+        nargs="+",
+        default=[],
+        metavar="NAME=SRC,TGT",
+        help="what a model's --model-data calls the languages (default: as DATA does)",
+    )
+    add(
         "--reference",
         metavar="FILE",
         help="raw references, one per line (default: DATA's own, without subwords)",
     )
-    add(
-        "--bleu-tokenize",
-        default="13a",
-        metavar="NAME",
-        help="tokenizer of BLEU, as sacrebleu --tokenize",
-    )
+    add_bleu_tokenize(add)
     add(
         "--significance",
         default="bs",
@@ -99,7 +108,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     _refuse(options)
-    models = report.read_models(options.models, options.data, options.model_data)
+    models = report.read_models(
+        options.models, options.data, options.model_data, options.model_langs
+    )
     samples = options.significance_samples or {"bs": 1000, "ar": 10000}[options.significance]
     made = report.make(
         report.Asked(
@@ -140,16 +151,13 @@ def _refuse(options: Any) -> None:
     at_least(options, faults, 0, "examples")
     faults.check(
         options.task == "translation",
-        "--task must be translation, whatever the models were trained with",
+        "--task: leave it out, and each model is decoded with the task that its checkpoint names; "
+        "only --task translation can be given, for models that have another name for it",
     )
     faults.check(options.model_overrides in (None, "{}"), "--model-overrides cannot be used here")
-    try:
-        BLEU(tokenize=options.bleu_tokenize)
-    except (KeyError, RuntimeError, ImportError) as error:
-        faults.add(
-            f"--bleu-tokenize {options.bleu_tokenize}: expected one of "
-            f"{', '.join(BLEU.TOKENIZERS)} ({' '.join(str(error).split())})"
-        )
+    if options.bleu_tokenize:
+        with faults.collecting():
+            Tokenizer.of("", options.bleu_tokenize)
     faults.check(
         options.reference is None or os.path.isfile(options.reference),
         f"--reference {options.reference}: no such file",

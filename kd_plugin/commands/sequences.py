@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from fairseq import options as fairseq_options
 from fairseq import utils
@@ -16,11 +16,13 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from .. import sequences
 from ..checkpoints import parse_overrides
+from ..decoding import Tokenizer, parse_languages
 from ..errors import Faults
 from ..export import QUANTIZATIONS
 from ..files import FileError
 from .arguments import (
     Help,
+    add_bleu_tokenize,
     add_trust,
     refuse_unsupported,
     run_like_fairseq,
@@ -51,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=sequences.METRICS,
         help="measure of closeness: sacreBLEU's sentence-level score, on text without subwords",
     )
+    add_bleu_tokenize(add)
     add(
         "--hypotheses",
         metavar="DIR",
@@ -86,6 +89,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="the student's SentencePiece model, which encodes the text that --remove-bpe or --bpe "
         "has decoded",
+    )
+    add(
+        "--student-langs",
+        metavar="SRC,TGT",
+        help="what --student-data calls the languages (default: as DATA does)",
     )
     add("--engine", default="fairseq", choices=sequences.ENGINES, help="software that decodes")
     add(
@@ -166,6 +174,8 @@ def run(options: argparse.Namespace) -> None:
             repeat_original=options.repeat_original if options.mix else 0,
             student_data=options.student_data,
             student_spm=options.student_spm,
+            student_langs=_student_langs(options),
+            task_given=options.task_given,
             engine=options.engine,
             compute_type=options.compute_type,
             trust=options.trust_checkpoint,
@@ -204,6 +214,12 @@ def _refuse(options: argparse.Namespace) -> None:
         options.student_data or not options.student_spm,
         "--student-spm needs --student-data, with the dictionaries that go with it",
     )
+    check(
+        options.student_data or not options.student_langs,
+        "--student-langs needs --student-data, whose languages it names",
+    )
+    with faults.collecting():
+        _student_langs(options)
     check(options.mix or options.repeat_original == 1, "--repeat-original needs --mix original")
     check(options.repeat_original >= 1, "--repeat-original must be 1 or more")
     check(0 <= options.min_score_quantile < 1, "--min-score-quantile must be from 0 to below 1")
@@ -211,6 +227,13 @@ def _refuse(options: argparse.Namespace) -> None:
         options.min_closeness is None or 0 <= options.min_closeness <= 100,
         "--min-closeness must be from 0 to 100",
     )
+    if options.bleu_tokenize:
+        check(
+            _choice(options).uses_bleu,
+            "--bleu-tokenize needs --metric bleu, and --select closest or --min-closeness",
+        )
+        with faults.collecting():
+            Tokenizer.of("", options.bleu_tokenize)
     with faults.collecting():
         parse_overrides(options.model_overrides, "--model-overrides")
     if options.engine == "ctranslate2":
@@ -237,6 +260,12 @@ def _refuse_for_ctranslate2(options: argparse.Namespace, faults: Faults) -> None
         )
 
 
+def _student_langs(options: argparse.Namespace) -> Optional[Tuple[str, str]]:
+    if options.student_langs is None:
+        return None
+    return parse_languages(options.student_langs, "--student-langs")
+
+
 def _choice(options: argparse.Namespace) -> sequences.Choice:
     base = sequences.Filters.off() if options.no_filters else sequences.Filters()
     named = {
@@ -254,6 +283,7 @@ def _choice(options: argparse.Namespace) -> sequences.Choice:
         ),
         options.min_closeness,
         options.min_score_quantile,
+        options.bleu_tokenize,
     )
 
 

@@ -1,17 +1,11 @@
 """Models that translate: data-bins, what is decoded in which batches, and what decodes it."""
 
-from .corpus import (
-    DEFAULT_MAX_TOKENS,
-    Corpus,
-    batch_limits,
-    describe,
-    describe_text,
-    plan,
-    text_functions,
-)
-from .databin import DataBin, infer_languages
-from .engines import CTranslate2Engine, FairseqEngine, Hypothesis
-from .models import build_models, open_checkpoints, placement, set_up_task
+from .bleu import Tokenizer
+from .corpus import DEFAULT_MAX_TOKENS, Corpus, batch_limits, describe, plan
+from .databin import DataBin, infer_languages, parse_languages
+from .engines import CTranslate2Engine, FairseqEngine, Hypothesis, refining_flags
+from .models import build_models, open_checkpoints, own_task, placement, set_up_task
+from .text import describe_text, text_functions
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
@@ -20,14 +14,18 @@ __all__ = [
     "DataBin",
     "FairseqEngine",
     "Hypothesis",
+    "Tokenizer",
     "batch_limits",
     "build_models",
     "describe",
     "describe_text",
     "infer_languages",
     "open_checkpoints",
+    "own_task",
+    "parse_languages",
     "placement",
     "plan",
+    "refining_flags",
     "set_up_task",
     "text_functions",
 ]

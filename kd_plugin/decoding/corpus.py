@@ -9,10 +9,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 import torch
 from fairseq import utils
-from fairseq.data import data_utils
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import DictConfig
 
+from ..checkpoints import reads_as_translation
 from ..files import FileError, digest, read_whole, reading_binarised, remove, temporary
 from . import databin
 from .databin import DataBin
@@ -76,10 +76,11 @@ class Corpus(NamedTuple):
             task.load_dataset(subset)
             dataset = task.dataset(subset)
             read_whole(dataset)
-            return cls(dataset, dataset.src, dataset.tgt, data)
-        # other tasks load a training set to sample from it, or to mix languages
-        inference = task.build_dataset_for_inference(source, source.sizes)
-        return cls(inference, source, references, data)
+            if reads_as_translation(type(task)):
+                return cls(dataset, dataset.src, dataset.tgt, data)
+            return cls(dataset, source, references, data)  # without the symbols that it adds
+        # multilingual tasks load a training set to sample from it, or to mix languages
+        return cls(_for_inference(task, source), source, references, data)
 
     @classmethod
     def of_text(
@@ -107,8 +108,14 @@ class Corpus(NamedTuple):
             _binarise(text, data, to_subwords, cut=cut, prefix=prefix)
         with reading_binarised(prefix, "Delete both files and run the same command again"):
             source = databin.read(str(prefix))
-        inference = task.build_dataset_for_inference(source, source.sizes)
-        return cls(inference, source, None, data)
+        return cls(_for_inference(task, source), source, None, data)
+
+
+def _for_inference(task: Any, source: Any) -> Any:
+    dataset = task.build_dataset_for_inference(source, source.sizes)
+    # multilingual_translation has one of several, and decodes what that one gives
+    key = getattr(dataset, "eval_key", None)
+    return dataset if key is None else dataset.datasets[key]
 
 
 def _binarise(
@@ -143,34 +150,6 @@ def _binarise(
             remove(Path(str(new) + end))
 
 
-def text_functions(task: Any, cfg: Any) -> Tuple[Callable[[str], str], Callable[[str], str]]:
-    """From subwords to running text, as fairseq-generate does it, and back, as -interactive.
-
-    Raises:
-        FileError: a model of subwords cannot be read.
-    """
-    try:
-        bpe, tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
-    except Exception as error:  # of the libraries that they are in
-        raise FileError(
-            f"--bpe or --tokenizer cannot be set up as {cfg.bpe} and {cfg.tokenizer}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    symbol = cfg.common_eval.post_process
-
-    def to_text(subwords: str) -> str:
-        text = data_utils.post_process(subwords, symbol)
-        text = text if bpe is None else bpe.decode(text)
-        text = text if tokenizer is None else tokenizer.decode(text)
-        return text.replace("\n", " ")  # a subword model may know it, too; here it ends a sentence
-
-    def to_subwords(text: str) -> str:
-        text = text if tokenizer is None else tokenizer.encode(text)
-        return " ".join((text if bpe is None else bpe.encode(text)).split())
-
-    return to_text, to_subwords
-
-
 def plan(
     task: Any,
     corpus: Corpus,
@@ -191,6 +170,8 @@ def plan(
         FileError: a sentence is longer than a batch may be, or fairseq leaves out others, too.
     """
     limits = utils.resolve_max_positions(task.max_positions(), *max_positions)
+    if isinstance(limits, dict):  # multilingual_translation's, by direction
+        (limits,) = limits.values()
     # a column for the source, and one for references if the dataset has them
     sizes = np.asarray(corpus.dataset.sizes).reshape(len(corpus.source), -1)
     sizes = sizes[(sizes <= np.array(limits)[: sizes.shape[1]]).all(axis=1)]
@@ -240,18 +221,3 @@ def describe(
         "languages": {k: repr(v) for k, v in options.items() if "lang" in str(k)},
         "truncate_source": options.get("max_source_positions") if cut else None,
     }
-
-
-def describe_text(cfg: Any) -> Dict[str, Any]:
-    """What turns text into subwords and back: contents of models, not their paths."""
-    found: Dict[str, Any] = {"remove_bpe": cfg.common_eval.post_process}
-    for name in ("bpe", "tokenizer"):
-        part = cfg[name]
-        if part is not None:
-            plain = dict(part) if isinstance(part, DictConfig) else vars(part)
-            found[name] = {
-                str(k): digest(v) if isinstance(v, str) and os.path.isfile(v) else v
-                for k, v in plain.items()
-                if isinstance(v, (str, int, bool))
-            }
-    return found

@@ -25,17 +25,21 @@ class DataBin:
         folder: it, with ``dict.LANG.txt`` and ``SPLIT.SRC-TGT.LANG.{bin,idx}``, or text in
             subwords, ``SPLIT.SRC-TGT.LANG`` (of ``--dataset-impl raw``).
         source_lang, target_lang: the languages; fairseq takes either order in file names.
+        renamed: the flag that says what the folder calls them, "--student-langs {}", for messages.
 
     Raises:
         FileError: it has no dictionaries; VocabularyError: one cannot be read.
     """
 
-    def __init__(self, folder: str, source_lang: str, target_lang: str) -> None:
+    def __init__(
+        self, folder: str, source_lang: str, target_lang: str, renamed: Optional[str] = None
+    ) -> None:
         self.folder, self.langs = Path(folder), (source_lang, target_lang)
         missing = [str(path) for path in self.dictionary_files() if not path.is_file()]
         if missing:
             raise FileError(
                 f"{folder}: expected a folder of fairseq-preprocess; missing: {', '.join(missing)}"
+                f"{_advise_names(folder, renamed)}"
             )
         self.source, self.target = [vocabulary.read(str(f)) for f in self.dictionary_files()]
 
@@ -94,6 +98,32 @@ class DataBin:
                     if path.name.startswith(read):
                         found[named + path.name[len(read) :]] = path
         return found
+
+
+def _advise_names(folder: str, renamed: Optional[str]) -> str:
+    """What to do about a folder that has dictionaries of languages with other names."""
+    there = vocabulary.named(folder)
+    if not (there and renamed):
+        return ""
+    names = [name.split(".")[1].split("-") for name in os.listdir(folder) if name.count(".") == 3]
+    pairs = {",".join(pair) for pair in names if len(pair) == 2}
+    flag = renamed.format(pairs.pop() if len(pairs) == 1 else "SRC,TGT")
+    return (
+        f"; there are {', '.join(there)}: if these are other names for the same languages, say so "
+        f"with {flag}, the source's first"
+    )
+
+
+def parse_languages(text: str, flag: str) -> Tuple[str, str]:
+    """Names of a source and a target language, "de,en".
+
+    Raises:
+        FileError: it is something else.
+    """
+    source, comma, target = text.partition(",")
+    if not (source and target) or "," in target:
+        raise FileError(f"{flag}: expected a source and a target language as in de,en; got {text}")
+    return source, target
 
 
 def infer_languages(folder: str) -> Tuple[Optional[str], Optional[str]]:
@@ -170,16 +200,33 @@ def encode(dictionary: Dictionary, subwords: str) -> torch.Tensor:
     return torch.tensor([*ids, dictionary.eos()], dtype=torch.int32)
 
 
-def decode(dictionary: Dictionary, tokens: Sequence[int]) -> str:
-    """Symbols with spaces between; without the end of sentence.
+def decode(dictionary: Dictionary, tokens: Sequence[int], *, escape_unk: bool = False) -> str:
+    """Symbols with spaces between, as ``encode`` reads them: without the last end of sentence.
+
+    Args:
+        escape_unk: write unknown symbols so that they equal nothing, as fairseq-generate does in
+            references.
 
     Raises:
         FileError: the dictionary has no such symbol.
     """
-    special = {dictionary.eos(), dictionary.pad()}
-    symbols = dictionary.symbols
+    symbols, unk = dictionary.symbols, dictionary.unk()
     refuse_unknown_numbers(tokens, len(symbols))
-    return " ".join(symbols[int(t)] for t in tokens if int(t) not in special)
+    ids = [int(t) for t in tokens]
+    if ids[-1:] == [dictionary.eos()]:
+        ids.pop()
+    return " ".join(
+        dictionary.unk_string(True) if escape_unk and i == unk else symbols[i] for i in ids
+    )
+
+
+def symbols_seen(dictionary: Dictionary, tokens: Sequence[int]) -> List[str]:
+    """Those of a source that fairseq's encoder sees, as CTranslate2 wants them.
+
+    It passes over pads wherever they stand; CTranslate2 adds the end of sentence by itself.
+    """
+    pad = dictionary.pad()
+    return words(decode(dictionary, [token for token in tokens if int(token) != pad]))
 
 
 def warn_of_unknown(unknown: int, tokens: int, where: str) -> None:

@@ -4,14 +4,31 @@ import math
 import os
 from collections import deque
 from pathlib import Path
-from typing import Any, Deque, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import (
+    Any,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from fairseq import utils
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.tasks.translation_lev import TranslationLevenshteinTask
 from torch import Tensor
 
+from ..checkpoints import is_autoregressive
 from ..errors import UserError
 from ..files import FileError
+from . import databin
+from .databin import DataBin
+from .text import added
 
 
 class Hypothesis(NamedTuple):
@@ -20,6 +37,25 @@ class Hypothesis(NamedTuple):
     subwords: str
     score: float
     finished: bool
+
+
+# Flags of models that refine translations; nothing to those that write from left to right
+_REFINING = (
+    "iter_decode_eos_penalty",
+    "iter_decode_force_max_iter",
+    "iter_decode_max_iter",
+    "iter_decode_with_beam",
+)
+
+
+def refining_flags(generation: Any) -> List[str]:
+    """Which of the flags of iterative decoding are set in fairseq's ``GenerationConfig``."""
+    usual = GenerationConfig()
+    return [
+        "--" + name.replace("_", "-")
+        for name in _REFINING
+        if getattr(generation, name) != getattr(usual, name)
+    ]
 
 
 # Of one batch: the n best of each sentence, by its id
@@ -44,18 +80,50 @@ class FairseqEngine:
         generation: fairseq's ``GenerationConfig``.
         seed: of sampling. Every batch has a seed of its own, so that what is sampled depends
             neither on shards nor on interruptions.
+        data: whose dictionaries the task may have added symbols to, which are no translation.
     """
 
-    def __init__(self, task: Any, models: Sequence[Any], generation: Any, seed: int) -> None:
+    def __init__(
+        self,
+        task: Any,
+        models: Sequence[Any],
+        generation: Any,
+        seed: int,
+        data: Optional[DataBin] = None,
+    ) -> None:
         self.task, self.models, self.generation, self.seed = task, models, generation, seed
         self.cuda = next(models[0].parameters()).is_cuda
+        self._refuse_other_way_of_decoding()
         more = {"lm_model": None, "lm_weight": generation.lm_weight}
         try:
             self.generator = task.build_generator(models, generation, extra_gen_cls_kwargs=more)
         except (ValueError, AssertionError) as error:
             raise _refused("fairseq's generator", error) from error
         strip = getattr(self.generator, "symbols_to_strip_from_output", {self.generator.eos})
-        self.strip = {*strip, self.generator.eos, task.target_dictionary.bos()}
+        dictionary = task.target_dictionary
+        # the generator's end may be a language's symbol, behind the dictionary's
+        self.strip = {*strip, self.generator.eos, dictionary.bos(), dictionary.eos()}
+        if data is not None:
+            self.strip.update(added(dictionary, data.target))
+
+    @property
+    def refines(self) -> bool:
+        """Whether translations are written at once and refined, and not from left to right."""
+        return isinstance(self.task, TranslationLevenshteinTask)
+
+    def _refuse_other_way_of_decoding(self) -> None:
+        for model in self.models:
+            if is_autoregressive(model) is self.refines:
+                how = "translates from left to right"
+                if self.refines is False:
+                    how = "is not autoregressive: fairseq decodes it with --task translation_lev"
+                kind, task = type(model).__name__, type(self.task).__name__
+                raise FileError(f"a {kind} {how}; it cannot be decoded as a {task}")
+        if self.refines and (self.generation.nbest > 1 or self.generation.sampling):
+            raise FileError(
+                "--nbest and --sampling: a model that is not autoregressive has one translation of "
+                "each sentence"
+            )
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
         """The n-best lists of collated batches, one after the other.
@@ -72,7 +140,10 @@ class FairseqEngine:
             longest = self._longest(sample["net_input"]["src_tokens"])
             try:
                 found = self.task.inference_step(self.generator, self.models, sample)
-            except AssertionError as error:  # of a sentence that no symbol has a probability for
+            except AssertionError as error:
+                if self.refines:  # of what such a model cannot do
+                    raise _refused("fairseq's generator", error) from error
+                # of a sentence that no symbol has a probability for
                 raise _no_translation(ids, f"fairseq's generator: {error}") from error
             except ValueError as error:  # of flags that it looks at only now
                 raise _refused("fairseq's generator", error) from error
@@ -81,14 +152,16 @@ class FairseqEngine:
                 for i, nbest in zip(ids, found)
             }
 
-    def _longest(self, src_tokens: Tensor) -> int:
+    def _longest(self, src_tokens: Tensor) -> float:
         """Symbols after which fairseq ends a hypothesis that has not ended by itself."""
+        if self.refines:
+            return math.inf
         if self.generation.match_source_len:
             return src_tokens.size(1) + 1
         a, b = self.generation.max_len_a, self.generation.max_len_b
         return min(int(a * src_tokens.size(1) + b), self.generator.max_len - 1)
 
-    def _read(self, found: Dict[str, Any], longest: int) -> Hypothesis:
+    def _read(self, found: Dict[str, Any], longest: float) -> Hypothesis:
         tokens, symbols = found["tokens"].tolist(), self.task.target_dictionary.symbols
         subwords = [symbols[token] for token in tokens if token not in self.strip]
         return Hypothesis(" ".join(subwords), float(found["score"]), len(tokens) <= longest)
@@ -151,11 +224,7 @@ class CTranslate2Engine:
 
     def _begin(self, src_tokens: Tensor) -> Any:
         g, dictionary = self.generation, self.task.source_dictionary
-        special = {dictionary.pad(), dictionary.eos()}
-        symbols = dictionary.symbols
-        sources = [
-            [symbols[token] for token in row if token not in special] for row in src_tokens.tolist()
-        ]
+        sources = [databin.symbols_seen(dictionary, row) for row in src_tokens.tolist()]
         longest = min(int(g.max_len_a * src_tokens.size(1) + g.max_len_b), self.max_positions - 1)
         how: Dict[str, Any] = {"beam_size": g.beam, "num_hypotheses": g.nbest}
         if g.sampling:
@@ -193,7 +262,7 @@ class CTranslate2Engine:
                 Hypothesis(
                     " ".join(symbol for symbol in symbols if symbol not in (begin, end)),
                     float(score),
-                    symbols[-1:] == [end],
+                    symbols[-1:] in ([end], []),  # nothing is its translation of nothing
                 )
                 for symbols, score in zip(result.hypotheses, result.scores)
             ]

@@ -2,13 +2,24 @@
 
 import logging
 import os
-from typing import Any, List, Mapping, Optional, Sequence, Tuple
+from argparse import ArgumentParser, Namespace
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from fairseq import tasks
-from fairseq.tasks.translation import TranslationTask
+from fairseq.dataclass.utils import omegaconf_no_object_check
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf, open_dict
 
-from ..checkpoints import DTYPES, Checkpoint, Role, VocabularyError
+from ..checkpoints import (
+    DTYPES,
+    STOCK_OTHERS,
+    Checkpoint,
+    CheckpointError,
+    Role,
+    VocabularyError,
+    translates_otherwise,
+)
 from ..checkpoints.dictionaries import difference
 from ..files import FileError
 from .databin import infer_languages
@@ -57,10 +68,94 @@ def set_up_task(cfg: Any) -> Any:
             f"{cfg.task.data}: the data cannot be read: {error or repr(error)}"
         ) from error
     if isinstance(task, TranslationTask):
+        if not hasattr(task, "args"):
+            task.args = task.cfg  # where mBART's task still looks, and fairseq 0.12 has none
         cfg.task.source_lang, cfg.task.target_lang = task.cfg.source_lang, task.cfg.target_lang
     if not all(getattr(cfg.task, name, None) for name in ("source_lang", "target_lang")):
         raise FileError("--source-lang and --target-lang: give both")
     return task
+
+
+def own_task(cfg: Any, task: Any, paths: Sequence[str], role: Role, trust: bool = False) -> Any:
+    """The task that checkpoints were trained for, with their arguments, on the data of ``task``.
+
+    It is put into ``cfg.task``, too. What fairseq's ``translation`` has flags for stays as the
+    flags have it.
+
+    Args:
+        task: ``set_up_task(cfg)``, a translation task.
+        role: what the checkpoints are, for messages.
+        trust: open them with the full pickle machinery.
+
+    Returns:
+        ``task`` itself if ``translation`` is what they were trained for, whatever its name.
+
+    Raises:
+        CheckpointError: their task cannot be set up, or they have several.
+    """
+    # without weights: one after the other, and before what is measured or decoded
+    found = [Checkpoint.open(path, role, trust).with_weights({}) for path in paths]
+    others = {one.task: one for one in found if not one.is_translation}
+    if not others:
+        return task
+    checkpoint = next(iter(others.values()))
+    if len(others) > 1 or not all(one.task in others for one in found):
+        raise CheckpointError(
+            "an ensemble needs models of one task, got "
+            + " and ".join(f"{one.path} of {one.task!r}" for one in found)
+        )
+    name = str(checkpoint.task)
+    if not translates_otherwise(name):
+        raise CheckpointError(
+            f"{checkpoint} was trained for the task {name!r}; expected translation or one of "
+            f"{', '.join(STOCK_OTHERS)}.{checkpoint.advise_task()}"
+        )
+    with open_dict(cfg), omegaconf_no_object_check():
+        cfg.task = _task_configuration(name, cfg, checkpoint, trust)
+    logger.info(f"{checkpoint} was trained for the task {name}, and is decoded with it")
+    return set_up_task(cfg)
+
+
+# Arguments of tasks that name files; those for training alone are not among them
+_FILES = ("lang_dict", "source_dict", "target_dict", "fixed_dictionary")
+
+
+def _task_configuration(name: str, cfg: Any, checkpoint: Checkpoint, trust: bool) -> Any:
+    """A task's configuration: what it shares with ``translation`` from ``cfg``, the rest from the
+    checkpoint."""
+    shared = {
+        key: cfg.task[key] for key in TranslationConfig.__dataclass_fields__ if key in cfg.task
+    }
+    dataclass = tasks.TASK_DATACLASS_REGISTRY.get(name)
+    if dataclass is not None:
+        names = set(dataclass.__dataclass_fields__)
+        shared = {key: value for key, value in shared.items() if key in names}
+        defaults = {}
+    else:
+        parser = ArgumentParser(allow_abbrev=False)
+        tasks.TASK_REGISTRY[name].add_args(parser)
+        defaults = {one.dest: one.default for one in parser._actions if one.dest != "help"}
+        names = set(defaults)
+        # read as text by such tasks, which evaluate it: never to be taken from a checkpoint
+        shared = {key: value for key, value in shared.items() if key[:9] != "left_pad_"}
+        shared.update(seed=cfg.common.seed, task=name)
+    own = {
+        key: checkpoint.task_options[key]
+        for key in sorted(names - set(TranslationConfig.__dataclass_fields__))
+        if key in checkpoint.task_options
+    }
+    pairs, pair = own.get("lang_pairs") or (), "{source_lang}-{target_lang}".format(**shared)
+    pairs = pairs.split(",") if isinstance(pairs, str) else pairs
+    if pairs and pair not in pairs:
+        logger.warning(f"{checkpoint} WAS TRAINED FOR {', '.join(map(str, pairs))}, not for {pair}")
+    files = [f"{key} {own[key]}" for key in _FILES if own.get(key)]
+    if files and not trust:
+        raise CheckpointError(
+            f"{checkpoint}: its task {name} reads files that the checkpoint names "
+            f"({', '.join(files)}), which {checkpoint.role.trust} permits"
+        )
+    found: Dict[str, Any] = {**defaults, **shared, **own, "_name": name}
+    return OmegaConf.create(found) if dataclass is not None else Namespace(**found)
 
 
 _TO_DISTIL = (
@@ -94,7 +189,7 @@ def open_checkpoints(
     found = []
     for path in paths:
         checkpoint = Checkpoint.open(path, role, trust)
-        # other tasks add language symbols to the dictionaries' files
+        # other tasks add symbols that checkpoints do not tell
         if isinstance(task, TranslationTask):
             _check_dictionaries(checkpoint, task, overrides or {}, otherwise)
         found.append(checkpoint)
@@ -112,7 +207,7 @@ def _check_dictionaries(
             f"{langs[0]} to {langs[1]}: if that is not meant, swap --source-lang and --target-lang"
         )
     ours = (task.source_dictionary, task.target_dictionary)
-    found = checkpoint.dictionaries(langs, overrides=overrides, otherwise=("data", *ours))
+    found = checkpoint.dictionaries(langs, otherwise=("data", *ours))
     assert found is not None  # there are the data's
     for side, mine, own in zip(("source", "target"), ours, found):
         different = difference(mine, own)

@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
-from fairseq.data import Dictionary, data_utils
+from fairseq.data import Dictionary
 from sentencepiece import SentencePieceProcessor
 
 from .. import decoding
@@ -233,14 +233,12 @@ def compare_token_scores(
     Returns:
         the largest and the mean difference, in nats per token.
     """
-    ids = sorted(expected)
-    source, target = [
-        [databin.words(databin.decode(dictionary, side[i].tolist())) for i in ids]
-        for dictionary, side in (
-            (text.task.source_dictionary, text.corpus.source),
-            (text.task.target_dictionary, text.corpus.references or []),
-        )
-    ]
+    source_dictionary, dictionary = text.task.source_dictionary, text.task.target_dictionary
+    references = text.corpus.references or []
+    # a pad within a reference is a word to CTranslate2's decoder, and nothing to fairseq's
+    ids = [i for i in sorted(expected) if dictionary.pad() not in references[i]]
+    source = [databin.symbols_seen(source_dictionary, text.corpus.source[i].tolist()) for i in ids]
+    target = [databin.words(databin.decode(dictionary, references[i].tolist())) for i in ids]
     found = translator.score_batch(
         source, target, max_batch_size=verify.MAX_TOKENS, batch_type="tokens", max_input_length=0
     )
@@ -271,9 +269,6 @@ def compare(
         ExportError: CTranslate2 says something else in float32.
     """
     text = proof.text
-
-    def detokenise(subwords: str) -> str:
-        return data_utils.post_process(subwords, post_process)
 
     def engine(folder: Path) -> Any:
         settings, longest = verify.generation(proof.beam), model.max_positions[1]
@@ -312,7 +307,9 @@ def compare(
         verify.by_fairseq(torch_model, text, proof.beam),
         verify.translations(converted, text),
     ]
-    (before, after), signature = verify.bleu(systems, text, detokenise)
+    (before, after), signature = verify.bleu(
+        systems, text, post_process=post_process, tokenizer=proof.tokenizer
+    )
     return {
         "sentences": text.sentences,
         "compute_type": compute_type,

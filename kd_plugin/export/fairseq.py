@@ -9,7 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 from fairseq import models
@@ -21,7 +21,6 @@ from omegaconf import OmegaConf
 
 from ..checkpoints import (
     SECOND_COPIES,
-    TRANSLATION_TASKS,
     Checkpoint,
     CheckpointError,
     build_model,
@@ -35,12 +34,16 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of log-probabilities per token: rounding, and no more
 
-# fairseq-generate; that the plugin is not there is part of the proof
+_FAIRSEQS = frozenset(models.ARCH_MODEL_REGISTRY)  # as long as no --user-dir has been imported
+
+# fairseq-generate; that the plugin is not there is part of the proof, unless a --user-dir that an
+# architecture needs imports it
 _STOCK = """
 import sys
 from fairseq_cli.generate import cli_main
 cli_main()
-sys.exit("the plugin was imported" if "kd_plugin" in sys.modules else 0)
+without = "--user-dir" not in sys.argv
+sys.exit("the plugin was imported" if without and "kd_plugin" in sys.modules else 0)
 """
 
 
@@ -56,9 +59,11 @@ class FairseqFormat(Format):
         self, model: Model, output: Path, options: Mapping[str, Any], proof: Proof
     ) -> Verdict:
         text = proof.text
-        difference = compare(model.checkpoint, text, output, proof.beam)
+        user_dir = None if model.checkpoint.architecture in _FAIRSEQS else proof.user_dir
+        difference = compare(model.checkpoint, text, output, proof.beam, user_dir)
+        where = f"fairseq with --user-dir {user_dir}" if user_dir else "stock fairseq"
         line = (
-            f"verified in stock fairseq: {text.sentences} sentences of {text.subset} translated "
+            f"verified in {where}: {text.sentences} sentences of {text.subset} translated "
             f"the same (beam {proof.beam}), scores within {difference:.1g} per token"
         )
         return Verdict([line], {})
@@ -70,15 +75,10 @@ def model_arguments(checkpoint: Checkpoint) -> Namespace:
     Raises:
         ExportError: stock fairseq could not translate with such a model or task.
     """
-    if checkpoint.task not in TRANSLATION_TASKS:
+    if not checkpoint.is_translation:
         raise ExportError(
-            f"{checkpoint} was trained for the task {checkpoint.task!r}; expected one of "
-            f"{' and '.join(TRANSLATION_TASKS)}"
-        )
-    if checkpoint.architecture not in models.ARCH_MODEL_REGISTRY:
-        raise ExportError(
-            f"{checkpoint}: this fairseq has no architecture {checkpoint.architecture!r} of a "
-            "translation model"
+            f"{checkpoint} was trained for the task {checkpoint.task!r}; only models of the task "
+            f"'translation' can be exported.{checkpoint.advise_task()}"
         )
     try:
         complete = vars(checkpoint.complete_options())
@@ -211,11 +211,18 @@ def write(state: Dict[str, Any], path: Any) -> None:
         file.write(content.getbuffer())
 
 
-def compare(checkpoint: Checkpoint, text: verify.Text, exported: Path, beam: int) -> float:
+def compare(
+    checkpoint: Checkpoint,
+    text: verify.Text,
+    exported: Path,
+    beam: int,
+    user_dir: Optional[str] = None,
+) -> float:
     """Translations of the export by stock fairseq, in a process that has never seen the plugin.
 
     Args:
         checkpoint: translates here, in this process.
+        user_dir: what that process imports, where the architecture is not fairseq's own.
 
     Returns:
         the largest difference of two scores, in nats per token.
@@ -235,6 +242,7 @@ def compare(checkpoint: Checkpoint, text: verify.Text, exported: Path, beam: int
         *("--max-source-positions", str(text.task.cfg.max_source_positions)),
         *("--max-target-positions", str(text.task.cfg.max_target_positions)),
         "--skip-invalid-size-inputs-valid-test",
+        *(("--user-dir", str(Path(user_dir).resolve())) if user_dir else ()),
     ]
     done = subprocess.run(
         command,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..checkpoints import Checkpoint, count_parameters
+from ..decoding import Tokenizer
 from ..errors import UserError
 from .verify import Text
 
@@ -49,11 +50,15 @@ class Proof(NamedTuple):
         text: the sentences.
         beam: of the translations that are compared.
         post_process: what BLEU is scored without, as fairseq's ``--post-process``.
+        tokenizer: BLEU's.
+        user_dir: folder that was imported for architectures that are not fairseq's.
     """
 
     text: Text
     beam: int
     post_process: Optional[str]
+    tokenizer: Tokenizer = Tokenizer()
+    user_dir: Optional[str] = None
 
 
 class Verdict(NamedTuple):

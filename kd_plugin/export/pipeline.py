@@ -11,9 +11,9 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 from fairseq.data import Dictionary
 
 from ..checkpoints import Checkpoint, Role, average
-from ..decoding import DataBin, infer_languages
+from ..decoding import DataBin, Tokenizer, infer_languages
 from ..errors import Faults, UserError
-from ..files import temporary
+from ..files import FileError, temporary
 from . import fairseq
 from .ctranslate2 import CTranslate2Format
 from .fairseq import FairseqFormat
@@ -22,7 +22,7 @@ from .verify import Text
 
 logger = logging.getLogger(__name__)
 
-ROLE = Role("model", "--trust-checkpoint", "--data")
+ROLE = Role("model", "--trust-checkpoint", "--data", task="--task")
 FORMATS: Dict[str, Format] = {
     format.name: format for format in (FairseqFormat(), CTranslate2Format())
 }
@@ -38,6 +38,8 @@ class Asked(NamedTuple):
         options: of the format, by name: ``{"quantization": "int8"}``.
         average: whether several checkpoints are meant to be averaged.
         source_lang, target_lang: unless they are the checkpoint's.
+        task: what it was trained for, whatever the checkpoint says; None is what that says.
+        user_dir: folder of architectures or tasks, which has been imported.
         overwrite: replace what is there, once the new one is good.
         trust: open checkpoints with the full pickle machinery.
         verify: compare the export with the checkpoint.
@@ -46,6 +48,7 @@ class Asked(NamedTuple):
         sentences: only the first so many; 0 for all, None as many as is usual for the format.
         beam: of the translations that are compared.
         post_process: what BLEU is scored without, as fairseq-generate has it.
+        tokenize: BLEU's tokenizer, as sacrebleu's ``--tokenize``; None for the target language's.
     """
 
     paths: Sequence[str]
@@ -55,6 +58,8 @@ class Asked(NamedTuple):
     average: bool = False
     source_lang: Optional[str] = None
     target_lang: Optional[str] = None
+    task: Optional[str] = None
+    user_dir: Optional[str] = None
     overwrite: bool = False
     trust: bool = False
     verify: bool = True
@@ -63,6 +68,7 @@ class Asked(NamedTuple):
     sentences: Optional[int] = None
     beam: int = 5
     post_process: Optional[str] = None
+    tokenize: Optional[str] = None
 
 
 def make(asked: Asked) -> List[str]:
@@ -78,10 +84,14 @@ def make(asked: Asked) -> List[str]:
     _refuse(asked)
     format, output = FORMATS[asked.format], Path(asked.output)
     if len(asked.paths) > 1:
-        checkpoint = average(asked.paths, ROLE, asked.trust, format.refuse)
+
+        def refuse(first: Checkpoint) -> None:
+            format.refuse(first.as_task(asked.task))
+
+        checkpoint = average(asked.paths, ROLE, asked.trust, refuse).as_task(asked.task)
         logger.info(f"averaged {len(asked.paths)} checkpoints")
     else:
-        checkpoint = Checkpoint.open(asked.paths[0], ROLE, asked.trust)
+        checkpoint = Checkpoint.open(asked.paths[0], ROLE, asked.trust).as_task(asked.task)
         format.refuse(checkpoint)
     langs = _languages(asked, checkpoint)
     data, source, target = _dictionaries(asked, checkpoint, langs)
@@ -127,6 +137,12 @@ def _refuse(asked: Asked) -> None:
         for fault in other.faults(asked.options):
             faults.add(fault)
     faults.check(asked.beam >= 1, "--beam must be 1 or more")
+    if asked.tokenize:
+        faults.check(
+            format.needs_references, "--bleu-tokenize needs --format ctranslate2, which tells BLEU"
+        )
+        with faults.collecting():
+            Tokenizer.of("", asked.tokenize)
     faults.check(
         asked.sentences is None or asked.sentences >= 0,
         "--verify-sentences must be 0 (all) or more",
@@ -173,11 +189,11 @@ def _dictionaries(
     found = checkpoint.dictionaries(langs)
     data = None
     if asked.data:
-        data = DataBin(asked.data, *langs)
+        data = _data_bin(asked.data, checkpoint, langs)
     elif checkpoint.data and asked.verify:
         # what is missing there is told when it is needed
         with contextlib.suppress(UserError):
-            data = DataBin(checkpoint.data, *langs)
+            data = _data_bin(checkpoint.data, checkpoint, langs)
     if found is None:
         if data is None:
             files = " and ".join(f"dict.{lang}.txt" for lang in langs)
@@ -187,7 +203,7 @@ def _dictionaries(
             )
         return data, data.source, data.target
     if data is not None:
-        for lang, mine, other in zip(langs, found, (data.source, data.target)):
+        for lang, mine, other in zip(data.langs, found, (data.source, data.target)):
             if mine.symbols != other.symbols:
                 raise ExportError(
                     f"{checkpoint}: dict.{lang}.txt in {data.folder} ({len(other)} symbols) is not "
@@ -195,6 +211,15 @@ def _dictionaries(
                     "that was made with the model's dictionaries"
                 )
     return data, found.source, found.target
+
+
+def _data_bin(folder: str, checkpoint: Checkpoint, langs: Tuple[str, str]) -> DataBin:
+    """A data-bin of the model's languages, under its own names for them or those of the flags."""
+    own = checkpoint.languages_or(langs)
+    if own != langs:
+        with contextlib.suppress(FileError):
+            return DataBin(folder, *own)
+    return DataBin(folder, *langs)
 
 
 @contextlib.contextmanager
@@ -219,7 +244,8 @@ def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Opti
                 f"{data.folder}: {asked.subset} has no references, and --format {format.name} is "
                 "verified on them"
             )
-        yield Proof(text, asked.beam, asked.post_process)
+        tokenizer = Tokenizer.of(model.languages[1], asked.tokenize)
+        yield Proof(text, asked.beam, asked.post_process, tokenizer, asked.user_dir)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,14 @@
 """What an export is compared on, and what the checkpoint itself says about it."""
 
+import logging
 import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq.dataclass.configs import GenerationConfig
 from omegaconf import OmegaConf
-from sacrebleu.metrics import BLEU
 
 from .. import decoding
 from ..checkpoints import Checkpoint, translation_task
@@ -16,6 +16,8 @@ from ..decoding import databin
 from ..files import FileError
 
 MAX_TOKENS = 2048  # of a batch
+
+logger = logging.getLogger(__name__)
 
 
 class Text(NamedTuple):
@@ -129,23 +131,31 @@ def reference_scores(model: Any, text: Text) -> Dict[int, List[float]]:
 
 
 def bleu(
-    systems: Sequence[Dict[int, decoding.Hypothesis]], text: Text, detokenise: Callable[[str], str]
+    systems: Sequence[Dict[int, decoding.Hypothesis]],
+    text: Text,
+    *,
+    post_process: Optional[str],
+    tokenizer: decoding.Tokenizer,
 ) -> Tuple[List[float], str]:
     """sacreBLEU's BLEU of several systems on the references, and its signature.
 
     Args:
-        detokenise: from symbols with spaces between to what is scored.
+        post_process: what it is scored without.
     """
     dictionary, ids = text.task.target_dictionary, sorted(systems[0])
+    cfg = Namespace(bpe=None, tokenizer=None, common_eval=Namespace(post_process=post_process))
+    to_text, _ = decoding.text_functions(text.task, cfg, text.corpus.data)
     references = [
         # an unknown symbol counts as wrong
-        detokenise(dictionary.string(text.corpus.references[i], escape_unk=True))
+        to_text(databin.decode(dictionary, text.corpus.references[i].tolist(), escape_unk=True))
         for i in ids
         if text.corpus.references is not None
     ]
-    metric = BLEU()
+    for note in tokenizer.notes(references):
+        logger.warning(note)
+    metric = tokenizer.metric()
     scores = [
-        metric.corpus_score([detokenise(found[i].subwords) for i in ids], [references]).score
+        metric.corpus_score([to_text(found[i].subwords) for i in ids], [references]).score
         for found in systems
     ]
     return scores, str(metric.get_signature())

@@ -32,7 +32,7 @@ from ..errors import UserError, out_of_memory
 from ..export import read_record, symbols_of
 from ..files import FileError, read_json, write_json
 from ..timing import memory, peak_memory
-from .systems import CTRANSLATE2, Model, System, role_of
+from .systems import CTRANSLATE2, FAIRSEQ, Model, System, role_of
 
 _OTHER_DICTIONARIES = "Name a data-bin made with its own dictionaries: --model-data NAME=DIR."
 NUMBERS = ("parameters", "parameters_without_embeddings", "bytes", "file_bytes")  # of a model
@@ -56,7 +56,8 @@ class Measured:
     """What has been measured of one model, kept in a file from pass to pass.
 
     Attributes:
-        facts: sizes and precision of the model; the keys are ``NUMBERS`` and "precision".
+        facts: sizes and precision of the model; the keys are ``NUMBERS``, "precision", and
+            "refines", whether it is one that no beam is for.
         translations: by beam, running text of each sentence.
         tokens: by beam, their number.
         seconds: by beam, of each pass.
@@ -97,6 +98,7 @@ class Measured:
             and all(type(number) is int and number >= 0 for number in numbers)
             and all(type(run) is str for run in self.runs)
             and isinstance(self.facts["precision"], (str, type(None)))
+            and isinstance(self.facts.get("refines"), (bool, type(None)))
         ):
             raise ValueError("a value of another type, or out of range")
 
@@ -283,11 +285,15 @@ class _Decoder:
         utils.import_user_module(cfg.common)
         self.device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
         self.task = decoding.set_up_task(cfg)
+        if model.kind == FAIRSEQ and not task_given(options):
+            self.task = decoding.own_task(
+                *(cfg, self.task, model.paths, role, options.trust_checkpoint)
+            )
         self.generation, self.seed = cfg.generation, cfg.common.seed
-        langs = self.task.cfg.source_lang, self.task.cfg.target_lang
-        data = decoding.DataBin(model.data, *langs)
+        data = decoding.DataBin(model.data, cfg.task.source_lang, cfg.task.target_lang)
         corpus = decoding.Corpus.of_subset(self.task, data, cfg.dataset.gen_subset)
-        self.to_text, _ = decoding.text_functions(self.task, cfg)
+        self.to_text, _ = decoding.text_functions(self.task, cfg, data)
+        self.data = data
         self.sentences = len(corpus.source)
         self._memory_before = memory("VmRSS") or 0
         self.model: Any
@@ -334,6 +340,7 @@ class _Decoder:
             )
             self.positions = [one.max_positions() for one in self.model]
             del checkpoints
+            self.facts["refines"] = self._engine(1).refines
         plan = decoding.plan(
             self.task,
             corpus,
@@ -376,7 +383,7 @@ class _Decoder:
                 compute_type="default",
                 max_positions=self.positions[0][1],
             )
-        return decoding.FairseqEngine(self.task, self.model, generation, self.seed)
+        return decoding.FairseqEngine(self.task, self.model, generation, self.seed, self.data)
 
     def memory(self) -> int:
         """Bytes at the peak of decoding; on a GPU, what torch allocated there at most."""
@@ -390,10 +397,17 @@ def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
     own = copy.deepcopy(options)
     if model is not None:
         own.data, own.path = model.data, model.path
+        if model.langs is not None:
+            own.source_lang, own.target_lang = model.langs
     cfg = convert_namespace_to_omegaconf(own)
     with open_dict(cfg):
         cfg.dataset.max_tokens, cfg.dataset.batch_size = decoding.batch_limits(cfg)
     return cfg
+
+
+def task_given(options: Namespace) -> bool:
+    """Whether --task translation is to hold whatever the checkpoints were trained for."""
+    return getattr(options, "task_given", False)
 
 
 def check_vocabulary(model: Model, task: Any) -> None:

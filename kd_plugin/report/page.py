@@ -81,7 +81,7 @@ def _overview(report: Dict[str, Any]) -> Table:
     failures = [
         f"{model['name']} failed: {model['error']}" for model in report["models"] if model["error"]
     ]
-    return Table(_OVERVIEW, header, rows, failures=failures)
+    return Table(_OVERVIEW, header, rows, failures=[*failures, *report["doubts"]])
 
 
 def _quality(report: Dict[str, Any]) -> Table:

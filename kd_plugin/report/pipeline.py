@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import shutil
 from argparse import Namespace
@@ -24,13 +25,15 @@ from ..teachers import Student, Teacher, TeacherSettings
 from ..timing import Quartiles
 from . import compare, page
 from .curves import read_curves
-from .decode import NUMBERS, Measured, configuration, measure
+from .decode import NUMBERS, Measured, configuration, measure, task_given
 from .score import METRICS, TESTS, score
 from .systems import CTRANSLATE2, Model, System, role_of
 
 _SETTINGS, _MEASURED, _TRANSLATIONS = "settings.json", "measured", "translations"
 _PAGES = ("report.md", "report.html", "report.json")
 _PICTURES = ("quality-speed.png", "curves.png", "differences.png")
+logger = logging.getLogger(__name__)
+
 _COUNTED = 500_000  # sentences of the training set, to tell rare tokens from common ones
 
 
@@ -48,7 +51,7 @@ class Asked(NamedTuple):
         beam: of the search; with ``greedy``, beam 1 beside it.
         repeats: passes over the data that are timed.
         reference: file with the raw references; None for those of the data-bin.
-        tokenize: BLEU's, as sacrebleu's ``--tokenize``.
+        tokenize: BLEU's, as sacrebleu's ``--tokenize``; None for the target language's.
         test, samples: of significance: one of ``TESTS``, and how many samples it draws.
         logs: files of fairseq-train's logs, by name.
         examples: how many sentences to show of each student.
@@ -65,7 +68,7 @@ class Asked(NamedTuple):
     greedy: bool = False
     repeats: int = 3
     reference: Optional[str] = None
-    tokenize: str = "13a"
+    tokenize: Optional[str] = None
     test: str = "bs"
     samples: int = 1000
     logs: Dict[str, str] = {}
@@ -83,6 +86,7 @@ class _TestSet(NamedTuple):
 
     Attributes:
         binarised: whether the data-bin has references, which models are compared on.
+        tokenizer: of BLEU.
     """
 
     cfg: Any
@@ -91,6 +95,7 @@ class _TestSet(NamedTuple):
     source: List[str]
     references: List[str]
     binarised: bool
+    tokenizer: decoding.Tokenizer
 
 
 class _Results(NamedTuple):
@@ -151,6 +156,7 @@ def _make(
         "device": settings["device"],
         "threads": settings["threads"],
         "repeats": asked.repeats,
+        "doubts": data.tokenizer.notes(data.references),
         "notes": _notes(results),
         **_judge(results),
         "curves": curves,
@@ -174,11 +180,11 @@ def _read(asked: Asked) -> _TestSet:
     task = decoding.set_up_task(cfg)
     bins = decoding.DataBin(cfg.task.data, task.cfg.source_lang, task.cfg.target_lang)
     corpus = decoding.Corpus.of_subset(task, bins, cfg.dataset.gen_subset)
-    to_text, _ = decoding.text_functions(task, cfg)
+    to_text, _ = decoding.text_functions(task, cfg, bins)
 
-    def texts(sentences: Any, dictionary: Any) -> List[str]:
+    def texts(sentences: Any, dictionary: Any, escape_unk: bool = False) -> List[str]:
         indices = (sentences[i].tolist() for i in range(len(sentences)))
-        return [to_text(databin.decode(dictionary, own)) for own in indices]
+        return [to_text(databin.decode(dictionary, own, escape_unk=escape_unk)) for own in indices]
 
     source = texts(corpus.source, bins.source)
     if asked.reference is not None:
@@ -189,13 +195,20 @@ def _read(asked: Asked) -> _TestSet:
                 f"{cfg.dataset.gen_subset} has sentences; got {len(references)}"
             )
     elif corpus.references is not None:
-        references = texts(corpus.references, bins.target)
+        references = texts(corpus.references, bins.target, escape_unk=True)
     else:
         raise UserError(
             f"{cfg.task.data} has no {task.cfg.target_lang} references: give a file with "
             "--reference"
         )
-    return _TestSet(cfg, task, corpus, source, references, corpus.references is not None)
+    tokenizer = decoding.Tokenizer.of(task.cfg.target_lang, asked.tokenize)
+    for note in tokenizer.notes(references):
+        logger.warning(note)
+    return _TestSet(
+        *(cfg, task, corpus, source, references),
+        binarised=corpus.references is not None,
+        tokenizer=tokenizer,
+    )
 
 
 def _read_lines(path: str) -> List[str]:
@@ -228,13 +241,15 @@ def _settings(data: _TestSet) -> Dict[str, Any]:
     }
 
 
-def _model_settings(model: Model, data: _TestSet) -> Dict[str, Any]:
-    """What they depend on beside that: the model's files, its own data-bin's, its workers."""
+def _model_settings(model: Model, asked: Asked, data: _TestSet) -> Dict[str, Any]:
+    """What they depend on beside that: the model's files, task, own data-bin and workers."""
     own = {}
     if _has_own_data(model, data):
-        bins = decoding.DataBin(model.data, *data.corpus.data.langs)
+        langs = model.langs or data.corpus.data.langs
+        bins = decoding.DataBin(model.data, *langs, renamed=f"--model-langs {model.name}={{}}")
         own = decoding.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
     found: Dict[str, Any] = {"model": model.fingerprint(), "model_data": own}
+    found["task"] = "translation" if task_given(asked.options) else "the checkpoint's"
     device, _ = decoding.placement(data.cfg, data.cfg.distributed_training.device_id)
     if model.kind == CTRANSLATE2 and device.type == "cpu":
         found["ctranslate2_workers"] = threads()
@@ -314,7 +329,7 @@ def _measure(asked: Asked, data: _TestSet, settings: Dict[str, Any], kept: Path)
     """
     measured = {
         model.name: Measured(
-            kept / (model.name + ".json"), {**settings, **_model_settings(model, data)}
+            kept / (model.name + ".json"), {**settings, **_model_settings(model, asked, data)}
         )
         for model in asked.models
     }
@@ -338,7 +353,7 @@ def _measure(asked: Asked, data: _TestSet, settings: Dict[str, Any], kept: Path)
 
 
 def _notes(results: _Results) -> List[str]:
-    asked = results.asked
+    asked, data = results.asked, results.data
     good = [one for name, one in results.measured.items() if name not in results.failures]
     notes = []
     if len({run for one in good for run in one.runs}) > 1:
@@ -348,7 +363,19 @@ def _notes(results: _Results) -> List[str]:
         )
     if any(len(seconds) > asked.repeats for one in good for seconds in one.seconds.values()):
         notes.append(f"Some models were timed in more than {asked.repeats} passes.")
-    text = decoding.describe_text(results.data.cfg)
+    generation = data.cfg.generation
+    refine = [name for name, one in results.measured.items() if one.facts.get("refines")]
+    if refine:
+        notes.append(
+            f"Not autoregressive: {', '.join(refine)}. What they write is refined up to "
+            f"{generation.iter_decode_max_iter} times; the beam is for the other models."
+        )
+    elif decoding.refining_flags(generation):
+        notes.append(
+            f"{', '.join(decoding.refining_flags(generation))}: without effect, all models are "
+            "autoregressive."
+        )
+    text = decoding.describe_text(data.cfg)
     lines = (line for one in good for line in one.translations.get(asked.beam, ()) if line)
     if not any(text.values()) and any("\u2581" in line or "@@ " in line for line in lines):
         notes.append(
@@ -372,7 +399,7 @@ def _judge(results: _Results) -> Dict[str, Any]:
         {system.name: lines for system, lines in texts.items()},
         results.data.references,
         baseline=baseline.name,
-        tokenize=asked.tokenize,
+        tokenizer=results.data.tokenizer,
         test=asked.test,
         samples=asked.samples,
     )
@@ -515,7 +542,15 @@ def _open(model: Model, results: _Results) -> Teacher:
         task.source_dictionary, task.target_dictionary, task.cfg.source_lang, task.cfg.target_lang
     )
     asked = results.asked
-    settings = TeacherSettings(model.paths, trust=asked.trust, role=role_of(model, asked.teacher))
+    # it has been decoded, whatever its checkpoints call the languages
+    names = {"source_lang": fit.source_lang, "target_lang": fit.target_lang}
+    settings = TeacherSettings(
+        model.paths,
+        overrides=names,
+        trust=asked.trust,
+        role=role_of(model, asked.teacher),
+        task="translation" if task_given(asked.options) else None,
+    )
     return Teacher.open(settings, fit).place(device, dtype)
 
 

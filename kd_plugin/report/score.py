@@ -2,8 +2,10 @@
 
 from typing import Any, Dict, List, Sequence, Tuple
 
-from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics import CHRF, TER
 from sacrebleu.significance import PairedTest
+
+from ..decoding import Tokenizer
 
 METRICS = ("BLEU", "chrF2", "TER")
 TESTS = {"bs": "paired bootstrap resampling", "ar": "paired approximate randomisation"}
@@ -15,7 +17,7 @@ def score(
     references: Sequence[str],
     *,
     baseline: str,
-    tokenize: str,
+    tokenizer: Tokenizer,
     test: str,
     samples: int,
 ) -> Tuple[Dict[str, Dict[str, Any]], Dict[str, str]]:
@@ -25,7 +27,7 @@ def score(
         translations: running text by system, as many lines as there are references.
         baseline: the system that the others are compared with (Koehn 2004 for the bootstrap,
             Riezler & Maxwell 2005 for approximate randomisation).
-        tokenize: BLEU's, as sacrebleu's ``--tokenize``.
+        tokenizer: BLEU's.
         test: one of ``TESTS``.
         samples: how many the test draws.
 
@@ -37,7 +39,9 @@ def score(
     """
 
     def metrics() -> Dict[str, Any]:
-        return {"BLEU": BLEU(tokenize=tokenize), "chrF2": CHRF(), "TER": TER()}
+        asian = tokenizer.asian  # split only where the text is normalised, too
+        ter = TER(normalized=asian, asian_support=asian)
+        return {"BLEU": tokenizer.metric(), "chrF2": CHRF(), "TER": ter}
 
     scores: Dict[str, Dict[str, Any]] = {}
     signatures: Dict[str, str] = {}

@@ -4,11 +4,12 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq import utils
 
 from ..checkpoints import Role
+from ..decoding import parse_languages
 from ..errors import Faults, UserError
 from ..files import digest
 
@@ -23,11 +24,13 @@ class Model(NamedTuple):
         name: in tables and pictures.
         path: fairseq's ``--path``, or a folder of ``fairseq-kd-export --format ctranslate2``.
         data: data-bin with its dictionaries.
+        langs: what that data-bin calls the languages, if not as the others do.
     """
 
     name: str
     path: str
     data: str
+    langs: Optional[Tuple[str, str]] = None
 
     @property
     def kind(self) -> str:
@@ -49,7 +52,7 @@ class Model(NamedTuple):
 def role_of(model: Model, teacher: Model) -> Role:
     """What messages call a model's checkpoints, and the flags that they advise."""
     name = "teacher" if model == teacher else "student"
-    return Role(name, trust="--trust-checkpoint", data="--model-data")
+    return Role(name, trust="--trust-checkpoint", task="--task")
 
 
 class System(NamedTuple):
@@ -86,8 +89,11 @@ def named(pairs: Sequence[str], flag: str, what: str) -> Dict[str, str]:
     return found
 
 
-def read_models(pairs: Sequence[str], data: str, own_data: Sequence[str]) -> List[Model]:
-    """The models of ``--models``, with the data-bins that ``--model-data`` gives some of them.
+def read_models(
+    pairs: Sequence[str], data: str, own_data: Sequence[str], own_langs: Sequence[str] = ()
+) -> List[Model]:
+    """The models of ``--models``, with the data-bins that ``--model-data`` gives some of them, and
+    what those call the languages by ``--model-langs``.
 
     Args:
         data: data-bin of the others.
@@ -97,10 +103,18 @@ def read_models(pairs: Sequence[str], data: str, own_data: Sequence[str]) -> Lis
     """
     paths = named(pairs, "--models", "CHECKPOINT")
     folders = named(own_data, "--model-data", "DATA-BIN")
+    langs = {
+        name: parse_languages(text, "--model-langs " + name)
+        for name, text in named(own_langs, "--model-langs", "SRC,TGT").items()
+    }
     faults = Faults()
     for name in folders:
         faults.check(name in paths, f"--model-data: no model is named {name!r}")
-    models = [Model(name, path, folders.get(name, data)) for name, path in paths.items()]
+    for name in langs:
+        faults.check(name in folders, f"--model-langs {name}: --model-data names no folder of it")
+    models = [
+        Model(name, path, folders.get(name, data), langs.get(name)) for name, path in paths.items()
+    ]
     for model in models:
         faults.check(
             _NAME.fullmatch(model.name) and not model.name.endswith(".greedy"),

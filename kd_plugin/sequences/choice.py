@@ -7,9 +7,9 @@ its function and put it into ``SELECTORS``: the flag, its help and its refusals 
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import CHRF
 
-from ..decoding import databin
+from ..decoding import Tokenizer, databin
 from ..decoding.corpus import Corpus
 from ..decoding.engines import Hypothesis
 from ..files import FileError
@@ -18,6 +18,7 @@ from .filters import Filters, new_counts
 from .student import Student
 
 METRICS = ("bleu", "chrf")
+_WESTERN = Tokenizer()
 
 
 class Candidates:
@@ -107,13 +108,14 @@ def highest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda i: (values[i], -i))
 
 
-def similarity(metric: str) -> Callable[[str, str], float]:
+def similarity(metric: str, tokenizer: Tokenizer = _WESTERN) -> Callable[[str, str], float]:
     """sacreBLEU's sentence-level score of a hypothesis against its reference, 0 to 100.
 
     Args:
         metric: "bleu", with the effective order as sentences need it, or "chrf".
+        tokenizer: BLEU's.
     """
-    scorer: Any = BLEU(effective_order=True) if metric == "bleu" else CHRF()
+    scorer: Any = tokenizer.metric(effective_order=True) if metric == "bleu" else CHRF()
     return lambda hypothesis, reference: scorer.sentence_score(hypothesis, [reference]).score
 
 
@@ -133,6 +135,7 @@ class Choice(NamedTuple):
         min_closeness: least closeness of what is chosen, 0 to 100.
         min_score_quantile: share of sentences to drop, those with the teacher's lowest score per
             token.
+        tokenize: BLEU's tokenizer, as sacrebleu's ``--tokenize``; None for the target language's.
     """
 
     select: str = "best"
@@ -140,6 +143,7 @@ class Choice(NamedTuple):
     filters: Filters = Filters()
     min_closeness: Optional[float] = None
     min_score_quantile: float = 0.0
+    tokenize: Optional[str] = None
 
     @property
     def selector(self) -> Selector:
@@ -148,6 +152,10 @@ class Choice(NamedTuple):
     @property
     def uses_metric(self) -> bool:
         return self.selector.uses_metric or self.min_closeness is not None
+
+    @property
+    def uses_bleu(self) -> bool:
+        return self.uses_metric and self.metric == "bleu"
 
     @property
     def needs_references(self) -> bool:
@@ -174,6 +182,7 @@ def choose(
     student: Student,
     choice: Choice,
     *,
+    tokenizer: Tokenizer = _WESTERN,
     lenpen: float = 1.0,
     unnormalized: bool = False,
 ) -> Chosen:
@@ -181,6 +190,7 @@ def choose(
 
     Args:
         nbest: sentences with their lists, in the order of the corpus.
+        tokenizer: of BLEU.
         lenpen, unnormalized: how the scores were normalised; fairseq's flags.
 
     Raises:
@@ -191,7 +201,7 @@ def choose(
     scores = np.full(sentences, -np.inf, dtype=np.float64)
     closeness = np.full(sentences, np.nan, dtype=np.float64)
     dropped = new_counts()
-    measure = similarity(choice.metric)
+    measure = similarity(choice.metric, tokenizer)
     unknown = corpus.data.source.unk_string()
     decoded, last = 0, -1
     with progress_bar(sentences, "choosing", "sentences") as progress:

@@ -33,6 +33,7 @@ class Filters(NamedTuple):
         max_repeats: most that a hypothesis's commonest 4-gram may occur more often than the
             source's commonest does (oscillation: Raunak et al. 2021; Guerreiro et al. 2023, TNG).
         unfinished: drop hypotheses that were ended by the length limit.
+        empty: drop hypotheses without any symbol; CTranslate2 translates an empty line so.
     """
 
     max_length: Optional[int] = 250
@@ -40,10 +41,11 @@ class Filters(NamedTuple):
     copies: bool = True
     max_repeats: Optional[int] = 1
     unfinished: bool = True
+    empty: bool = True
 
     @classmethod
     def off(cls) -> "Filters":
-        return cls(None, None, False, None, False)
+        return cls(None, None, False, None, False, False)
 
     def reason(
         self, source: str, hypothesis: Hypothesis, texts: Tuple[str, str, Optional[str]]
@@ -56,7 +58,7 @@ class Filters(NamedTuple):
         """
         target_words, source_words = words(hypothesis.subwords), words(source)
         n, m = len(target_words), len(source_words)
-        if not target_words:
+        if self.empty and not target_words:
             return "empty"
         if self.unfinished and not hypothesis.finished:
             return "unfinished"

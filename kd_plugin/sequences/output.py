@@ -1,17 +1,19 @@
 """The folder that is written: a data-bin of the teacher's translations."""
 
 import contextlib
+import logging
 import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 from fairseq.data import Dictionary
 
 from ..decoding import databin
 from ..decoding.corpus import Corpus
+from ..decoding.text import split_tags
 from ..files import (
     FileError,
     differences,
@@ -28,6 +30,8 @@ from .choice import Chosen
 from .filters import in_words
 from .hypotheses import HypothesisStore
 from .student import Student
+
+logger = logging.getLogger(__name__)
 
 _RECORD, _TEXT, _LOCK = "record.json", "text", ".lock"
 _DATA = "data"  # the folder in which the result is made
@@ -227,6 +231,7 @@ class Output:
             for lang in pair
         ]
         unknown = [0, 0]
+        tags: List[Set[str]] = [set(), set()]
         total = int((chosen.which >= 0).sum()) + (originals.sentences if originals else 0)
         try:
             with progress_bar(total, "writing", "sentences") as progress:
@@ -235,7 +240,17 @@ class Output:
                         subwords = sentence[side]
                         running = student.to_text(subwords)
                         if student.recode is not None:
-                            subwords = student.recode(running)
+                            before, _, after = split_tags(databin.words(subwords))
+                            tags[side].update(before, after)
+                            # those that the student knows stay what they are
+                            known = dictionaries[side].indices
+                            subwords = " ".join(
+                                [
+                                    *(tag for tag in before if tag in known),
+                                    *databin.words(student.recode(running)),
+                                    *(tag for tag in after if tag in known),
+                                ]
+                            )
                         tokens = databin.encode(dictionaries[side], subwords)
                         unknown[side] += int(tokens.eq(dictionaries[side].unk()).sum())
                         sides[side].add(tokens)
@@ -245,8 +260,15 @@ class Output:
         finally:
             for file in [*files[0], *files[1]]:
                 file.close()
-        for writer, lang, count in zip(sides, pair, unknown):
+        for writer, lang, dictionary, count, seen in zip(sides, pair, dictionaries, unknown, tags):
             writer.close()
+            left_out = sorted(tag for tag in seen if tag not in dictionary.indices)
+            if left_out:
+                logger.warning(
+                    f"{_SPLIT}.{lang} is written without tags of languages "
+                    f"({', '.join(left_out[:5])}): they are no text, and the dictionary of "
+                    "--student-data has none of them"
+                )
             databin.warn_of_unknown(count, writer.tokens, f"{_SPLIT}.{lang}")
         return {
             "source_tokens": sides[0].tokens,

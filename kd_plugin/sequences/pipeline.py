@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import os
 import shutil
 import time
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf, open_dict
 
 from .. import decoding
 from ..checkpoints import Checkpoint, Role, parse_overrides
-from ..decoding import Corpus, DataBin, databin
+from ..decoding import Corpus, DataBin, Tokenizer, databin
 from ..export import ExportError, export_ctranslate2
 from ..files import Busy, FileError, digest, temporary
 from ..timing import progress_bar
@@ -24,8 +25,10 @@ from .hypotheses import HypothesisStore
 from .output import HYPOTHESES, Originals, Output
 from .student import Student, open_student
 
+logger = logging.getLogger(__name__)
+
 ENGINES = ("fairseq", "ctranslate2")
-ROLE = Role("teacher", "--trust-checkpoint", overrides="--model-overrides")
+ROLE = Role("teacher", "--trust-checkpoint", overrides="--model-overrides", task="--task")
 
 
 class Asked(NamedTuple):
@@ -41,6 +44,9 @@ class Asked(NamedTuple):
         repeat_original: how many times the original training set comes before the distilled one.
         student_data: data-bin of a student with other dictionaries than the teacher's.
         student_spm: that student's SentencePiece model.
+        student_langs: what that data-bin calls the languages, if not as the teacher's does.
+        task_given: decode with the task of ``cfg``, whatever the checkpoints were trained for.
+            Without it, that holds for another task than ``translation`` alone.
         engine: what decodes, one of ``ENGINES``.
         compute_type: CTranslate2's precision; None is int8 on a CPU and float16 on a GPU.
         trust: open checkpoints with the full pickle machinery.
@@ -57,6 +63,8 @@ class Asked(NamedTuple):
     repeat_original: int = 0
     student_data: Optional[str] = None
     student_spm: Optional[str] = None
+    student_langs: Optional[Tuple[str, str]] = None
+    task_given: bool = False
     engine: str = "fairseq"
     compute_type: Optional[str] = None
     trust: bool = False
@@ -84,9 +92,12 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
     device, dtype = decoding.placement(cfg, asked.device_id)
     task = decoding.set_up_task(cfg)
     data = DataBin(cfg.task.data, cfg.task.source_lang, cfg.task.target_lang)
-    to_text, to_subwords = decoding.text_functions(task, cfg)
-    _refuse_subwords(asked, cfg, data)
-    student = open_student(data, to_text, asked.student_data, asked.student_spm)
+    to_text, to_subwords = decoding.text_functions(task, cfg, data)
+    _refuse_subwords(asked, cfg, data, to_text)
+    tokenizer = Tokenizer.of(cfg.task.target_lang, asked.choice.tokenize)
+    student = open_student(
+        data, to_text, asked.student_data, asked.student_spm, asked.student_langs
+    )
     teacher = _Teacher(
         utils.split_paths(cfg.common_eval.path),
         parse_overrides(cfg.common_eval.model_overrides, "--model-overrides"),
@@ -94,8 +105,10 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         dtype,
         asked.compute_type or ("float16" if device.type == "cuda" else "int8"),
     )
+    if not asked.task_given and cfg.task._name == "translation":
+        task = decoding.own_task(cfg, task, teacher.paths, ROLE, asked.trust)
     header = _header(asked, cfg, data, teacher)
-    output = Output(asked.output, _settings(asked, cfg, header, student))
+    output = Output(asked.output, _settings(asked, cfg, header, student, tokenizer))
     folder = Path(asked.hypotheses or output.folder / HYPOTHESES)
     store = HypothesisStore(folder, header, asked.num_shards, asked.shard_id)
     _refuse_others(asked, output, store)
@@ -104,6 +117,8 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         return output.record()
     corpus = _corpus(asked, cfg, task, data, to_subwords=to_subwords, store=store)
     originals = _originals(asked, cfg, data)
+    if asked.choice.uses_bleu and corpus.references is not None:
+        _warn_of_words(tokenizer, corpus, to_text)
     if store.complete:
         store.clean_up()
     elif not _translate(asked, cfg, task, corpus, teacher=teacher, store=store, output=output):
@@ -124,6 +139,7 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         if not output.complete:
             chosen = choose(
                 *(corpus, store, student, asked.choice),
+                tokenizer=tokenizer,
                 lenpen=cfg.generation.lenpen,
                 unnormalized=cfg.generation.unnormalized,
             )
@@ -167,19 +183,26 @@ def _header(asked: Asked, cfg: Any, data: DataBin, teacher: _Teacher) -> Dict[st
     }
 
 
-def _settings(asked: Asked, cfg: Any, header: Dict[str, Any], student: Student) -> Dict[str, Any]:
+def _settings(
+    asked: Asked, cfg: Any, header: Dict[str, Any], student: Student, tokenizer: Tokenizer
+) -> Dict[str, Any]:
     """All that the data depends on."""
-    choice = asked.choice
+    choice, filters = asked.choice, dict(asked.choice.filters._asdict())
+    if filters["empty"]:
+        del filters["empty"]  # as in records from before it could be switched off
+    by_words = choice.uses_bleu and tokenizer != Tokenizer()  # likewise
     return {
         "hypotheses": header,
         "select": choice.select,
         "metric": choice.metric if choice.uses_metric else None,
-        "filters": dict(choice.filters._asdict()),
+        "tokenizer": tokenizer.name if by_words else None,
+        "filters": filters,
         "min_closeness": choice.min_closeness,
         "min_score_quantile": choice.min_score_quantile,
         "text": decoding.describe_text(cfg),
         "original": asked.repeat_original,
         "student_spm": digest(asked.student_spm) if asked.student_spm else None,
+        "student_langs": list(asked.student_langs) if asked.student_langs else None,
         "student_files": {
             name: digest(str(path)) for name, path in student.data.carried_files().items()
         },
@@ -189,7 +212,7 @@ def _settings(asked: Asked, cfg: Any, header: Dict[str, Any], student: Student) 
 # Refusals
 
 
-def _refuse_subwords(asked: Asked, cfg: Any, data: DataBin) -> None:
+def _refuse_subwords(asked: Asked, cfg: Any, data: DataBin, to_text: Callable[[str], str]) -> None:
     """Subwords that would be compared, or encoded anew, as if they were words."""
     if asked.student_spm:
         flag = "--student-spm"
@@ -199,10 +222,14 @@ def _refuse_subwords(asked: Asked, cfg: Any, data: DataBin) -> None:
         flag = "--min-closeness"
     else:
         return
-    if cfg.common_eval.post_process or cfg.bpe or cfg.tokenizer:
+    if cfg.bpe or cfg.tokenizer:
         return
+    symbols, removed = data.target.symbols, cfg.common_eval.post_process
     for mark, how in (("\u2581", "--remove-bpe sentencepiece"), ("@@", "--remove-bpe")):
-        if any(mark in symbol for symbol in data.target.symbols):
+        marked = [symbol for symbol in symbols if mark in symbol]
+        if removed and 20 * len(marked) < len(symbols):
+            continue  # some that are text
+        if any(mark in to_text(f"{symbol} a") for symbol in marked[:1]):
             raise FileError(
                 f"{flag} needs text without subwords, and the vocabulary has {mark!r} in it: add "
                 f"{how}"
@@ -264,6 +291,15 @@ def _originals(asked: Asked, cfg: Any, data: DataBin) -> Optional[Originals]:
     return Originals(source, target, asked.repeat_original)
 
 
+def _warn_of_words(tokenizer: Tokenizer, corpus: Corpus, to_text: Callable[[str], str]) -> None:
+    """Before anything is decoded: a closeness that means nothing."""
+    assert corpus.references is not None
+    first = (corpus.references[i].tolist() for i in range(min(len(corpus.references), 1000)))
+    texts = [to_text(databin.decode(corpus.data.target, tokens)) for tokens in first]
+    for note in tokenizer.notes(texts):
+        logger.warning(note)
+
+
 # Decoding
 
 
@@ -278,7 +314,7 @@ def _translate(
     output: Output,
 ) -> bool:
     """Decode this shard; True if the lists of all shards are complete."""
-    engine, positions = _engine(asked, cfg, task, teacher, store=store)
+    engine, positions = _engine(asked, cfg, task, corpus.data, teacher=teacher, store=store)
     plan = None
     if not store.planned:
         plan = decoding.plan(
@@ -305,12 +341,14 @@ def _translate(
 
 
 def _engine(
-    asked: Asked, cfg: Any, task: Any, teacher: _Teacher, *, store: HypothesisStore
+    asked: Asked, cfg: Any, task: Any, data: DataBin, *, teacher: _Teacher, store: HypothesisStore
 ) -> Tuple[Any, List[Any]]:
     """What decodes, and the longest source and target of each model."""
     checkpoints = decoding.open_checkpoints(
         teacher.paths, task, ROLE, overrides=teacher.overrides, trust=asked.trust
     )
+    if asked.task_given:
+        checkpoints = [checkpoint.as_task(cfg.task._name) for checkpoint in checkpoints]
     if asked.engine == "fairseq":
         models = decoding.build_models(
             checkpoints,
@@ -318,7 +356,10 @@ def _engine(
             device=teacher.device,
             dtype=teacher.dtype,
         )
-        engine: Any = decoding.FairseqEngine(task, models, cfg.generation, cfg.common.seed)
+        engine: Any = decoding.FairseqEngine(*(task, models, cfg.generation, cfg.common.seed), data)
+        unused = [] if engine.refines else decoding.refining_flags(cfg.generation)
+        if unused:
+            raise FileError(f"{', '.join(unused)}: for teachers that are not autoregressive")
         return engine, [model.max_positions() for model in models]
     folder = store.beside("ctranslate2", "teachers", "files")
     converted = convert_for_ctranslate2(checkpoints[0], task, folder)
@@ -355,7 +396,8 @@ def convert_for_ctranslate2(checkpoint: Checkpoint, task: Any, folder: Path) -> 
         with contextlib.suppress(OSError):  # another process was first
             os.replace(new, folder)
     except ExportError as error:
-        raise FileError(f"--engine ctranslate2: {error}. --engine fairseq takes any.") from error
+        reason = str(error).rstrip(".")
+        raise FileError(f"--engine ctranslate2: {reason}. --engine fairseq takes any.") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder

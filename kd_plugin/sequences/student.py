@@ -1,6 +1,6 @@
 """Whom the data is for: the student's dictionaries, and how its text is cut into subwords."""
 
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 import sentencepiece
 
@@ -28,6 +28,7 @@ def open_student(
     to_text: Callable[[str], str],
     folder: Optional[str] = None,
     subword_model: Optional[str] = None,
+    langs: Optional[Tuple[str, str]] = None,
 ) -> Student:
     """A student of its own data-bin, or one that shares the teacher's.
 
@@ -36,13 +37,14 @@ def open_student(
         to_text: from the teacher's subwords to running text.
         folder: the student's data-bin, if it has other dictionaries.
         subword_model: the student's SentencePiece model.
+        langs: what that data-bin calls the languages, if not as the teacher's does.
 
     Raises:
         FileError: one of these cannot be read, or the dictionaries do not go together.
     """
     if folder is None:
         return Student(teachers, to_text, None)
-    own = DataBin(folder, *teachers.langs)
+    own = DataBin(folder, *(langs or teachers.langs), renamed="--student-langs {}")
     if "valid" not in own.splits():
         raise FileError(
             f"--student-data {folder}: expected a folder of fairseq-preprocess with a valid "

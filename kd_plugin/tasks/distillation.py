@@ -19,7 +19,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import FairseqTask
 
-from ..checkpoints import Role, refuse_cut_short
+from ..checkpoints import Role, is_autoregressive, refuse_cut_short
 from ..errors import UserError
 from ..files import read_whole, reading_binarised
 from ..flags import CRITERION
@@ -125,15 +125,29 @@ class Distillation(FairseqTask):
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)
         self._look_over(dataset, max_positions)
-        # Newer fairseq draws the order of equally long sentences from seed + epoch and keeps the
-        # batches that come of it: a run resumed later than in epoch 1 would get other batches.
-        epoch, cached = kwargs.get("epoch", 1), self.dataset_to_epoch_iter.get(dataset)
-        iterator = super().get_batch_iterator(dataset, *args, **{**kwargs, "epoch": 1})
-        if iterator is not cached:
-            iterator.epoch = max(epoch, 1)
-            dataset.set_epoch(epoch)
+        iterator = self._batches(dataset, *args, **kwargs)
         if self.queue is not None and dataset is self.datasets.get(self.cfg.train_subset):
             _remember(iterator, self.queue)
+        return iterator
+
+    def _batches(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's iterator; of a resumed training, the one that it would have had without a stop.
+
+        Where fairseq keeps the batches of the first epoch for all of them, they come of a seed that
+        has the epoch added to it (in newer versions, and with --update-ordered-indices-seed): a
+        training resumed later than in epoch 1 would repeat some sentences and leave out others.
+        """
+        fresh = kwargs.get("disable_iterator_cache") or kwargs.get("update_epoch_batch_itr")
+        kept = not fresh and self.can_reuse_epoch_itr(dataset)
+        epoch = kwargs.get("epoch", 1)
+        if not kept or epoch <= 1 or dataset in self.dataset_to_epoch_iter:
+            return super().get_batch_iterator(dataset, *args, **kwargs)
+        first = {**kwargs, "epoch": 1}
+        if self.cfg.update_ordered_indices_seed:
+            first["seed"] = kwargs["seed"] - (epoch - 1)
+        iterator = super().get_batch_iterator(dataset, *args, **first)
+        iterator.epoch = epoch
+        dataset.set_epoch(epoch)
         return iterator
 
     def _look_over(self, dataset: Any, max_positions: Any) -> None:
@@ -152,7 +166,7 @@ class Distillation(FairseqTask):
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         super().begin_epoch(epoch, model)
-        _refuse_adaptive_softmax(model)
+        _refuse_student(model)
         if not self.cfg.disable_validation:
             # fairseq 0.12.2 asks for validation's batches only when it is too late to refuse them
             limits = utils.resolve_max_positions(self.max_positions(), model.max_positions())
@@ -245,7 +259,18 @@ class Distillation(FairseqTask):
         probe(teacher, self.dataset(subset), self.student(), subset)
 
 
-def _refuse_adaptive_softmax(student: Any) -> None:
+def _refuse_student(student: Any) -> None:
+    """Refuse one that gives no distribution over the next symbol.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not is_autoregressive(student):
+        raise UserError(
+            f"the student is a {type(student).__name__}, which is not autoregressive and gives no "
+            "distribution over the next symbol to distil into; train it with --task "
+            "translation_lev on the data that fairseq-kd-sequences makes"
+        )
     # the built model tells; arguments name a cutoff for models that have none
     if getattr(getattr(student, "decoder", None), "adaptive_softmax", None) is not None:
         raise UserError(

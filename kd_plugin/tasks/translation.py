@@ -20,6 +20,7 @@ class KDTranslationConfig(TeacherConfig, TranslationConfig):
     disable_validation: bool = II("dataset.disable_validation")
     save_dir: str = II("checkpoint.save_dir")
     restore_file: str = II("checkpoint.restore_file")
+    update_ordered_indices_seed: bool = II("dataset.update_ordered_indices_seed")
 
 
 @register_task("kd_translation", dataclass=KDTranslationConfig)

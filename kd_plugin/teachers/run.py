@@ -7,17 +7,32 @@ import os
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+from fairseq.models.bart import BARTModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
 from torch import Tensor
 
-from ..checkpoints import DTYPES, TRANSLATION_TASKS, Checkpoint, Role, digest
+from ..checkpoints import (
+    DTYPES,
+    PRETRAINED_BART,
+    Checkpoint,
+    Role,
+    digest,
+    is_autoregressive,
+    translates_otherwise,
+)
 from ..errors import UserError
 from ..objective import Member, RunningAnswer
 from .view import Student, TeacherView
 
 logger = logging.getLogger(__name__)
 
-TRAINING = Role("teacher", "--teacher-trust-checkpoint", "--teacher-data", "--teacher-overrides")
+TRAINING = Role(
+    "teacher",
+    "--teacher-trust-checkpoint",
+    "--teacher-data",
+    "--teacher-overrides",
+    "--teacher-task",
+)
 
 
 class TeacherError(UserError):
@@ -37,6 +52,7 @@ class TeacherSettings(NamedTuple):
         on_cpu: whether it runs on the CPU wherever the student does.
         trust: open the checkpoints with the full pickle machinery.
         role: what messages call it, and the flags that they name.
+        task: what it was trained for, whatever its checkpoint says; None is what that says.
     """
 
     paths: Sequence[str]
@@ -47,6 +63,7 @@ class TeacherSettings(NamedTuple):
     on_cpu: bool = False
     trust: bool = False
     role: Role = TRAINING
+    task: Optional[str] = None
 
     def placement(
         self, device: torch.device, dtype: torch.dtype
@@ -89,7 +106,10 @@ class Teacher:
         if data:
             folders = [*data] * len(paths) if len(data) == 1 else [*data]
         members = [
-            _Model(Checkpoint.open(path, settings.role, settings.trust), student, folder, settings)
+            _Model(
+                Checkpoint.open(path, settings.role, settings.trust).as_task(settings.task),
+                *(student, folder, settings),
+            )
             for path, folder in zip(paths, folders)
         ]
         return cls(members, settings.weights or [1.0] * len(paths))
@@ -123,8 +143,7 @@ class Teacher:
 
     def max_positions(self) -> Tuple[int, int]:
         """Longest source and target, in tokens, that every member can read."""
-        limits = [member.model.max_positions() for member in self.members]
-        source, target = zip(*limits)
+        source, target = zip(*(member.max_positions() for member in self.members))
         return int(min(source)), int(min(target))
 
     @torch.no_grad()
@@ -155,7 +174,6 @@ class _Model:
         found = checkpoint.dictionaries(
             (student.source_lang, student.target_lang),
             data,
-            self.overrides,
             otherwise=("student", student.source, student.target),
         )
         assert found is not None  # there are the student's
@@ -164,6 +182,10 @@ class _Model:
         self.model = checkpoint.build(checkpoint.translation_task(found), self.overrides)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+        if not is_autoregressive(self.model):
+            raise TeacherError(
+                f"{checkpoint} is a {type(self.model).__name__}: {_WHAT_TEACHES}{_SEQUENCES}"
+            )
         if getattr(self.model.decoder, "adaptive_softmax", None) is not None:
             raise TeacherError(
                 f"{checkpoint} has an adaptive softmax, which gives no distribution over the whole "
@@ -182,6 +204,11 @@ class _Model:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def max_positions(self) -> Tuple[int, int]:
+        """Longest source and target of the student's data, in tokens, that it can read."""
+        (source, target), longer = self.model.max_positions(), self.view.longer
+        return source - longer[0], target - longer[1]
+
     def inputs(self, net_input: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """A batch as the model's forward pass takes it."""
         return self.view.inputs(net_input, self.device)
@@ -193,9 +220,10 @@ class _Model:
         with _autocast(amp):
             output = model(**self.inputs(net_input), **({"features_only": True} if lazy else {}))
         output = output[0].flatten(0, 1)  # features or logits, one row for each target position
+        width = net_input["prev_output_tokens"].size(1)
 
         def logits(rows: Tensor) -> Tensor:
-            some = output[view.rows(rows.to(output.device))]
+            some = output[view.rows(rows.to(output.device), width)]
             if not lazy:
                 return view.logits(some)
             # projected when, and for the rows that, somebody asks
@@ -205,6 +233,13 @@ class _Model:
         return Member(self.path, logits)
 
 
+_WHAT_TEACHES = (
+    "word-level distillation learns from distributions over the next symbol, and asks "
+    "autoregressive models of the tasks 'translation' and 'translation_from_pretrained_bart' for them."
+)
+_SEQUENCES = " Sequence-level distillation (fairseq-kd-sequences) takes it."
+
+
 def _check_task(checkpoint: Checkpoint, student: Student, overrides: Mapping[str, Any]) -> None:
     arch = str(checkpoint.architecture)
     if checkpoint.task == "language_modeling" or arch.endswith("_lm") or "_lm_" in arch:
@@ -212,10 +247,11 @@ def _check_task(checkpoint: Checkpoint, student: Student, overrides: Mapping[str
             f"{checkpoint} is a decoder-only language model ({arch}); a translation student needs "
             "an encoder-decoder teacher"
         )
-    if checkpoint.task is not None and checkpoint.task not in TRANSLATION_TASKS:
+    if not (checkpoint.task in (None, PRETRAINED_BART) or checkpoint.is_translation):
         raise TeacherError(
-            f"{checkpoint} was trained for the task {checkpoint.task!r}; word-level distillation "
-            "reads teachers of the task 'translation'. Sequence-level distillation takes any task."
+            f"{checkpoint} was trained for the task {checkpoint.task!r}: {_WHAT_TEACHES}"
+            f"{_SEQUENCES if translates_otherwise(checkpoint.task) else ''}"
+            f"{checkpoint.advise_task()}"
         )
     theirs = checkpoint.languages_with(overrides)
     ours = (student.source_lang, student.target_lang)
@@ -243,6 +279,6 @@ def _autocast(enabled: bool) -> Any:
 def _is_lazy(model: Any) -> bool:
     """Whether features and their projection can be had apart, as in fairseq's own transformer."""
     return (
-        type(model).forward is TransformerModelBase.forward
+        type(model).forward in (TransformerModelBase.forward, BARTModel.forward)
         and type(model.decoder).output_layer is TransformerDecoderBase.output_layer
     )

@@ -1,14 +1,14 @@
 """How a student's batch looks to a teacher, and the teacher's rows to the student."""
 
 import math
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from ..checkpoints import MISSING, Checkpoint, Dictionaries, VocabularyError, index_map
+from ..checkpoints import MISSING, Checkpoint, Dictionaries, Tags, VocabularyError, index_map
 
 
 class Student(NamedTuple):
@@ -21,11 +21,11 @@ class Student(NamedTuple):
 
 
 class TeacherView:
-    """One teacher's view of a student's batches: the same sentences in its own vocabulary.
+    """One teacher's view of a student's batches: the same sentences in its own vocabulary, with the
+    tags that it was trained to read.
 
-    A teacher that reads anything else than the student's sentence (language tags before it, say)
-    differs here, and nowhere else: in its ``inputs``, and in which of its ``rows`` answer for the
-    student's.
+    A teacher that reads anything else than the student's sentence differs here, and nowhere else:
+    in its ``inputs``, and in which of its ``rows`` answer for the student's.
 
     Args:
         student: the student's dictionaries.
@@ -51,10 +51,21 @@ class TeacherView:
         if self._missing is not None and not self._missing.any():
             self._missing = None
         self._projection: Optional[Tuple[Tensor, Optional[Tensor]]] = None
+        tags = checkpoint.tags((student.source_lang, student.target_lang))
+        self._pad = source.pad()
+        self._before_source = [source.index(symbol) for symbol in tags.before_source]
+        self._after_source = [source.index(symbol) for symbol in tags.after_source]
+        self._before_target = [target.index(symbol) for symbol in tags.before_target]
+        self._tagged = tags != Tags()
         self.description = (
             f"source vocabulary {_fit(source_map, student.source, source)}, "
             f"target vocabulary {_fit(target_map, student.target, target)}"
         )
+        if self._tagged:
+            self.description += (
+                f"; reads {' '.join((*tags.before_source, '...', *tags.after_source))}, "
+                f"writes after {' '.join(tags.before_target)}"
+            )
 
     def to(self, device: torch.device) -> "TeacherView":
         for name in ("_read_source", "_read_target", "_target_map", "_missing"):
@@ -63,19 +74,33 @@ class TeacherView:
         self._projection = None
         return self
 
+    @property
+    def longer(self) -> Tuple[int, int]:
+        """By how many tokens its source and its decoder's input are longer than the student's."""
+        return len(self._before_source) + len(self._after_source), len(self._before_target) - 1
+
     def inputs(self, net_input: Dict[str, Tensor], device: torch.device) -> Dict[str, Tensor]:
         """The student's ``net_input`` as the teacher's forward pass takes it."""
+        source = _look_up(self._read_source, net_input["src_tokens"].to(device))
+        target = _look_up(self._read_target, net_input["prev_output_tokens"].to(device))
+        if self._tagged:
+            source = _around(source, self._before_source, self._after_source, self._pad)
+            # the student's begins with the end of sentence
+            target = _around(target, self._before_target, [], self._pad, replaced=1)
         return {
-            "src_tokens": _look_up(self._read_source, net_input["src_tokens"].to(device)),
-            "src_lengths": net_input["src_lengths"].to(device),
-            "prev_output_tokens": _look_up(
-                self._read_target, net_input["prev_output_tokens"].to(device)
-            ),
+            "src_tokens": source,
+            "src_lengths": net_input["src_lengths"].to(device) + self.longer[0],
+            "prev_output_tokens": target,
         }
 
-    def rows(self, rows: Tensor) -> Tensor:
-        """Which of the teacher's flat target rows answer for these of the student's."""
-        return rows
+    def rows(self, rows: Tensor, width: int) -> Tensor:
+        """Which of the teacher's flat target rows answer for these of the student's.
+
+        Args:
+            width: of the student's targets.
+        """
+        more = self.longer[1]
+        return rows + more * (rows // width + 1) if more else rows
 
     def logits(self, logits: Tensor) -> Tensor:
         """The teacher's logits (n, its V) in the order of the student's symbols (n, V)."""
@@ -108,6 +133,26 @@ def _readable(index: Optional[Tensor], dictionary: Dictionary) -> Optional[Tenso
 
 def _look_up(index: Optional[Tensor], tokens: Tensor) -> Tensor:
     return tokens if index is None else index[tokens]
+
+
+def _around(
+    tokens: Tensor, before: Sequence[int], after: Sequence[int], pad: int, replaced: int = 0
+) -> Tensor:
+    """Sentences (B, T), padded on either side, with symbols before and after each.
+
+    Args:
+        replaced: how many of a sentence's own first tokens those before it replace.
+    """
+    (sentences, width), more = tokens.shape, len(before) - replaced
+    found = tokens.new_full((sentences, width + more + len(after)), pad)
+    found[:, more : more + width] = tokens
+    real, each = tokens.ne(pad).int(), torch.arange(sentences, device=tokens.device)
+    first, end = real.argmax(1), more + width - real.flip(1).argmax(1)
+    for i, symbol in enumerate(before):
+        found[each, first + i] = symbol
+    for i, symbol in enumerate(after):
+        found[each, end + i] = symbol
+    return found
 
 
 def _fit(index: Optional[Tensor], student: Dictionary, teacher: Dictionary) -> str:

@@ -1,6 +1,7 @@
 """Whatever cannot work is said at once, in one message, before the first update."""
 
 import pickle
+import re
 import shutil
 
 import pytest
@@ -147,12 +148,13 @@ def test_other_names_of_the_same_languages(data, teacher, tmp_path):
     def change(state):
         state["cfg"]["task"].update(source_lang="a_A", target_lang="b_B")
 
-    path = changed(teacher, tmp_path / "teacher.pt", change)
-    refused(distil(data, path, tmp_path / "student"), tmp_path / "student", "a_A", "overrides")
-    overrides = "{'source_lang': 'aa', 'target_lang': 'bb'}"
-    distil(
-        *(data, path, tmp_path / "student", "--teacher-overrides", overrides, "--max-update", 1)
-    ).ok()
+    path, student = changed(teacher, tmp_path / "teacher.pt", change), tmp_path / "student"
+    run = distil(data, path, student)
+    refused(run, student, "a_A-b_B", "aa-bb")
+    advised = ["--teacher-overrides", re.search('--teacher-overrides "(.*)"', run.error).group(1)]
+    # those in its data folder may be another's
+    refused(distil(data, path, student, *advised), student, "dict.a_A.txt", "--teacher-data names")
+    distil(data, path, student, *advised, "--teacher-data", data, "--max-update", 1).ok()
 
 
 def test_decoder_only(corpus, tmp_path):

@@ -321,6 +321,11 @@ def test_a_multilingual_teacher(corpus, tmp_path):
     assert sum(ours[i][0][0] == theirs[i][0][0] for i in theirs) >= 47
     assert f"__{TARGET}__" not in (output / "hypotheses" / "hypotheses.jsonl").read_text()
     train_plain(output, tmp_path / "s", "--max-update", 2).ok()
+    # the checkpoint names its task, unless a flag names another
+    write_sequences(joined, teacher, tmp_path / "own", "--gen-subset", "valid").ok()
+    assert lists(tmp_path / "own" / "hypotheses") == ours
+    message = write_sequences(joined, teacher, tmp_path / "no", "--task", "translation").refusal
+    assert "embeddings, but the dictionary" in message
 
 
 def test_sources_that_are_too_long(corpus, data, tmp_path):
@@ -409,7 +414,7 @@ def test_bad_flags_are_named_together(data, weak, tmp_path):
     message = refused(
         *(data, weak, tmp_path, "--nbest", 7, "--repeat-original", 3, "--student-spm", "x"),
         *("--min-closeness", 120, "--min-score-quantile", 1, "--prefix-size", 2),
-        *("--compute-type", "int8"),
+        *("--compute-type", "int8", "--metric", "chrf", "--bleu-tokenize", "no"),
     )
     for part in (
         "--nbest 7 needs --beam 7",
@@ -419,6 +424,8 @@ def test_bad_flags_are_named_together(data, weak, tmp_path):
         "--min-score-quantile must be from 0 to below 1",
         "--prefix-size cannot be used",
         "--compute-type needs --engine ctranslate2",
+        "--bleu-tokenize needs --metric bleu",
+        "--bleu-tokenize no: expected one of",
     ):
         assert part in message
     message = refused(data, weak, tmp_path, "--select", "closest")
@@ -453,5 +460,6 @@ def test_nothing_left_after_filtering(data, weak, made, tmp_path):
 def test_subwords_that_would_be_compared_as_words(data, weak, corpus, tmp_path):
     pieces = [["\u2581" + line for line in dictionary_lines(data, lang)] for lang in ("aa", "bb")]
     marked = binarise(corpus.text, tmp_path / "data", *write_dictionaries(tmp_path / "d", *pieces))
-    run = write_sequences(marked, weak, tmp_path / "no", "--select", "closest", *BEAM)
-    assert "add --remove-bpe sentencepiece" in run.refusal
+    for wrong in ((), ("--remove-bpe",)):
+        run = write_sequences(marked, weak, tmp_path / "no", "--select", "closest", *BEAM, *wrong)
+        assert "add --remove-bpe sentencepiece" in run.refusal

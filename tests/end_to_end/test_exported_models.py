@@ -8,7 +8,7 @@ import sys
 import pytest
 import support
 import torch
-from support import LANGUAGES, distil, fairseq, hypotheses, script
+from support import LANGUAGES, distil, fairseq, hypotheses, script, train_plain
 from toy import train_teacher
 
 DECODING = ("--cpu", "--beam", 2, "--max-len-b", 10, "--required-batch-size-multiple", 1)
@@ -47,6 +47,43 @@ def python(program, *arguments, **how):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+OWN = """
+import kd_plugin
+from fairseq.models import register_model_architecture
+from fairseq.models.transformer import tiny_architecture
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+register_model_architecture("transformer", "own_transformer")(tiny_architecture)
+
+@register_task("own_translation", dataclass=TranslationConfig)
+class OwnTask(TranslationTask):
+    pass
+"""
+
+
+def test_an_architecture_and_a_task_of_ones_own(data, tmp_path):
+    """A folder that imports both: it trains, teaches, and is exported."""
+    own = tmp_path / "own"
+    own.mkdir()
+    here = f"import sys\nsys.path.insert(0, {str(support.CHECKOUT)!r})\n"
+    (own / "__init__.py").write_text(here + OWN)
+    user_dir = ("--user-dir", own)
+    more = (*user_dir, "--task", "own_translation", "--max-update", 60)
+    arch = ("--arch", "own_transformer")
+    train_plain(data, tmp_path / "teacher", *more, arch=arch).ok()
+    teacher = tmp_path / "teacher" / "checkpoint_last.pt"
+    distil(data, teacher, tmp_path / "student", *user_dir, "--max-update", 2).ok()
+    output = tmp_path / "teacher.pt"
+    run = exported(teacher, output, *user_dir, "--verify-sentences", 8).ok()
+    assert f"verified in fairseq with --user-dir {own}: 8 sentences" in run.text
+    message = exported(teacher, tmp_path / "no.pt").refusal
+    assert "'own_translation'" in message and "--task translation says so" in message
+    message = exported(teacher, tmp_path / "no.pt", "--task", "translation").refusal
+    assert "no architecture 'own_transformer'" in message and "--user-dir" in message
+    assert not (tmp_path / "no.pt").exists()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import sentencepiece
+from fairseq.data import Dictionary
 from folders import (
     HEADER,
     begin_cache,
@@ -245,12 +246,15 @@ def test_a_model_of_subwords_that_knows_line_breaks(tmp_path):
     pieces = "▁a <0x0A> ▁b"
     decoded = model.decode(pieces.split())
     assert "\n" in decoded
+    dictionaries = {side: Dictionary() for side in ("source_dictionary", "target_dictionary")}
+    data = SimpleNamespace(source=Dictionary(), target=Dictionary())
     task = SimpleNamespace(
+        **dictionaries,
         build_bpe=lambda _: SimpleNamespace(decode=lambda line: model.decode(line.split())),
         build_tokenizer=lambda _: None,
     )
     cfg = SimpleNamespace(bpe=None, tokenizer=None, common_eval=SimpleNamespace(post_process=None))
-    to_text, _ = text_functions(task, cfg)
+    to_text, _ = text_functions(task, cfg, data)
     assert to_text(pieces) == decoded.replace("\n", " ")
 
 
