@@ -235,7 +235,8 @@ class _Model:
 
 _WHAT_TEACHES = (
     "word-level distillation learns from distributions over the next symbol, and asks "
-    "autoregressive models of the tasks 'translation' and 'translation_from_pretrained_bart' for them."
+    "autoregressive models of the tasks 'translation' and 'translation_from_pretrained_bart' for "
+    "them."
 )
 _SEQUENCES = " Sequence-level distillation (fairseq-kd-sequences) takes it."
 
