@@ -79,7 +79,7 @@ class TeacherConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "folder that fairseq-kd-cache wrote: the teacher is read from it instead of "
-            "being run"
+            "being run; with several data folders one for each, with ':' between them"
         },
     )
 

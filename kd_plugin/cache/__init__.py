@@ -2,7 +2,7 @@
 
 from .dataset import TaughtDataset
 from .fill import rows_of_batch
-from .layout import CacheError, describe_data
+from .layout import CacheError, Describe, describe_data
 from .pipeline import Asked, make, verify
 from .reader import CachedSubset
 
@@ -10,6 +10,7 @@ __all__ = [
     "Asked",
     "CacheError",
     "CachedSubset",
+    "Describe",
     "TaughtDataset",
     "describe_data",
     "make",

@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
-from fairseq import utils
 
 from ..files import FileError, differences, digest, digest_of_sample, read_json, write_json
 
@@ -112,24 +111,21 @@ def array_file(folder: Path, name: str) -> Path:
 # What a cache was made from
 
 
-def describe_data(task: Any, subset: str, combine: bool, whole: bool) -> Dict[str, Any]:
+def describe_data(
+    task: Any, folder: str, subset: str, combine: bool, whole: bool
+) -> Dict[str, Any]:
     """What a row's meaning depends on: files by content, dictionaries, and the task's settings.
 
     Args:
+        folder: the data folder, one of the task's.
         whole: also compute the digests of whole files, whose cost grows with them.
 
     Raises:
-        CacheError: the task reads several data folders in turn, or pads sentences to buckets.
+        CacheError: the task pads sentences to buckets.
     """
     cfg = task.cfg
     if cfg.num_batch_buckets > 0:
         raise CacheError("a teacher cache cannot be used with --num-batch-buckets")
-    folders = utils.split_paths(cfg.data)
-    if len(folders) != 1:
-        raise CacheError(
-            f"a teacher cache is for one data folder, but {len(folders)} are given ({cfg.data}), "
-            "one per epoch: train without --teacher-cache, or binarise into one folder"
-        )
     settings = {
         "source_lang": cfg.source_lang,
         "target_lang": cfg.target_lang,
@@ -137,7 +133,7 @@ def describe_data(task: Any, subset: str, combine: bool, whole: bool) -> Dict[st
         # only then does the position's limit change what the teacher reads
         "truncate_source": cfg.max_source_positions if cfg.truncate_source else None,
     }
-    paths = _data_files(folders[0], subset, cfg, combine)
+    paths = _data_files(folder, subset, cfg, combine)
     described = {
         "dictionaries": {
             "source": _digest_of_text("\n".join(task.source_dictionary.symbols)),

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq import tasks, utils
@@ -11,7 +11,7 @@ from omegaconf import open_dict
 from ..checkpoints import Role
 from ..errors import UserError
 from .fill import fill, open_writer, summary_lines
-from .layout import CacheError
+from .layout import CacheError, Describe
 from .reader import CachedSubset
 
 ROLE = Role(
@@ -62,19 +62,19 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
     teacher = task.open_teacher(asked.device, asked.dtype, ROLE)
     limits = [min(pair) for pair in zip(teacher.max_positions(), task.max_positions())]
     described = teacher.describe()
-    made = []
-    for number, (subset, combine) in enumerate(_subsets(cfg)):
-        _read(cfg.task.data, task.load_dataset, subset, combine=combine)
+    made: List[Dict[str, Any]] = []
+    for number, part in enumerate(_parts(asked, cfg, task)):
+        _read(cfg.task.data, part.load, task)
         writer = open_writer(
             task,
             limits,
-            asked.folder,
+            part.cache,
             {
-                "subset": subset,
+                "subset": part.subset,
                 "k": asked.k,
                 **_tail(asked),
                 **described,
-                **task.describe_data(subset, combine, whole=True),
+                **part.describe(True),
             },
             max_tokens=asked.max_tokens,
             max_sentences=asked.max_sentences,
@@ -82,7 +82,7 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
             shard_id=asked.shard_id,
         )
         if number == 0:
-            task.probe(teacher, subset)
+            task.probe(teacher, part.subset)
         if fill(task, teacher, writer, cfg.dataset.num_workers):
             made.append(writer.manifest())
             print("\n".join(summary_lines(made[-1], writer.folder)), flush=True)
@@ -101,14 +101,8 @@ def verify(asked: Asked) -> None:
     Raises:
         CacheError: something is damaged, or the data is not what the cache was made from.
     """
-    cfg, task = _setup(asked)
-    for subset, combine in _subsets(cfg):
-        cache = CachedSubset(
-            asked.folder,
-            subset,
-            functools.partial(task.describe_data, subset, combine),
-            whole=True,
-        )
+    for part in _parts(asked, *_setup(asked)):
+        cache = CachedSubset(part.cache, part.subset, part.describe, whole=True)
         cache.verify()
         print(f"{cache.folder}: {cache.manifest['rows']} rows, all as written", flush=True)
 
@@ -123,16 +117,38 @@ def _setup(asked: Asked) -> Tuple[Any, Any]:
     return cfg, _read(cfg.task.data, tasks.setup_task, cfg.task)
 
 
-def _subsets(cfg: Any) -> List[Tuple[str, bool]]:
-    """Those of ``--gen-subset``, and whether train1, train2, ... belong to them, as in training."""
-    dataset = cfg.dataset
-    return [
-        (
-            subset,
-            subset == dataset.train_subset or (subset == "valid" and dataset.combine_valid_subsets),
+class _Part(NamedTuple):
+    """One subset of one data folder, and where its cache lies."""
+
+    cache: str
+    subset: str
+    combine: bool  # with train1, train2, ..., as in training
+    turn: int  # which of the data folders
+    describe: Describe
+
+    def load(self, task: Any) -> None:
+        task.load_dataset(self.subset, epoch=self.turn + 1, combine=self.combine)
+
+
+def _parts(asked: Asked, cfg: Any, task: Any) -> Iterator[_Part]:
+    """The subsets of ``--gen-subset``; those of training of every folder, others of the first.
+
+    Raises:
+        CacheError: there is not a cache for each data folder.
+    """
+    caches, folders = utils.split_paths(asked.folder), task.data_folders()
+    if len(caches) != len(folders):
+        raise CacheError(
+            f"--cache: expected a folder for each of the {len(folders)} data folders, in their "
+            f"order and with ':' between them; got {len(caches)}"
         )
-        for subset in dataset.gen_subset.split(",")
-    ]
+    for turn, (cache, folder) in enumerate(zip(caches, folders)):
+        for subset in cfg.dataset.gen_subset.split(","):
+            train = subset == cfg.dataset.train_subset
+            combine = train or (subset == "valid" and cfg.dataset.combine_valid_subsets)
+            if train or turn == 0:  # fairseq reads the others of the first folder alone
+                describe = functools.partial(task.describe_data, folder, subset, combine)
+                yield _Part(cache, subset, combine, turn, describe)
 
 
 def _tail(asked: Asked) -> Dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from ..cache import CachedSubset, CacheError, TaughtDataset
+from ..cache import CachedSubset, CacheError, Describe, TaughtDataset
 from ..errors import UserError
 from ..objective import Answer, CachedAnswer, Schedule
 from .probe import probe
@@ -112,12 +112,15 @@ class Source:
     ``begin_training`` or ``begin_validation``, then ``answer`` for every batch.
     """
 
-    def join(self, dataset: Any, subset: str, description: Any, required: bool) -> Any:
+    def join(
+        self, dataset: Any, subset: str, describe: Sequence[Describe], *, turn: int, required: bool
+    ) -> Any:
         """The dataset, with what the source knows of its sentences.
 
         Args:
-            description: gives what ``cache.describe_data`` says of the subset; called if needed,
-                with whether it is to look at whole files.
+            describe: for each of the task's data folders, gives what is to be known of the subset
+                there; called if needed.
+            turn: which of the folders it is from.
             required: whether training is taught on this subset.
         """
         return dataset
@@ -231,26 +234,47 @@ class CachedTeacher(Source):
     """A teacher whose answers were written to disk by ``fairseq-kd-cache``.
 
     Args:
-        folder: the cache.
+        folders: the caches, one for each data folder.
+        data: the data folders.
         needs: what training asks of it.
         pad: the padding symbol of the target.
         faults: what already speaks against it.
     """
 
-    def __init__(self, folder: str, needs: Needs, pad: int, faults: Sequence[str] = ()) -> None:
-        self.folder, self.needs, self.pad = folder, needs, pad
+    def __init__(
+        self,
+        folders: Sequence[str],
+        data: Sequence[str],
+        needs: Needs,
+        pad: int,
+        faults: Sequence[str] = (),
+    ) -> None:
+        self.folders, self.needs, self.pad = folders, needs, pad
         self.cache: Optional[CachedSubset] = None  # of any subset: they are alike
         self.faults = [*faults]
+        if len(folders) != len(data):
+            self.faults.append(
+                f"--teacher-cache: expected a cache for each of the {len(data)} data folders, in "
+                f"their order and with ':' between them; got {len(folders)}"
+            )
         self._warned = False
 
-    def join(self, dataset: Any, subset: str, description: Any, required: bool) -> Any:
-        if not required and not CachedSubset.exists(self.folder, subset):
-            logger.info(f"no subset {subset} in the cache {self.folder}: it is validated {_ALONE}")
+    def join(
+        self, dataset: Any, subset: str, describe: Sequence[Describe], *, turn: int, required: bool
+    ) -> Any:
+        if self.faults:
+            return dataset
+        folder = self.folders[turn]
+        if not required and not CachedSubset.exists(folder, subset):
+            logger.info(f"no subset {subset} in the cache {folder}: it is validated {_ALONE}")
             return dataset
         try:
-            cache = CachedSubset(self.folder, subset, description)
-            self._check(cache)
+            cache = self._open(subset, describe, turn)
             joined = TaughtDataset(dataset, cache, self.pad)
+            if required and self.cache is None:  # those of later epochs: not to stop only then
+                for later in range(len(describe)):
+                    if later != turn:
+                        self._open(subset, describe, later, cache)
         except UserError as error:
             self.faults.append(str(error))
             return dataset
@@ -258,15 +282,28 @@ class CachedTeacher(Source):
         logger.info(f"teacher of {subset}: the {cache.k} likeliest symbols from {cache.folder}")
         return joined
 
-    def _check(self, cache: CachedSubset) -> None:
-        if self.cache is not None and not self.cache.compatible_with(cache):
+    def _open(
+        self,
+        subset: str,
+        describe: Sequence[Describe],
+        turn: int,
+        other: Optional[CachedSubset] = None,
+    ) -> CachedSubset:
+        """The cache of one data folder.
+
+        Raises:
+            CacheError: it does not fit the data, another cache, or what training needs.
+        """
+        cache, other = CachedSubset(self.folders[turn], subset, describe[turn]), other or self.cache
+        if other is not None and not other.compatible_with(cache):
             raise CacheError(
-                f"the caches {cache.folder} and {self.cache.folder} were not made with the same "
+                f"the caches {cache.folder} and {other.folder} were not made with the same "
                 "teachers, top k, temperatures and tail samples: make one of them again"
             )
         unmet = self.needs.unmet(cache.k, cache.temperatures, cache.whole, cache.samples)
         if unmet:
             raise CacheError("--teacher-cache: " + "; ".join(unmet))
+        return cache
 
     def look_over(self, dataset: Any, lengths: np.ndarray, kept: np.ndarray) -> None:
         if not isinstance(dataset, TaughtDataset):
