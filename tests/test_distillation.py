@@ -18,6 +18,7 @@ from trainer import (
 )
 
 from kd_plugin.cache import CacheError
+from kd_plugin.commands import cache as command
 from kd_plugin.errors import UserError
 from kd_plugin.flags import CRITERION
 from kd_plugin.teachers import RunningTeacher, Step, TeacherError
@@ -268,11 +269,12 @@ def test_data_with_numbers_that_no_symbol_has_are_refused(data, teacher, tmp_pat
 @pytest.fixture
 def cache(data, teacher, tmp_path):
     """The folder, for tests that spoil it."""
-    from kd_plugin.commands import cache as command
+    return make_cache(data, teacher, tmp_path / "cache")
 
-    folder = tmp_path / "cache"
-    arguments = [str(data), "--path", teacher, "--cache", str(folder), "--top-k", "4", "--cpu"]
-    assert command.main([*arguments, "-s", "aa", "-t", "bb", "--num-workers", "0"]) == 0
+
+def make_cache(data, teacher, folder, k=4):
+    arguments = ["--path", teacher, "--cache", folder, "--top-k", k, "--cpu", "--num-workers", 0]
+    assert command.main([str(a) for a in (data, *arguments, "-s", "aa", "-t", "bb")]) == 0
     return folder
 
 
@@ -328,6 +330,23 @@ def test_a_manifest_that_is_no_json_stops_a_training_and_not_a_validation(data, 
     with caplog.at_level(logging.WARNING):
         assert "kd_loss" not in alone.validate(alone.batches("valid")[0])
     assert any("validating the student alone" in message for message in caplog.messages)
+
+
+def test_padding_symbols_in_a_text_are_cached_as_they_are_trained(teacher, tmp_path):
+    """The objective leaves them out; with every symbol in the cache it is the running teacher's."""
+    spoiled = [(["a", "<pad>", "b"], ["A", "<pad>", "B"]), ("ac", ["<pad>", "A"])]
+    data = write_data(
+        tmp_path / "spoiled", {"train": spoiled + SENTENCES["train"], "valid": SENTENCES["valid"]}
+    )
+    folder = make_cache(data, teacher, tmp_path / "full", k=13)
+
+    def losses(**flags):
+        begun = Training(data, flags).begin()
+        logs = begun.update(begun.batches())
+        return [float(log[key]) for log in logs for key in ("loss", "kd_loss", "kd_tokens")]
+
+    online = losses(teacher_checkpoint_path=teacher)
+    assert losses(teacher_cache=str(folder)) == pytest.approx(online, rel=2e-3)
 
 
 @pytest.mark.parametrize("cached_teacher", [False, True])

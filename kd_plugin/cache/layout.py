@@ -13,7 +13,8 @@ A cache is a folder with one subfolder per subset (``train``, ``valid``), each c
                         are not among the k, for each temperature T of the manifest
       partial/          while it is being written: header.json, and a folder for each shard
 
-A row is a target token, its end-of-sentence symbol included, in the order of the sentence;
+A row is a target token, the end-of-sentence symbol included and padding symbols in the text not, in
+the order of the sentence;
 sentences are in the order of the binarised data, and one that the teacher cannot read has no rows.
 Arrays are flat, little-endian, without a header, to be memory-mapped. An array of no width has no
 file. At temperature 1 the mass outside of the k is one minus theirs (to half precision's rounding
