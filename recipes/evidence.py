@@ -1,9 +1,11 @@
-"""The table of evidence.sh: python recipes/evidence.py WORK TGT; writes WORK/evidence.md and evidence.json.
+"""The table of evidence.sh: python recipes/evidence.py WORK TGT.
 
-Each row is the mean over seeds with its standard deviation. Scores are sacreBLEU's. Against the row plain stands the
-p-value of a hierarchical bootstrap over sentences and seeds together: each of its samples draws sentences, the same
-for both rows, and seeds, for each row its own, both with replacement; p is twice the share of samples in which the
-difference of the means has the other sign. Beside it stands what sacreBLEU's paired bootstrap says of each seed.
+It writes WORK/evidence.md and evidence.json. Each row is the mean over seeds with its standard
+deviation; scores are sacreBLEU's. Against the row plain stands the p-value of a hierarchical
+bootstrap over sentences and seeds together: each of its samples draws sentences, the same for both
+rows, and seeds, for each row its own, both with replacement; p is twice the share of samples in
+which the difference of the means has the other sign. evidence.json also has what sacreBLEU's
+paired bootstrap says of each seed.
 """
 
 import json
@@ -26,7 +28,7 @@ def lines_of(path):
 
 
 def last_validation(log):
-    """The values of the last validation in fairseq's json log, and the command of its first line."""
+    """The last validation's values in fairseq's json log, and the command of its first line."""
     text = log.read_text(encoding="utf-8")
     found = re.findall(r"\| valid \| (\{.*\})", text)
     return json.loads(found[-1]) if found else {}, text.split("\n", 1)[0]

@@ -327,7 +327,9 @@ def test_what_directions_share_is_counted_once(data, tmp_path):
     twice = {name.replace("aa-bb", "bb-aa"): weight.clone() for name, weight in state.items()}
     torch.save(
         {
-            "args": Namespace(**vars(arguments("transformer")), task="multilingual_translation"),
+            "args": Namespace(
+                **{**vars(arguments("transformer")), "task": "multilingual_translation"}
+            ),
             "model": {**state, **twice},
         },
         str(tmp_path / "both.pt"),

@@ -10,6 +10,12 @@ from .layout import CacheError
 from .reader import CachedSubset
 
 
+def target_tokens(dataset: Any, sentence: Any, pad: int) -> np.ndarray:
+    """A sentence's target symbols, without padding symbols in its text: no loss counts those."""
+    symbols = dataset.tgt[int(sentence)].numpy()
+    return symbols[symbols != pad]
+
+
 class TaughtDataset(BaseWrapperDataset):
     """A translation dataset whose batches hold the cached rows of their sentences.
 
@@ -29,8 +35,9 @@ class TaughtDataset(BaseWrapperDataset):
                 f"the cache {cache.folder} holds {len(lengths)} sentences, the data {len(dataset)}"
             )
         # no rows: the teacher could not read it
-        wrong = np.flatnonzero((lengths != dataset.tgt_sizes) & (lengths > 0))
-        if len(wrong):
+        suspect = np.flatnonzero((lengths != dataset.tgt_sizes) & (lengths > 0))
+        wrong = [i for i in suspect if lengths[i] != len(target_tokens(dataset, i, pad))]
+        if wrong:
             cache.verify_offsets()  # damage is the likelier reason
             raise CacheError(
                 f"the cache {cache.folder} has a different number of rows than the data has target "
@@ -63,8 +70,7 @@ class TaughtDataset(BaseWrapperDataset):
         if len(teacher["reference"]) != tokens:
             raise CacheError(
                 f"the batch of the sentences {batch['id'].tolist()} has {tokens} target tokens, "
-                f"the cache {len(teacher['reference'])} rows: is there a padding symbol in the "
-                "text?"
+                f"the cache {len(teacher['reference'])} rows: make the cache again"
             )
         # torch has no unsigned integers of two and four bytes
         signed = {"u2": np.int32, "u4": np.int64}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..objective.answer import NotFiniteTeacherError, rows_ahead, rows_at_once
 from ..timing import progress_bar
+from .dataset import target_tokens
 from .layout import CacheError
 from .writer import CacheWriter, teacher_rows, uniform_of_sentence
 
@@ -54,7 +55,9 @@ def open_writer(
             f"a teacher cache needs references, and {header['subset']} of {task.cfg.data} has none"
         )
     readable = (tokens <= np.array(limits)).all(axis=1)
-    lengths = np.where(readable, tokens[:, 1], 0)
+    pad, lengths = task.target_dictionary.pad(), np.zeros(len(tokens), dtype=np.int64)
+    for sentence in np.flatnonzero(readable):
+        lengths[sentence] = len(target_tokens(dataset, sentence, pad))
     return CacheWriter(
         cache,
         {**header, "vocabulary": vocabulary},
@@ -66,7 +69,7 @@ def open_writer(
             max_tokens=max_tokens,
             max_sentences=max_sentences,
         ),
-        targets=lambda i: dataset.tgt[i].numpy(),
+        targets=lambda i: target_tokens(dataset, i, pad),
         num_shards=num_shards,
         shard_id=shard_id,
     )

@@ -97,7 +97,7 @@ class CacheWriter(ShardedStore):
             ``temperatures`` and ``vocabulary``, and ``tail_samples`` if there are any.
         lengths: rows of each sentence; 0 for one that is left out.
         batches: sentences of each batch, of all shards.
-        targets: the target symbols of a sentence, for the summary.
+        targets: the target token of each row of a sentence, for the summary.
 
     Raises:
         CacheError: the folder holds a cache, finished or not, that was made with other settings;

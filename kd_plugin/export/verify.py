@@ -118,15 +118,20 @@ def by_fairseq(model: Any, text: Text, beam: int) -> Dict[int, decoding.Hypothes
 
 @torch.no_grad()
 def reference_scores(model: Any, text: Text) -> Dict[int, List[float]]:
-    """Log-probabilities, in nats, of each reference's tokens; the end of sentence included."""
-    found = {}
+    """Log-probabilities, in nats, of each reference's tokens; the end of sentence included.
+
+    Sentences with a padding symbol in their text are left out: fairseq's models do not see it, and
+    to others it is a symbol like any.
+    """
+    found, pad = {}, text.task.target_dictionary.pad()
     for sample in text.samples():
         lprobs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
         target = sample["target"]
         scores = lprobs.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-        real = target.ne(text.task.target_dictionary.pad())
-        for i, row, mask in zip(sample["id"].tolist(), scores, real):
-            found[i] = row[mask].tolist()
+        for i, row, mask in zip(sample["id"].tolist(), scores, target.ne(pad)):
+            sides = (text.corpus.source, text.corpus.references or [])
+            if not any(side[i].eq(pad).any() for side in sides):
+                found[i] = row[mask].tolist()
     return found
 
 

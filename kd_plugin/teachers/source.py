@@ -257,12 +257,12 @@ class CachedTeacher(Source):
                 f"--teacher-cache: expected a cache for each of the {len(data)} data folders, in "
                 f"their order and with ':' between them; got {len(folders)}"
             )
-        self._warned = False
+        self._warned, self._begun = False, False
 
     def join(
         self, dataset: Any, subset: str, describe: Sequence[Describe], *, turn: int, required: bool
     ) -> Any:
-        if self.faults:
+        if turn >= len(self.folders):
             return dataset
         folder = self.folders[turn]
         if not required and not CachedSubset.exists(folder, subset):
@@ -271,10 +271,11 @@ class CachedTeacher(Source):
         try:
             cache = self._open(subset, describe, turn)
             joined = TaughtDataset(dataset, cache, self.pad)
-            if required and self.cache is None:  # those of later epochs: not to stop only then
-                for later in range(len(describe)):
-                    if later != turn:
-                        self._open(subset, describe, later, cache)
+            if required and not self._begun:  # those of later epochs, too: not to stop only then
+                self._begun = True
+                for other in range(min(len(describe), len(self.folders))):
+                    if other != turn:
+                        self._open(subset, describe, other, beside=cache)
         except UserError as error:
             self.faults.append(str(error))
             return dataset
@@ -287,17 +288,18 @@ class CachedTeacher(Source):
         subset: str,
         describe: Sequence[Describe],
         turn: int,
-        other: Optional[CachedSubset] = None,
+        beside: Optional[CachedSubset] = None,
     ) -> CachedSubset:
         """The cache of one data folder.
 
         Raises:
             CacheError: it does not fit the data, another cache, or what training needs.
         """
-        cache, other = CachedSubset(self.folders[turn], subset, describe[turn]), other or self.cache
-        if other is not None and not other.compatible_with(cache):
+        cache = CachedSubset(self.folders[turn], subset, describe[turn])
+        beside = beside or self.cache
+        if beside is not None and not beside.compatible_with(cache):
             raise CacheError(
-                f"the caches {cache.folder} and {other.folder} were not made with the same "
+                f"the caches {cache.folder} and {beside.folder} were not made with the same "
                 "teachers, top k, temperatures and tail samples: make one of them again"
             )
         unmet = self.needs.unmet(cache.k, cache.temperatures, cache.whole, cache.samples)
