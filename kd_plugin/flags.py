@@ -79,7 +79,7 @@ class TeacherConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "folder that fairseq-kd-cache wrote: the teacher is read from it instead of "
-            "being run"
+            "being run; with several data folders one for each, with ':' between them"
         },
     )
 
@@ -137,7 +137,9 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         default=None,
         metadata={
             "help": "what happens to the other symbols under --kd-top-k or --teacher-cache: bucket "
-            "keeps their mass as one more outcome, renormalise leaves them out (default: bucket)"
+            "keeps their mass as one more outcome, renormalise leaves them out, sample lets "
+            "symbols that the cache drew from them stand for them (forward-kl; Anshumann et al. "
+            "2025) (default: bucket)"
         },
     )
     kd_selection: ChoiceEnum(selection.NAMES) = field(  # type: ignore

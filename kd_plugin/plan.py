@@ -149,7 +149,11 @@ class Plan(NamedTuple):
     @property
     def needs(self) -> Needs:
         """What must be asked of a teacher at each target position."""
-        return Needs(self.top_k, self.temperature if self.tail == "bucket" else None)
+        return Needs(
+            self.top_k,
+            rest_at=self.temperature if self.tail == "bucket" else None,
+            drawn_at=self.temperature if self.tail == "sample" else None,
+        )
 
     # The checks of flags that depend on one another
 
@@ -161,11 +165,22 @@ class Plan(NamedTuple):
             f"{self.top_k}",
         )
         faults.check(
-            criterion.kd_tail is None or cut,
+            criterion.kd_tail is None or cut or self.tail == "sample",
             f"--kd-tail {self.tail} is for --kd-top-k and --teacher-cache only",
         )
+        if self.tail == "sample":
+            faults.check(bool(self.cache), "--kd-tail sample is for --teacher-cache only")
+            faults.check(
+                self.top_k == 0,
+                "--kd-tail sample takes all symbols of the cache: leave out --kd-top-k",
+            )
+            faults.check(
+                self.divergence.name == "forward-kl",
+                "--kd-tail sample is right on average for --kd-divergence forward-kl alone, got "
+                f"{self.divergence.name}: take --kd-tail bucket",
+            )
         faults.check(
-            self.top_k != 1 or self.tail == "bucket",
+            self.top_k != 1 or self.tail != "renormalise",
             "--kd-top-k 1 with --kd-tail renormalise leaves nothing to learn, because the one "
             "symbol has probability 1 on both sides: take --kd-tail bucket or more symbols",
         )

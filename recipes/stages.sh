@@ -12,7 +12,8 @@
 #   USER_DIR    the plugin (kd_plugin of this checkout)    KD_CACHE    read the teacher from a cache of its top K
 #   DATA_BIN    what is trained on (data-bin)              ENGINE      of decoding: fairseq, or ctranslate2
 #   LOSS        flags of a training, set by plain_flags and distil_flags
-#   GREEDY      1: judge with beam 1, too                   REPORT_FLAGS, EXPORT_FLAGS  added to these commands
+#   GREEDY      1: judge with beam 1, too                   REPORT      folder of the report (report)
+#   REPORT_FLAGS, EXPORT_FLAGS  added to these commands
 #
 # $WORK afterwards:  text/  raw sentences, and the same as subwords      spm.model   SentencePiece
 #                    data-bin/  binarised       models/NAME/  checkpoints and train.log      cache-K/  of the teacher
@@ -152,7 +153,7 @@ cache_teacher() { # TEACHER
     device_flags
     say "caching the teacher's $KD_CACHE likeliest symbols"
     # shellcheck disable=SC2086
-    command_of cache "$WORK/${DATA_BIN:-data-bin}" --path "$1" --cache "$(cache_folder)" --top-k "$KD_CACHE" \
+    command_of cache "$WORK/${DATA_BIN:-data-bin}" --path "$1" --cache "$(cache_folder)" --top-k "${KD_CACHE%%-*}" \
         --source-lang "$SRC" --target-lang "$TGT" --max-tokens 4096 $DEVICE_FLAGS ${CACHE_FLAGS:-} || die "caching failed. Run the recipe again to go on."
 }
 
@@ -176,12 +177,13 @@ plain_flags() {
     LOSS=(--task translation --criterion label_smoothed_cross_entropy --label-smoothing "${LABEL_SMOOTHING:-0.1}")
 }
 
-# models/NAME/averaged.pt: the average of the last COUNT epochs' checkpoints.
+# models/NAME/averaged.pt: the average of the last COUNT epochs' checkpoints, or of those of --save-interval-updates.
 average() { # NAME COUNT
-    local folder=$WORK/models/$1 paths= epoch
+    local folder=$WORK/models/$1 paths= name
     if done_already "$folder/averaged.pt"; then return; fi
-    for epoch in $(ls "$folder" | sed -n 's/^checkpoint\([0-9][0-9]*\)\.pt$/\1/p' | sort -n | tail -n "$2"); do
-        paths=$paths${paths:+:}$folder/checkpoint$epoch.pt
+    for name in $(ls "$folder" | sed -n 's/^checkpoint\(_[0-9]*_\)\{0,1\}\([0-9][0-9]*\)\.pt$/\2 &/p' | sort -n |
+        tail -n "$2" | cut -d' ' -f2); do
+        paths=$paths${paths:+:}$folder/$name
     done
     [ -n "$paths" ] || die "expected at least one whole epoch's checkpoint in $folder; train for longer."
     quietly "$folder/average.log" "" command_of export --path "$paths" --average --data "$WORK/data-bin" \
@@ -224,7 +226,7 @@ judge() { # NAME=CHECKPOINT...
     if [ -n "${BLEU_TOKENIZE:-}" ]; then flags+=(--bleu-tokenize "$BLEU_TOKENIZE"); fi
     say "judging on test"
     # shellcheck disable=SC2086
-    LOGLEVEL=${LOGLEVEL:-WARNING} command_of report "$WORK/data-bin" --source-lang "$SRC" --target-lang "$TGT" --output "$WORK/report" \
+    LOGLEVEL=${LOGLEVEL:-WARNING} command_of report "$WORK/data-bin" --source-lang "$SRC" --target-lang "$TGT" --output "$WORK/${REPORT:-report}" \
         --teacher "${models[0]%%=*}" --models "${models[@]}" ${flags[@]+"${flags[@]}"} --beam "$BEAM" --max-tokens 4096 \
         --remove-bpe "${REMOVE_BPE:-sentencepiece}" \
         $ALL_DATA $DEVICE_FLAGS ${REPORT_FLAGS:-} || die "judging failed. Run the recipe again to go on."

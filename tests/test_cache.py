@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -54,9 +55,11 @@ HALF = dict(rtol=2.0**-11, atol=1e-6)
 DATA = {
     "dictionaries": {"source": "1" * 64, "target": "2" * 64},
     "files": {"train.aa-bb.aa.bin": "3" * 64, "train.aa-bb.bb.bin": "4" * 64},
+    "samples": {"train.aa-bb.aa.bin": "5" * 64, "train.aa-bb.bb.bin": "6" * 64},
     "settings": {"source_lang": "aa", "target_lang": "bb", "truncate_source": 7},
 }
 ARRAYS = ("offsets", "symbols", "log_probs", "reference", "entropy", "rests")
+FILES = (*ARRAYS, "blocks")
 
 
 class Case(NamedTuple):
@@ -93,7 +96,11 @@ class Case(NamedTuple):
         return self.targets[sentence].numpy()
 
 
-def make_case(folder, sentences=17, k=K, temperatures=TEMPERATURES, seed=0) -> Case:
+def uniform_of(sentence, rows, samples):
+    return writer.uniform_of_sentence(1, sentence, rows, samples)
+
+
+def make_case(folder, sentences=17, k=K, temperatures=TEMPERATURES, seed=0, samples=0) -> Case:
     generator = np.random.RandomState(seed)
     lengths = generator.randint(1, 7, sentences)
     lengths[[3, 11]] = 0  # the teacher cannot read these
@@ -125,9 +132,14 @@ def make_case(folder, sentences=17, k=K, temperatures=TEMPERATURES, seed=0) -> C
             Dense(torch.cat([logits[i] for i in batch])),
             torch.cat([targets[i] for i in batch]),
             *(k, temperatures),
+            np.concatenate([uniform_of(i, lengths[i], samples) for i in batch])
+            if samples
+            else None,
         )
         for batch in batches
     ]
+    if samples:
+        header["tail_samples"] = samples
     return Case(header, lengths, batches, logits, targets, rows)
 
 
@@ -157,9 +169,25 @@ def change(cache, **fields):
     layout.write_manifest(cache / "train", {**found, **fields})
 
 
+def write_checksums(cache):
+    """Of what the files hold now."""
+    found = {p.stem: layout.checksum(p) for p in (cache / "train").glob("*.bin")}
+    del found["blocks"]
+    change(cache, checksums=found)
+    names = sorted({*found} - {"offsets"}, key=(*ARRAYS, "drawn").index)
+    content = [(cache / "train" / f"{name}.bin").read_bytes() for name in names]
+    blocks = [zlib.crc32(c[i : i + 65536]) for c in content for i in range(0, len(c), 65536)]
+    np.array(blocks, dtype="<u4").tofile(str(cache / "train" / "blocks.bin"))
+
+
+def opened(cache, data=DATA, subset="train"):
+    return CachedSubset(str(cache), subset, lambda whole: data)
+
+
 def refusal(cache, data=DATA, subset="train"):
+    """When it is opened or, of damage that is only found then, when it is read."""
     with pytest.raises(FileError) as error:
-        CachedSubset(str(cache), subset, data)
+        opened(cache, data, subset).verify()
     return str(error.value)
 
 
@@ -233,6 +261,143 @@ def test_symbols_beyond_two_bytes():
     logits[0, -1] = 5.0
     found = teacher_rows(Dense(logits), torch.tensor([0]), 1, [])
     assert found["symbols"].dtype == "<u2" and found["symbols"].tolist() == [[(1 << 16) - 1]]
+
+
+# symbols drawn from the tail
+
+DRAWS = 4000
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_each_share_of_the_mass_is_drawn_as_often_as_it_is_likely(samples):
+    """Over a fine grid of all random numbers, a count is its probability to the grid's width."""
+    p = torch.tensor([[0.0, 0.2, 0.05, 0.0, 0.75], [0.5, 0.0, 0.1, 0.4, 0.0]], dtype=torch.float64)
+    grid = (np.arange(1000) + 0.5) / 1000
+    counts = torch.zeros_like(p)
+    for u in grid:
+        drawn = writer.draw(p.log(), torch.full((2, samples), u, dtype=torch.float64))
+        assert drawn.shape == (2, samples)
+        counts += torch.nn.functional.one_hot(drawn, 5).sum(1)
+    torch.testing.assert_close(counts / (1000 * samples), p, rtol=0, atol=1e-3)
+    assert (counts[p == 0] == 0).all()
+
+
+def test_a_draw_at_the_edges():
+    p = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log()
+    drawn = writer.draw(p, torch.tensor([[0.0, 0.999]], dtype=torch.float64))
+    assert drawn.tolist() == [[1, 2]]
+    nothing = writer.draw(torch.full((1, 4), -math.inf), torch.zeros(1, 2, dtype=torch.float64))
+    assert nothing.shape == (1, 2) and (nothing < 4).all()
+
+
+def drawn_answer(logits, target, temperature, samples, trial):
+    """From a cache of 5 symbols and some drawn ones; the numbers exact, in float64."""
+    arrays = expected_rows(logits, target, 5, [temperature])
+    uniform = writer.uniform_of_sentence(1, trial, len(target), samples)
+    tempered = torch.log_softmax(logits / temperature, dim=-1)
+    arrays["tempered_entropy"] = -(tempered.exp() * tempered).sum(-1).numpy()
+    arrays["drawn"] = teacher_rows(Dense(logits), target, 5, [temperature], uniform)["drawn"]
+    arrays["drawn"] = arrays["drawn"].astype("i4")
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    real = torch.ones(1, len(target), dtype=torch.bool)
+    return CachedAnswer(tensors, real, [temperature], False)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_draws_are_right_on_average(temperature, samples):
+    """Value and gradient are forward-kl's, within the error of the mean of independent draws.
+
+    With m the tail's mass and t_j = p_j / m, the estimate of p_j has the variance m^2 t_j (1 - t_j)
+    / S, that of the value m^2 Var_t(log q) / S; draws from equal shares have at most these.
+    """
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = torch.randn(2, 6, V, generator=generator, dtype=torch.float64).mul(2)
+    student.requires_grad_()
+    target = torch.randint(0, V, (6,), generator=generator)
+    rows = torch.arange(6)
+    flags = Settings(1.0, None, temperature, tail="sample")
+    exact = RunningAnswer([Member("t", lambda index: teacher[index])])
+
+    def values(answer):
+        terms = objective.distillation_objective(student, target, rows, answer, flags)
+        return terms.kd, torch.autograd.grad(terms.loss, student)[0]
+
+    found = [values(drawn_answer(teacher, target, temperature, samples, i)) for i in range(DRAWS)]
+    flags = flags._replace(tail="bucket")
+    value, gradient = values(exact)
+
+    p, log_q = (torch.log_softmax(z.detach() / temperature, -1) for z in (teacher, student))
+    p = p.exp()
+    t = p.scatter(-1, p.topk(5).indices, 0)
+    m = t.sum(-1, keepdim=True)
+    t = t / m
+    of_p = m**2 * t * (1 - t) / samples
+    spread = (t * log_q**2).sum(-1) - (t * log_q).sum(-1) ** 2
+    of_value = m.squeeze(-1) ** 2 * spread / samples
+    for mean, right, variance in (
+        (torch.stack([v for v, _ in found]).mean(0), value, of_value),
+        # c(T) = T^2, and 1 / T of the tempered logits
+        (torch.stack([g for _, g in found]).mean(0), gradient, of_p * temperature**2),
+    ):
+        # 4.5 standard errors: once in a thousand tests of this size
+        assert ((mean - right).abs() <= 4.5 * (variance / DRAWS).sqrt() + 1e-9).all()
+
+
+def test_draws_of_a_row_depend_on_its_sentence_and_position_alone():
+    first = writer.uniform_of_sentence(7, 3, 6, 4)
+    assert first.shape == (6, 4) and ((first >= 0) & (first < 1)).all()
+    np.testing.assert_array_equal(first[:2], writer.uniform_of_sentence(7, 3, 2, 4))
+    for other in ((7, 4, 6, 4), (8, 3, 6, 4)):
+        assert not np.isclose(first, writer.uniform_of_sentence(*other)).any()
+
+
+@pytest.mark.parametrize("samples", [0, 4])
+def test_k_of_the_whole_vocabulary_needs_no_draws(samples):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 8, V, generator=generator, dtype=torch.float64)
+    target = torch.zeros(8, dtype=torch.long)
+    uniform = np.zeros((8, samples)) if samples else None
+    arrays = teacher_rows(Dense(teacher), target, V, [1.0], uniform)
+    assert set(arrays) == {"symbols", "log_probs", "reference", "entropy"}
+    arrays["symbols"] = arrays["symbols"].astype("i4")
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    cached = CachedAnswer(tensors, torch.ones(1, 8, dtype=torch.bool), [1.0], True)
+    online = RunningAnswer([Member("t", lambda rows: teacher[rows])])
+    found = [
+        objective.distillation_objective(
+            student, target, torch.arange(8), answer, Settings(1.0, tail=tail)
+        ).kd
+        for answer, tail in ((cached, "sample"), (online, "bucket"))
+    ]
+    torch.testing.assert_close(*found, rtol=4e-3, atol=4e-3)
+
+
+def test_a_cache_with_draws(tmp_path):
+    case = make_case(tmp_path, temperatures=[1.0], samples=3)
+    assert case.write(tmp_path / "cache")
+    for shard in range(2):
+        case.write(tmp_path / "shards", 2, shard)
+    assert tree(tmp_path / "shards") == tree(tmp_path / "cache")
+    found = opened(tmp_path / "cache")
+    assert found.samples == 3 and found.rows(0)["drawn"].shape == (case.lengths[0], 3)
+    for i in np.flatnonzero(case.lengths):
+        rows = found.rows(i)
+        for symbols, drawn in zip(rows["symbols"], rows["drawn"]):
+            assert not set(symbols) & set(drawn)
+    old = opened(case_without_draws(tmp_path))
+    assert not found.compatible_with(old)
+    path = tmp_path / "cache" / "train" / "drawn.bin"
+    content = bytearray(path.read_bytes())
+    content[:2] = b"\xff\xff"
+    path.write_bytes(bytes(content))
+    write_checksums(tmp_path / "cache")
+    assert "drawn.bin is damaged: symbol 65535" in refusal(tmp_path / "cache")
+
+
+def case_without_draws(folder):
+    assert make_case(folder, temperatures=[1.0]).write(folder / "old")
+    return folder / "old"
 
 
 # training from them
@@ -397,7 +562,7 @@ def test_a_row_that_is_not_finite_is_found():
 
 
 def test_a_cache_holds_every_row_in_the_order_of_the_data(case, finished):
-    cache = CachedSubset(str(finished), "train", DATA)
+    cache = opened(finished)
     assert len(cache) == len(case.lengths) and not cache.whole
     assert cache.lengths().tolist() == case.lengths.tolist()
     for i, logits in enumerate(case.logits):
@@ -406,7 +571,7 @@ def test_a_cache_holds_every_row_in_the_order_of_the_data(case, finished):
         assert set(found) == set(expected)
         for name in found:
             assert found[name].tobytes() == expected[name].tobytes(), (i, name)
-    assert set(tree(finished)) == {"train/" + name + ".bin" for name in ARRAYS} | {
+    assert set(tree(finished)) == {"train/" + name + ".bin" for name in FILES} | {
         "train/manifest.json"
     }
 
@@ -417,15 +582,25 @@ def test_summary(case, finished):
     target = torch.cat(case.targets).numpy()
     covered = np.sort(np.exp(log_p), -1)[:, -K:].sum(-1)
     expected = {
-        "bytes": sum(len(b) for name, b in tree(finished).items() if name.endswith(".bin")),
+        "bytes": sum(len(b) for name, b in tree(finished).items() if name.endswith(".bin"))
+        - 4 * len(ARRAYS[1:]),  # checksums
         "covered_mean": covered.mean(),
         "covered_1st_percentile": np.sort(covered)[0],
         "nll_loss": -log_p[np.arange(len(target)), target].mean() / math.log(2),
         "entropy": -(np.exp(log_p) * log_p).sum(-1).mean() / math.log(2),
         "agreement": (log_p.argmax(-1) == target).mean(),
+        "tail_bits": kl_to_head_and_uniform_tail(log_p) / math.log(2),
     }
     expected["bytes_per_token"] = expected["bytes"] / len(target)
-    assert summary == pytest.approx(expected, rel=1e-3)
+    assert summary == pytest.approx(expected, rel=1e-3, abs=2e-3)
+
+
+def kl_to_head_and_uniform_tail(log_p):
+    other = log_p.copy()
+    for row in other:
+        tail = np.argsort(row)[: V - K]
+        row[tail] = np.log(np.exp(row[tail]).mean())
+    return (np.exp(log_p) * (log_p - other)).sum(-1).mean()
 
 
 @pytest.mark.parametrize("shards", [2, 3, 8])
@@ -736,7 +911,7 @@ def test_without_any_row(case, tmp_path):
     """A teacher that cannot read a single sentence."""
     empty = case._replace(lengths=np.zeros(3, dtype=int), batches=[], rows=[])
     assert empty.write(tmp_path)
-    cache = CachedSubset(str(tmp_path), "train", DATA)
+    cache = opened(tmp_path)
     assert cache.lengths().tolist() == [0, 0, 0] and len(cache.rows(1)["symbols"]) == 0
 
 
@@ -775,7 +950,7 @@ def test_shards_that_do_not_exist(case, tmp_path, num_shards, shard_id):
 # reading
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("name", FILES)
 def test_one_flipped_bit(cache, name):
     path = cache / "train" / (name + ".bin")
     content = bytearray(path.read_bytes())
@@ -785,12 +960,13 @@ def test_one_flipped_bit(cache, name):
             damaged[position] ^= 1 << bit
             path.write_bytes(damaged)
             message = refusal(cache)
-            assert f"{path} is damaged" in message and "make the cache again" in message
+            assert "is damaged" in message and "make the cache again" in message
+            assert name == "blocks" or str(path) in message
     path.write_bytes(content)
-    CachedSubset(str(cache), "train", DATA)
+    opened(cache)
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_of_another_size_or_missing(cache, name):
     path = cache / "train" / (name + ".bin")
     content = path.read_bytes()
@@ -801,6 +977,129 @@ def test_a_file_of_another_size_or_missing(cache, name):
         assert f"expected {len(content)} bytes, found {len(wrong)}" in message
     path.unlink()
     assert f"{path} is missing: make the cache again" in refusal(cache)
+
+
+SHARED: List[CachedSubset] = []  # with forked processes; an argument would be pickled
+
+
+def what_reading_says(cache=None):
+    cache = cache or SHARED[-1]
+    try:
+        for i in range(len(cache)):
+            cache.rows(i)
+    except CacheError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("how", [None, "fork", "spawn"])
+def test_a_block_that_is_damaged_after_the_start_is_found_when_it_is_read(tmp_path, how):
+    case = make_case(tmp_path, sentences=6000)
+    assert case.write(tmp_path)
+    path, width = tmp_path / "train" / "log_probs.bin", 2 * K
+    assert path.stat().st_size > 3 * 65536
+    cache = opened(tmp_path)
+    first = int(np.searchsorted(cache.offsets, 2 * 65536 // width))  # begins in the third block
+    before = cache.rows(0), cache.rows(1)
+    content = bytearray(path.read_bytes())
+    content[2 * 65536 + 99] ^= 1
+    content[7] ^= 1  # of a block that has been compared already
+    with open(str(path), "r+b") as file:
+        file.write(content)
+    for i in range(2):
+        assert cache.rows(i)["symbols"].tolist() == before[i]["symbols"].tolist()
+    cache.rows(len(cache) - 1)
+    expected = f"{path} is damaged: the checksum of its bytes from 131072 on is not the cache's"
+    if how is None:
+        with pytest.raises(CacheError, match=expected):
+            cache.rows(first + 1)
+    else:
+        SHARED.append(cache)
+        with multiprocessing.get_context(how).Pool(1) as pool:
+            found = pool.apply(what_reading_says, () if how == "fork" else (cache,))
+        assert ("from 0 on" if how == "spawn" else expected) in found
+
+
+def test_what_workers_have_compared_is_not_compared_again(tmp_path, monkeypatch):
+    case = make_case(tmp_path)
+    assert case.write(tmp_path)
+    cache = opened(tmp_path)
+    SHARED.append(cache)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(what_reading_says) == ""
+    monkeypatch.setattr(zlib, "crc32", None)
+    assert what_reading_says(cache) == ""
+
+
+def test_a_cache_that_shrinks_while_it_is_read(case, cache):
+    found = opened(cache)
+    path = cache / "train" / "entropy.bin"
+    os.truncate(str(path), 4)
+    with pytest.raises(CacheError, match=f"{path} is damaged: it has been cut short"):
+        found.rows(16)
+
+
+def test_opening_reads_nothing_of_the_content(tmp_path):
+    """A cache of 100 GB in a sparse file: two sentences of 1.3 billion tokens each."""
+    rows, k = 2 * 1_300_000_000, 8
+    case = make_case(tmp_path)
+    assert case.write(tmp_path)
+    folder = tmp_path / "train"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    np.array([0, rows // 2, rows], dtype="<i8").tofile(str(folder / "offsets.bin"))
+    blocks = 0
+    for name, array in layout.arrays(V, k, TEMPERATURES).items():
+        path = folder / f"{name}.bin"
+        os.truncate(str(path), 0)
+        os.truncate(str(path), rows * array.row_bytes)
+        blocks += -(-rows * array.row_bytes // 65536)
+    os.truncate(str(folder / "blocks.bin"), 4 * blocks)
+    layout.write_manifest(folder, {**manifest, "k": k, "rows": rows, "sentences": 2})
+    assert sum(path.stat().st_size for path in folder.iterdir()) > 100e9
+
+    def bytes_read():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = bytes_read()
+    found = opened(tmp_path)
+    assert bytes_read() - before < 1e5
+    assert found.lengths().tolist() == [rows // 2] * 2
+
+
+def earlier(cache):
+    """As version 0.1.0 wrote it: without checksums of blocks, samples of data and draws."""
+    path = cache / "train" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for key in ("block_bytes", "samples", "checksum"):
+        del manifest[key]
+    del manifest["summary"]["tail_bits"]
+    (cache / "train" / "blocks.bin").unlink()
+    layout.write_manifest(cache / "train", manifest)
+    return cache
+
+
+def test_a_cache_of_an_earlier_version_is_compared_as_a_whole_when_it_is_opened(case, cache):
+    found = opened(earlier(cache))
+    assert found.samples == 0
+    for i in range(len(found)):
+        rows, expected = found.rows(i), written_rows(case, i)
+        assert {n: a.tobytes() for n, a in rows.items()} == expected
+    assert "train.aa-bb.aa.bin differs" in refusal(
+        cache, replaced(DATA, "files", "train.aa-bb.aa.bin", "0" * 64)
+    )
+    path = cache / "train" / "entropy.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CacheError, match=f"{path} is damaged: its checksum is not the manifest's"):
+        opened(cache)
+
+
+def written_rows(case, i):
+    if not case.lengths[i]:
+        kinds = layout.arrays(V, K, TEMPERATURES)
+        return {name: b"" for name in kinds}
+    rows = teacher_rows(Dense(case.logits[i]), case.targets[i], K, TEMPERATURES)
+    return {name: array.tobytes() for name, array in rows.items()}
 
 
 def test_no_cache_and_one_that_is_not_finished(cache, tmp_path):
@@ -820,8 +1119,7 @@ def test_offsets_that_are_none(cache):
         wrong = right.copy()
         wrong[position] = value
         wrong.tofile(str(path))
-        checksums = json.loads((cache / "train" / "manifest.json").read_text())["checksums"]
-        change(cache, checksums={**checksums, "offsets": layout.checksum(path)})
+        write_checksums(cache)
         assert f"{path} is damaged" in refusal(cache)
 
 
@@ -833,8 +1131,8 @@ def replaced(data, section, key, value):
     "data, words",
     [
         (replaced(DATA, "dictionaries", "target", "0" * 64), ["dictionaries: target differs"]),
-        (replaced(DATA, "files", "train.aa-bb.aa.bin", "0" * 64), ["train.aa-bb.aa.bin differs"]),
-        (replaced(DATA, "files", "train1.aa-bb.aa.bin", "0" * 64), ["train1.aa-bb.aa.bin is"]),
+        (replaced(DATA, "samples", "train.aa-bb.aa.bin", "0" * 64), ["train.aa-bb.aa.bin differs"]),
+        (replaced(DATA, "samples", "train1.aa-bb.aa.bin", "0" * 64), ["train1.aa-bb.aa.bin is"]),
         (replaced(DATA, "settings", "truncate_source", 6), ["truncate_source is 6 here, 7 there"]),
         (replaced(DATA, "settings", "source_lang", "bb"), ["source_lang is bb here, aa there"]),
     ],
@@ -909,7 +1207,7 @@ def test_any_value_anywhere_in_the_manifest(finished, tmp_path_factory, data):
         # and with a checksum to match, as an attacker would write it
         layout.write_manifest(folder / "train", manifest)
         try:
-            cache = CachedSubset(str(folder), "train", DATA)
+            cache = opened(folder)
         except FileError as error:
             assert str(folder) in str(error)
         else:
@@ -928,7 +1226,7 @@ def test_another_teacher_is_only_a_warning(case, cache, caplog):
         change(cache, teachers=[{**entry, "path": str(changed)}])
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            CachedSubset(str(cache), "train", DATA)
+            opened(cache)
         assert caplog.text.count("no longer the one that the cache") == warned, content
 
 
@@ -945,16 +1243,15 @@ def test_a_teacher_that_may_not_be_read_is_left_alone(cache, monkeypatch):
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(reader, "digest", denied)
-    CachedSubset(str(cache), "train", DATA)
+    opened(cache)
 
 
 def test_pickled_it_opens_its_maps_again(finished):
-    cache = CachedSubset(str(finished), "train", DATA)
+    cache = opened(finished)
     pickled = pickle.dumps(cache)
-    for array in (cache.offsets, *cache._arrays.values()):
-        assert array.tobytes()[:48] not in pickled
+    for name in ARRAYS:
+        assert (finished / "train" / f"{name}.bin").read_bytes()[:48] not in pickled
     twin = pickle.loads(pickled)
-    assert all(isinstance(array, np.memmap) for array in twin._arrays.values())
     for i in range(len(cache)):
         for name, array in cache.rows(i).items():
             assert twin.rows(i)[name].tobytes() == array.tobytes()
@@ -989,7 +1286,7 @@ def numbered(case, tmp_path_factory):
         rows.append({**part, "reference": np.concatenate(numbers).astype("<f2")})
     folder = tmp_path_factory.mktemp("numbered")
     assert case._replace(rows=rows).write(folder)
-    return CachedSubset(str(folder), "train", DATA)
+    return opened(folder)
 
 
 @settings(deadline=None, max_examples=40)
@@ -1102,7 +1399,7 @@ def about(folder, subset="train", combine=True, **more):
     more = {"max_source_positions": 7, "num_batch_buckets": 0, **more}
     cfg = Namespace(data=str(folder), **{**given, **more})
     task = Namespace(cfg=cfg, source_dictionary=dictionary(), target_dictionary=dictionary())
-    return describe_data(task, subset, combine)
+    return describe_data(task, str(folder), subset, combine, whole=True)
 
 
 def test_every_file_and_setting_counts(tmp_path):
@@ -1111,23 +1408,24 @@ def test_every_file_and_setting_counts(tmp_path):
     for name in (*names, *more, "valid.aa-bb.aa.bin", "train3.aa-bb.aa.bin"):
         (tmp_path / name).write_text(name)
     alone, together = about(tmp_path, combine=False), about(tmp_path)
-    assert sorted(alone["files"]) == names and sorted(together["files"]) == sorted(names + more)
-    assert sorted(about(tmp_path, "valid")["files"]) == ["valid.aa-bb.aa.bin"]
+    for kind in ("files", "samples"):
+        assert sorted(alone[kind]) == names and sorted(together[kind]) == sorted(names + more)
+        assert sorted(about(tmp_path, "valid")[kind]) == ["valid.aa-bb.aa.bin"]
+    earlier = {key: value for key, value in together.items() if key != "samples"}
     for name in (*names, *more):
         content = (tmp_path / name).read_text()
         (tmp_path / name).write_text(content.swapcase())
-        found = layout.data_differences(about(tmp_path), together)
-        assert found == [f"files: {name} differs"]
+        for manifest, kind in ((together, "samples"), (earlier, "files")):
+            found = layout.data_differences(lambda whole: about(tmp_path), manifest)
+            assert found == [f"{kind}: {name} differs"]
         (tmp_path / name).write_text(content)
     for setting in (dict(upsample_primary=2), dict(truncate_source=True)):
-        assert len(layout.data_differences(about(tmp_path, **setting), together)) == 1
+        ours = about(tmp_path, **setting)
+        assert len(layout.data_differences(lambda _, ours=ours: ours, together)) == 1
     # it means nothing as long as nothing is truncated
     assert about(tmp_path, max_source_positions=3) == together
 
 
-def test_several_data_folders_and_buckets_are_refused(tmp_path):
+def test_buckets_are_refused(tmp_path):
     with pytest.raises(CacheError, match="--num-batch-buckets"):
         about(tmp_path, num_batch_buckets=2)
-    refused = "is for one data folder, but 2 are given .*, one per epoch: train without"
-    with pytest.raises(CacheError, match=refused):
-        about("{0}:{0}".format(tmp_path))

@@ -278,6 +278,68 @@ def make_cache(data, teacher, folder, k=4):
     return folder
 
 
+def test_a_cache_for_each_of_several_data_folders(teacher, tmp_path):
+    """Each sentence has its own rows in each epoch, over a stop within the third one, too."""
+    texts = [MANY, *({"train": SENTENCES["train"][::step] * 5} for step in (-1, 2))]
+    data = [write_data(tmp_path / f"data-{i}", text) for i, text in enumerate(texts)]
+    data, caches = (
+        ":".join(map(str, paths)) for paths in (data, [tmp_path / f"cache-{i}" for i in range(3)])
+    )
+    make_cache(data, teacher, caches)
+    assert {path.name for path in tmp_path.glob("cache-*/*")} == {"train", "valid"}
+    assert not (tmp_path / "cache-1" / "valid").exists()
+
+    def answers(name, *flags):
+        folder = ("--save-dir", tmp_path / name, "--no-epoch-checkpoints", "--max-epoch", 4)
+        task = ("--task", "kd_translation", "--criterion", CRITERION, "--batch-size", 4)
+        given = fairseq_train(data, *folder, *task, *flags)
+        return [(b["id"].tolist(), *told(b)) for kind, b in given if kind == "train"]
+
+    def told(batch):
+        target, real = batch["target"].flatten(), batch["target"].ne(1).flatten().nonzero()[:, 0]
+        rows = batch["teacher"].rows(real, torch.zeros(0))
+        return rows.nll(target[real]), rows.best()
+
+    online = answers("online", "--teacher-checkpoint-path", teacher)
+    flags = ("--teacher-cache", caches)
+    stop = len(online) // 2 + 3
+    found = answers("cached", *flags, "--max-update", stop) + answers("cached", *flags)
+    assert len(found) == len(online) > 2 * stop - 8
+    for (ids, nll, best), (same, expected, likeliest) in zip(found, online):
+        assert ids == same and best.tolist() == likeliest.tolist()
+        torch.testing.assert_close(nll, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda caches, make: caches[:1], "a cache for each of the 2 data folders.*got 1"),
+        (lambda caches, make: [*caches, "more"], "a cache for each of the 2 data folders.*got 3"),
+        (lambda caches, make: caches[::-1], "was made from something other"),
+        (lambda caches, make: [caches[0], make(k=3)], "not made with the same.*top k"),
+        (lambda caches, make: [caches[0], "nowhere"], "no cache of the subset train in nowhere"),
+    ],
+)
+def test_caches_that_do_not_fit_their_folders_stop_before_the_first_update(
+    spoil, words, teacher, tmp_path
+):
+    data = [
+        write_data(tmp_path / "a", SENTENCES),
+        write_data(tmp_path / "b", {**SENTENCES, "train": SENTENCES["train"][::-1]}),
+    ]
+    caches = [str(make_cache(d, teacher, tmp_path / f"cache-{d.name}")) for d in data]
+    caches = spoil(caches, lambda k: str(make_cache(data[1], teacher, tmp_path / "k", k)))
+    with pytest.raises(CacheError, match=words):
+        cached(":".join(map(str, data)), ":".join(caches)).begin()
+
+
+def test_caching_needs_a_folder_for_each_of_several(teacher, tmp_path, capsys):
+    data = [write_data(tmp_path / name, SENTENCES) for name in "ab"]
+    arguments = ["--path", teacher, "--cache", tmp_path / "one", "--cpu", "-s", "aa", "-t", "bb"]
+    assert command.main([str(a) for a in (":".join(map(str, data)), *arguments)]) == 1
+    assert "expected a folder for each of the 2 data folders" in capsys.readouterr().err
+
+
 def cached(data, cache, **criterion):
     return Training(data, {"teacher_cache": str(cache)}, **criterion)
 

@@ -33,6 +33,14 @@ def plan(task=None, **flags):
         (dict(kd_divergence="js", kd_js_beta=1.0), ["--kd-js-beta must be between 0 and 1"]),
         (dict(kd_top_k=11), ["--kd-top-k", "10 symbols"]),
         (dict(kd_tail="bucket"), ["--kd-tail bucket is for --kd-top-k and --teacher-cache only"]),
+        (
+            dict(kd_tail="sample", kd_top_k=3, kd_divergence="js"),
+            [
+                "--kd-tail sample is for --teacher-cache only",
+                "leave out --kd-top-k",
+                "--kd-divergence forward-kl alone, got js",
+            ],
+        ),
         (dict(kd_selection_rate=0.5), ["--kd-selection-rate has no effect", "all"]),
         (dict(kd_selection="batch", kd_selection_rate=0.0), ["--kd-selection-rate must be"]),
         (dict(kd_selection="batch", kd_queue_size=5), ["--kd-queue-size has no effect"]),
@@ -118,6 +126,11 @@ def test_what_a_cache_cannot_give():
         (Needs(0, moving), (4, [2.0], False), ["-schedule with --kd-tail bucket", "at 1, 2"]),
         (Needs(0, None), (1, [], False), ["one symbol with --kd-tail renormalise"]),
         (Needs(2, fixed), (1, [], False), ["--kd-top-k 2", "--kd-temperature 2"]),
+        (Needs(drawn_at=fixed), (4, [2.0], False, 3), []),
+        (Needs(drawn_at=moving), (10, [], True), []),
+        (Needs(drawn_at=fixed), (4, [2.0], False), ["holds none", "--tail-samples"]),
+        (Needs(drawn_at=fixed), (4, [1.0], False, 3), ["--kd-temperature 2", "temperature 1,"]),
+        (Needs(drawn_at=moving), (4, [2.0], False, 3), ["--kd-temperature-schedule with"]),
     ):
         reasons = needs.unmet(*held)
         assert bool(reasons) == bool(words), (needs, held)

@@ -2,16 +2,18 @@
 
 from .dataset import TaughtDataset
 from .fill import rows_of_batch
-from .layout import CacheError, describe_data
-from .pipeline import Asked, make
+from .layout import CacheError, Describe, describe_data
+from .pipeline import Asked, make, verify
 from .reader import CachedSubset
 
 __all__ = [
     "Asked",
     "CacheError",
     "CachedSubset",
+    "Describe",
     "TaughtDataset",
     "describe_data",
     "make",
     "rows_of_batch",
+    "verify",
 ]

@@ -38,6 +38,7 @@ class TaughtDataset(BaseWrapperDataset):
         suspect = np.flatnonzero((lengths != dataset.tgt_sizes) & (lengths > 0))
         wrong = [i for i in suspect if lengths[i] != len(target_tokens(dataset, i, pad))]
         if wrong:
+            cache.verify_offsets()  # damage is the likelier reason
             raise CacheError(
                 f"the cache {cache.folder} has a different number of rows than the data has target "
                 f"tokens for {len(wrong)} sentences, the first of them number {wrong[0]}"
@@ -72,8 +73,9 @@ class TaughtDataset(BaseWrapperDataset):
                 f"the cache {len(teacher['reference'])} rows: make the cache again"
             )
         # torch has no unsigned integers of two and four bytes
-        teacher["symbols"] = teacher["symbols"].astype(
-            np.int32 if teacher["symbols"].itemsize == 2 else np.int64
-        )
-        batch["teacher"] = {name: torch.from_numpy(array) for name, array in teacher.items()}
+        signed = {"u2": np.int32, "u4": np.int64}
+        batch["teacher"] = {
+            name: torch.from_numpy(array.astype(signed.get(array.dtype.str[1:], array.dtype)))
+            for name, array in teacher.items()
+        }
         return batch

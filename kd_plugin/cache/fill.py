@@ -1,7 +1,9 @@
 """Run a teacher over a subset and write its answers."""
 
 import contextlib
+import json
 import os
+import zlib
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
@@ -13,7 +15,7 @@ from ..objective.answer import NotFiniteTeacherError, rows_ahead, rows_at_once
 from ..timing import progress_bar
 from .dataset import target_tokens
 from .layout import CacheError
-from .writer import CacheWriter, teacher_rows
+from .writer import CacheWriter, teacher_rows, uniform_of_sentence
 
 
 def open_writer(
@@ -152,15 +154,18 @@ def rows_of_batch(
     """What the cache holds of a collated batch, its sentences in the order of the plan.
 
     Args:
-        header: of the cache; with ``vocabulary``, ``k`` and ``temperatures``.
+        header: of the cache; with ``vocabulary``, ``k``, ``temperatures`` and, to draw from the
+            tail, ``tail_samples`` and ``files``.
     """
     ids, pad = batch["id"].numpy(), task.target_dictionary.pad()
     if teacher.device.type == "cuda":
         batch = utils.move_to_cuda(batch)
     answer, target = teacher(batch["net_input"]), batch["target"]
-    flat = _in_order(target.ne(pad), ids, plan)
+    real = target.ne(pad)
+    flat = _in_order(real, ids, plan)
+    uniform = _uniform(real, ids, plan, header)
     size = rows_at_once(flat.device, header["vocabulary"])
-    parts = []
+    parts, done = [], 0
     for block in flat.split(size * rows_ahead(flat.device)):
         block_answer = answer.rows(block, torch.empty(0, device=block.device))
         for start in range(0, len(block), size):
@@ -171,8 +176,29 @@ def rows_of_batch(
                 error = NotFiniteTeacherError(answer.not_finite(bad), bad)
                 raise error.naming(batch["id"], target.size(1))
             references = target.flatten()[block[here]]
-            parts.append(teacher_rows(part, references, header["k"], header["temperatures"]))
+            chances = None if uniform is None else uniform[done : done + len(references)]
+            done += len(references)
+            parts.append(
+                teacher_rows(part, references, header["k"], header["temperatures"], chances)
+            )
     return {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
+
+
+def _uniform(
+    real: Tensor, ids: np.ndarray, plan: np.ndarray, header: Dict[str, Any]
+) -> Optional[np.ndarray]:
+    """Random numbers to draw each row's tail with, (tokens, S), in the order of the plan.
+
+    They depend on the data, the sentence and the position in it alone: a cache is the same however
+    its sentences are batched and its shards are cut.
+    """
+    samples = header.get("tail_samples", 0)
+    if not samples:
+        return None
+    seed = zlib.crc32(json.dumps(header["files"], sort_keys=True).encode())
+    rows = dict(zip(ids.tolist(), real.sum(-1).tolist()))
+    sentences = [uniform_of_sentence(seed, i, rows[i], samples) for i in plan.tolist()]
+    return np.concatenate(sentences)
 
 
 def _in_order(real: Tensor, ids: np.ndarray, plan: np.ndarray) -> Tensor:
@@ -185,14 +211,16 @@ def _in_order(real: Tensor, ids: np.ndarray, plan: np.ndarray) -> Tensor:
 
 def summary_lines(manifest: Dict[str, Any], folder: Any) -> List[str]:
     """What a user wants to know of a finished cache."""
-    s = manifest["summary"]
+    s, samples = manifest["summary"], manifest.get("tail_samples", 0)
+    drawn = f" and {samples} drawn from the tail" if samples else ""
     teachers = " + ".join(os.path.basename(teacher["path"]) for teacher in manifest["teachers"])
     return [
         f"{folder}: {manifest['sentences']} sentences, {manifest['rows']} target tokens, top "
-        f"{manifest['k']} of {teachers}",
+        f"{manifest['k']}{drawn} of {teachers}",
         f"  {s['bytes'] / 1e6:.1f} MB, {s['bytes_per_token']:.2f} bytes per target token",
         f"  covered probability mass: mean {s['covered_mean']:.4f}, 1st percentile "
-        f"{s['covered_1st_percentile']:.4f}",
+        f"{s['covered_1st_percentile']:.4f}; the shape of the rest is worth "
+        f"{s['tail_bits']:.3f} bits per token",
         f"  teacher: nll_loss {s['nll_loss']:.3f}, entropy {s['entropy']:.3f} bits per token, "
         f"agreement with the reference {s['agreement']:.4f}",
     ]

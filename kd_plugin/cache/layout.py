@@ -11,13 +11,21 @@ A cache is a folder with one subfolder per subset (``train``, ``valid``), each c
       entropy.bin       <f2 (rows): of the whole distribution at temperature 1, nats
       rests.bin         <f2 (rows, temperatures): log of the sum of p^(1/T) over the symbols that
                         are not among the k, for each temperature T of the manifest
+      drawn.bin         as symbols (rows, tail_samples): drawn from those that are not among the k,
+                        with replacement, in proportion to p^(1/T); T is the manifest's only
+                        temperature
+      tempered_entropy.bin  <f2 (rows): of the whole distribution at that T, nats, unless T is 1
+      blocks.bin        <u4: the CRC-32 of each 64 KiB of these files, but offsets.bin; the last of
+                        a file may be shorter; one file after the other, in the order from above
       partial/          while it is being written: header.json, and a folder for each shard
 
 A row is a target token, the end-of-sentence symbol included and padding symbols in the text not, in
 the order of the sentence;
 sentences are in the order of the binarised data, and one that the teacher cannot read has no rows.
 Arrays are flat, little-endian, without a header, to be memory-mapped. An array of no width has no
-file. At temperature 1 the mass outside of the k is one minus theirs (to half precision's rounding
+file. A block is compared with its CRC-32 when a process first reads of it; a cache
+of an earlier version has no ``blocks.bin`` and is compared as a whole when it is opened. At
+temperature 1 the mass outside of the k is one minus theirs (to half precision's rounding
 of theirs) unless it is among the manifest's temperatures.
 """
 
@@ -29,16 +37,16 @@ import os
 import zlib
 from itertools import count
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
-from fairseq import utils
 
-from ..files import FileError, differences, digest, read_json, write_json
+from ..files import FileError, differences, digest, digest_of_sample, read_json, write_json
 
 FORMAT, VERSION = "kd_plugin teacher cache", 1
 MANIFEST, HEADER, PARTIAL = "manifest.json", "header.json", "partial"
-OFFSETS = "offsets"
+OFFSETS, BLOCKS = "offsets", "blocks"
+BLOCK = 1 << 16  # bytes that are compared with their checksum together
 # Of all rows, in the manifest; losses in bits
 SUMMARY = (
     "bytes",
@@ -49,9 +57,13 @@ SUMMARY = (
     "entropy",
     "agreement",
 )
-_BLOCK = 1 << 22
-# What a header says of the data; it must be the same in training
-_DATA = ("dictionaries", "files", "settings")
+# Newer ones, which a manifest may lack
+MORE_SUMMARY = ("tail_bits",)
+_READ = 1 << 22
+# What a header says of the data and must be the same in training; an earlier version's does not
+# have the samples, and its files are compared as a whole
+_DATA = ("dictionaries", "samples", "settings")
+_WHOLE_DATA = ("dictionaries", "files", "settings")
 
 
 class CacheError(FileError):
@@ -69,15 +81,22 @@ class Array(NamedTuple):
         return int(np.dtype(self.dtype).itemsize * math.prod(self.width))
 
 
-def arrays(vocabulary: int, k: int, temperatures: Sequence[float]) -> Dict[str, Array]:
+def arrays(
+    vocabulary: int, k: int, temperatures: Sequence[float], samples: int = 0
+) -> Dict[str, Array]:
     """The arrays that have a value per row."""
+    samples = samples if k < vocabulary else 0
+    symbol = "<u2" if vocabulary <= 1 << 16 else "<u4"
     found = {
-        "symbols": Array("<u2" if vocabulary <= 1 << 16 else "<u4", (k,)),
+        "symbols": Array(symbol, (k,)),
         "log_probs": Array("<f2", (k,)),
         "reference": Array("<f2", ()),
         "entropy": Array("<f2", ()),
         "rests": Array("<f2", (rests(vocabulary, k, temperatures),)),
+        "drawn": Array(symbol, (samples,)),
     }
+    if samples and temperatures[0] != 1:
+        found["tempered_entropy"] = Array("<f2", ())
     return {name: array for name, array in found.items() if array.row_bytes}
 
 
@@ -93,21 +112,21 @@ def array_file(folder: Path, name: str) -> Path:
 # What a cache was made from
 
 
-def describe_data(task: Any, subset: str, combine: bool) -> Dict[str, Any]:
+def describe_data(
+    task: Any, folder: str, subset: str, combine: bool, whole: bool
+) -> Dict[str, Any]:
     """What a row's meaning depends on: files by content, dictionaries, and the task's settings.
 
+    Args:
+        folder: the data folder, one of the task's.
+        whole: also compute the digests of whole files, whose cost grows with them.
+
     Raises:
-        CacheError: the task reads several data folders in turn, or pads sentences to buckets.
+        CacheError: the task pads sentences to buckets.
     """
     cfg = task.cfg
     if cfg.num_batch_buckets > 0:
         raise CacheError("a teacher cache cannot be used with --num-batch-buckets")
-    folders = utils.split_paths(cfg.data)
-    if len(folders) != 1:
-        raise CacheError(
-            f"a teacher cache is for one data folder, but {len(folders)} are given ({cfg.data}), "
-            "one per epoch: train without --teacher-cache, or binarise into one folder"
-        )
     settings = {
         "source_lang": cfg.source_lang,
         "target_lang": cfg.target_lang,
@@ -115,17 +134,18 @@ def describe_data(task: Any, subset: str, combine: bool) -> Dict[str, Any]:
         # only then does the position's limit change what the teacher reads
         "truncate_source": cfg.max_source_positions if cfg.truncate_source else None,
     }
-    return {
+    paths = _data_files(folder, subset, cfg, combine)
+    described = {
         "dictionaries": {
             "source": _digest_of_text("\n".join(task.source_dictionary.symbols)),
             "target": _digest_of_text("\n".join(task.target_dictionary.symbols)),
         },
-        "files": {
-            os.path.basename(path): digest(path)
-            for path in _data_files(folders[0], subset, cfg, combine)
-        },
+        "samples": {os.path.basename(path): digest_of_sample(path) for path in paths},
         "settings": settings,
     }
+    if whole:
+        described["files"] = {os.path.basename(path): digest(path) for path in paths}
+    return described
 
 
 def _data_files(folder: str, subset: str, cfg: Any, combine: bool) -> List[str]:
@@ -148,19 +168,53 @@ def _digest_of_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def data_differences(ours: Dict[str, Any], theirs: Dict[str, Any]) -> List[str]:
-    return differences(ours, theirs, _DATA)
+# Gives what ``describe_data`` says; True is ``whole``
+Describe = Callable[[bool], Dict[str, Any]]
+
+
+def data_differences(
+    describe: Describe, manifest: Dict[str, Any], whole: bool = False
+) -> List[str]:
+    """In words: where the data at hand is not what the manifest says.
+
+    Args:
+        whole: compare whole files even where the manifest has samples of them.
+    """
+    whole = whole or "samples" not in manifest
+    return differences(describe(whole), manifest, _WHOLE_DATA if whole else _DATA)
 
 
 # Reading and writing
 
 
+class Checksums:
+    """The CRC-32 of a file as it is written: of the whole, and of each block."""
+
+    def __init__(self) -> None:
+        self.whole, self.blocks = 0, []  # type: int, List[int]
+        self._in_block = 0
+
+    def update(self, content: memoryview) -> None:
+        self.whole = zlib.crc32(content, self.whole)
+        while len(content):
+            if self._in_block == 0:
+                self.blocks.append(0)
+            part = content[: BLOCK - self._in_block]
+            self.blocks[-1] = zlib.crc32(part, self.blocks[-1])
+            self._in_block = (self._in_block + len(part)) % BLOCK
+            content = content[len(part) :]
+
+
 def checksum(path: Path) -> str:
     value = 0
     with open(path, "rb") as file:
-        for block in iter(lambda: file.read(_BLOCK), b""):
+        for block in iter(lambda: file.read(_READ), b""):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
+
+
+def blocks_in(size: int) -> int:
+    return -(-size // BLOCK)
 
 
 def write_manifest(folder: Path, content: Dict[str, Any]) -> None:
@@ -208,11 +262,15 @@ def _well_formed(manifest: Dict[str, Any]) -> bool:
             and "\0" not in x["path"]
             and natural(x.get("bytes"), 1)
             and isinstance(x.get("sha256"), str)
+            and natural(x.get("modified_ns", 0))
         )
 
     temperatures, teachers = manifest.get("temperatures"), manifest.get("teachers")
     return (
         all(natural(manifest.get(key)) for key in ("sentences", "rows"))
+        and manifest.get("block_bytes", BLOCK) == BLOCK
+        and natural(manifest.get("tail_samples", 0), 0, 1 << 16)
+        and (not manifest.get("tail_samples") or len(manifest.get("temperatures") or ()) == 1)
         and natural(manifest.get("vocabulary"), 1, 1 << 32)
         and natural(manifest.get("k"), 1)
         and manifest["k"] <= manifest["vocabulary"]
@@ -223,4 +281,5 @@ def _well_formed(manifest: Dict[str, Any]) -> bool:
         and isinstance(manifest.get("checksums"), dict)
         and isinstance(manifest.get("summary"), dict)
         and all(number(manifest["summary"].get(key), -1e300) for key in SUMMARY)
+        and all(number(manifest["summary"].get(key, 0), -1e300) for key in MORE_SUMMARY)
     )

@@ -1,7 +1,8 @@
 """From fairseq's configuration and a teacher to a cache of its answers on the data."""
 
 import copy
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+import functools
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq import tasks, utils
@@ -10,7 +11,8 @@ from omegaconf import open_dict
 from ..checkpoints import Role
 from ..errors import UserError
 from .fill import fill, open_writer, summary_lines
-from .layout import CacheError
+from .layout import CacheError, Describe
+from .reader import CachedSubset
 
 ROLE = Role(
     "teacher", "--trust-checkpoint", "--teacher-data", "--model-overrides", "--teacher-task"
@@ -26,6 +28,8 @@ class Asked(NamedTuple):
         folder: the cache to write.
         k: symbols to keep for each target token.
         temperatures: other than 1, at which ``--kd-tail bucket`` will be trained.
+        tail_samples: symbols to draw from the others, for ``--kd-tail sample`` at 1, or at the
+            one temperature that is named.
         device, dtype: where the teacher runs, and in which precision.
         max_tokens, max_sentences: most of a batch, as fairseq's flags.
         num_shards, shard_id: this process writes every ``num_shards``-th batch.
@@ -35,6 +39,7 @@ class Asked(NamedTuple):
     folder: str
     k: int = 8
     temperatures: Sequence[float] = ()
+    tail_samples: int = 0
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     max_tokens: Optional[int] = None
@@ -53,32 +58,23 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
         UserError: the data or the teacher cannot be read or do not go together, the folder holds
             another cache, or the teacher gives NaN. Busy: another process writes this shard.
     """
-    cfg = copy.deepcopy(asked.cfg)
-    with open_dict(cfg):
-        cfg.task.teacher_checkpoint_path = cfg.common_eval.path
-        cfg.task.teacher_overrides = cfg.common_eval.model_overrides
-    utils.import_user_module(cfg.common)
-    task = _read(cfg.task.data, tasks.setup_task, cfg.task)
+    cfg, task = _setup(asked)
     teacher = task.open_teacher(asked.device, asked.dtype, ROLE)
     limits = [min(pair) for pair in zip(teacher.max_positions(), task.max_positions())]
     described = teacher.describe()
-    made = []
-    for number, subset in enumerate(cfg.dataset.gen_subset.split(",")):
-        # as training reads it: together with train1, train2, ...
-        combine = subset == cfg.dataset.train_subset or (
-            subset == "valid" and cfg.dataset.combine_valid_subsets
-        )
-        _read(cfg.task.data, task.load_dataset, subset, combine=combine)
+    made: List[Dict[str, Any]] = []
+    for number, part in enumerate(_parts(asked, cfg, task)):
+        _read(cfg.task.data, part.load, task)
         writer = open_writer(
             task,
             limits,
-            asked.folder,
+            part.cache,
             {
-                "subset": subset,
+                "subset": part.subset,
                 "k": asked.k,
-                "temperatures": list(asked.temperatures),
+                **_tail(asked),
                 **described,
-                **task.describe_data(subset, combine),
+                **part.describe(True),
             },
             max_tokens=asked.max_tokens,
             max_sentences=asked.max_sentences,
@@ -86,7 +82,7 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
             shard_id=asked.shard_id,
         )
         if number == 0:
-            task.probe(teacher, subset)
+            task.probe(teacher, part.subset)
         if fill(task, teacher, writer, cfg.dataset.num_workers):
             made.append(writer.manifest())
             print("\n".join(summary_lines(made[-1], writer.folder)), flush=True)
@@ -97,6 +93,72 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
                 flush=True,
             )
     return made
+
+
+def verify(asked: Asked) -> None:
+    """Read each subset's cache and its data as a whole, and compare them with the checksums.
+
+    Raises:
+        CacheError: something is damaged, or the data is not what the cache was made from.
+    """
+    for part in _parts(asked, *_setup(asked)):
+        cache = CachedSubset(part.cache, part.subset, part.describe, whole=True)
+        cache.verify()
+        print(f"{cache.folder}: {cache.manifest['rows']} rows, all as written", flush=True)
+
+
+def _setup(asked: Asked) -> Tuple[Any, Any]:
+    """The configuration with the teacher's flags where the task looks for them, and the task."""
+    cfg = copy.deepcopy(asked.cfg)
+    with open_dict(cfg):
+        cfg.task.teacher_checkpoint_path = cfg.common_eval.path
+        cfg.task.teacher_overrides = cfg.common_eval.model_overrides
+    utils.import_user_module(cfg.common)
+    return cfg, _read(cfg.task.data, tasks.setup_task, cfg.task)
+
+
+class _Part(NamedTuple):
+    """One subset of one data folder, and where its cache lies."""
+
+    cache: str
+    subset: str
+    combine: bool  # with train1, train2, ..., as in training
+    turn: int  # which of the data folders
+    describe: Describe
+
+    def load(self, task: Any) -> None:
+        task.load_dataset(self.subset, epoch=self.turn + 1, combine=self.combine)
+
+
+def _parts(asked: Asked, cfg: Any, task: Any) -> Iterator[_Part]:
+    """The subsets of ``--gen-subset``; those of training of every folder, others of the first.
+
+    Raises:
+        CacheError: there is not a cache for each data folder.
+    """
+    caches, folders = utils.split_paths(asked.folder), task.data_folders()
+    if len(caches) != len(folders):
+        raise CacheError(
+            f"--cache: expected a folder for each of the {len(folders)} data folders, in their "
+            f"order and with ':' between them; got {len(caches)}"
+        )
+    for turn, (cache, folder) in enumerate(zip(caches, folders)):
+        for subset in cfg.dataset.gen_subset.split(","):
+            train = subset == cfg.dataset.train_subset
+            combine = train or (subset == "valid" and cfg.dataset.combine_valid_subsets)
+            if train or turn == 0:  # fairseq reads the others of the first folder alone
+                describe = functools.partial(task.describe_data, folder, subset, combine)
+                yield _Part(cache, subset, combine, turn, describe)
+
+
+def _tail(asked: Asked) -> Dict[str, Any]:
+    """What a header says of the symbols that are not among the k."""
+    if not asked.tail_samples:  # as caches said before there were draws
+        return {"temperatures": list(asked.temperatures)}
+    return {
+        "temperatures": list(asked.temperatures) or [1.0],
+        "tail_samples": asked.tail_samples,
+    }
 
 
 def _read(data: str, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:

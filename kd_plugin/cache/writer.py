@@ -19,27 +19,64 @@ from .layout import CacheError
 # Rows that are merged at a time, and bins of the covered mass from 0 to 1
 _MERGE_ROWS = 1 << 17
 _BINS = 10000
+_TINY, _HUGE = 1e-30, 1e30
 
 
 def teacher_rows(
-    answer: Dense, target: Tensor, k: int, temperatures: Sequence[float]
+    answer: Dense,
+    target: Tensor,
+    k: int,
+    temperatures: Sequence[float],
+    uniform: Optional[np.ndarray] = None,
 ) -> Dict[str, np.ndarray]:
     """What a cache holds of some rows; see ``layout``.
 
     Args:
         answer: the teacher's logits, (n, V).
         target: references, (n,).
+        uniform: float64 in [0, 1), (n, S): draw S symbols of each row's tail with them.
     """
     log_p = answer.plain.log_probabilities()
     top, symbols = log_p.topk(k, dim=-1)
     values = {"log_probs": top, "reference": -answer.nll(target), "entropy": answer.entropy()}
+    named, samples = {"symbols": symbols}, 0 if uniform is None else uniform.shape[1]
     if layout.rests(log_p.size(-1), k, temperatures):
         others = log_p.scatter(-1, symbols, -math.inf)
         values["rests"] = torch.stack([(others / t).logsumexp(-1) for t in temperatures], dim=-1)
-    types = layout.arrays(log_p.size(-1), k, temperatures)
+        if uniform is not None:
+            t, chances = temperatures[0], torch.from_numpy(uniform).to(others.device)
+            named["drawn"] = draw(others / t, chances)
+            values["tempered_entropy"] = Dense(log_p / t).entropy()
     rows = {name: _half(value) for name, value in values.items()}
-    rows["symbols"] = symbols.cpu().numpy()
+    rows.update({name: value.cpu().numpy() for name, value in named.items()})
+    types = layout.arrays(log_p.size(-1), k, temperatures, samples)
     return {name: rows[name].astype(array.dtype) for name, array in types.items()}
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Symbols drawn from the softmax of each row, one from each of S equal shares of its mass.
+
+    Each draw by itself is right on average as independent ones are, and together they vary less
+    (stratified sampling).
+
+    Args:
+        logits: (n, V); a row without any mass gives any symbols.
+        uniform: float64 in [0, 1), (n, S).
+
+    Returns:
+        symbols, int64 (n, S).
+    """
+    mass = torch.softmax(logits.double(), dim=-1).nan_to_num_(nan=0.0).cumsum_(dim=-1)
+    # above 0: the first symbol that reaches it has a probability, too
+    share = torch.arange(1, uniform.size(1) + 1, dtype=torch.float64, device=logits.device)
+    points = (share - uniform) / uniform.size(1) * mass[:, -1:]
+    return torch.searchsorted(mass, points).clamp_(max=logits.size(1) - 1)
+
+
+def uniform_of_sentence(seed: int, sentence: int, rows: int, samples: int) -> np.ndarray:
+    """Random numbers that depend on nothing else, float64 in [0, 1), (rows, samples)."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, sentence], np.uint64)))
+    return generator.random((rows, samples))
 
 
 def _half(x: Tensor) -> np.ndarray:
@@ -57,7 +94,7 @@ class CacheWriter(ShardedStore):
     Args:
         cache: the cache's folder.
         header: what the manifest will say of what the cache is made from; with ``subset``, ``k``,
-            ``temperatures`` and ``vocabulary``.
+            ``temperatures`` and ``vocabulary``, and ``tail_samples`` if there are any.
         lengths: rows of each sentence; 0 for one that is left out.
         batches: sentences of each batch, of all shards.
         targets: the target token of each row of a sentence, for the summary.
@@ -94,7 +131,12 @@ class CacheWriter(ShardedStore):
             "rows": int(self.lengths.sum()),
             "plan": f"{plan:08x}",
         }
-        self.types = layout.arrays(header["vocabulary"], header["k"], header["temperatures"])
+        self.types = layout.arrays(
+            header["vocabulary"],
+            header["k"],
+            header["temperatures"],
+            header.get("tail_samples", 0),
+        )
         super().__init__(
             Path(cache) / header["subset"],
             header,
@@ -127,7 +169,15 @@ class CacheWriter(ShardedStore):
         return self.manifest() if (self.folder / self.RESULT).is_file() else super().found()
 
     def comparable(self, header: Dict[str, Any]) -> Dict[str, Any]:
-        return _without_paths(header)
+        """A teacher is the same wherever its file lies; digests of whole files tell of the data."""
+        kept = {key: value for key, value in header.items() if key != "samples"}
+        teachers = header.get("teachers")
+        if isinstance(teachers, list) and all(isinstance(one, dict) for one in teachers):
+            place = ("path", "modified_ns")
+            kept["teachers"] = [
+                {k: v for k, v in one.items() if k not in place} for one in teachers
+            ]
+        return kept
 
     def check_room(self) -> None:
         """Twice the size: the shards, and what they are merged into."""
@@ -147,19 +197,26 @@ class CacheWriter(ShardedStore):
     def merge(self) -> None:
         """The shards' rows in the order of sentences; the manifest last."""
         place = self._locate()
-        checksums = {}
+        checksums, of_blocks = {}, []
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
-        for name in (*self.types, layout.OFFSETS):
+        for name in (layout.OFFSETS, *self.types):
             final = layout.array_file(self.folder, name)
             with all_or_nothing(final) as file:
-                value = 0
-                blocks = [offsets] if name == layout.OFFSETS else self._merged(name, place)
-                for block in blocks:
-                    value = zlib.crc32(_bytes(block), value)
-                    file.write(_bytes(block))
-            checksums[name] = f"{value:08x}"
-        summary = self._summary(offsets)
-        manifest = {**self.header, "checksums": checksums, "summary": summary}
+                found = layout.Checksums()
+                parts = [offsets] if name == layout.OFFSETS else self._merged(name, place)
+                for part in parts:
+                    found.update(_bytes(part))
+                    file.write(_bytes(part))
+            checksums[name] = f"{found.whole:08x}"
+            of_blocks += [] if name == layout.OFFSETS else found.blocks
+        with all_or_nothing(layout.array_file(self.folder, layout.BLOCKS)) as file:
+            file.write(_bytes(np.array(of_blocks, dtype="<u4")))
+        manifest = {
+            **self.header,
+            "checksums": checksums,
+            "block_bytes": layout.BLOCK,
+            "summary": self._summary(offsets),
+        }
         layout.write_manifest(self.folder, manifest)
 
     def _locate(self) -> np.ndarray:
@@ -201,12 +258,20 @@ class CacheWriter(ShardedStore):
             name: _mapped(layout.array_file(self.folder, name), self.types[name])
             for name in ("log_probs", "reference", "entropy", "symbols")
         }
-        covered, nll, entropy, agreeing = 0.0, 0.0, 0.0, 0
+        covered, nll, entropy, tail, agreeing = 0.0, 0.0, 0.0, 0.0, 0
+        others = max(self.header["vocabulary"] - self.header["k"], 1)
         histogram = np.zeros(_BINS, dtype=np.int64)
         for sentences in self._blocks():
             here = slice(offsets[sentences.start], offsets[sentences.stop])
-            mass = np.exp(arrays["log_probs"][here].astype(np.float64)).sum(-1).clip(0, 1)
+            log_p = arrays["log_probs"][here].astype(np.float64)
+            p = np.exp(log_p)
+            mass = p.sum(-1).clip(0, 1)
             covered += mass.sum()
+            # KL from the teacher to one that shares the rest's mass out evenly
+            rest = np.maximum(1 - mass, _TINY)
+            head = -(p * np.maximum(log_p, -_HUGE)).sum(-1)
+            tail_entropy = arrays["entropy"][here].astype(np.float64) - head
+            tail += np.maximum(rest * np.log(others / rest) - tail_entropy, 0).sum()
             histogram += np.histogram(mass, _BINS, (0, 1))[0]
             nll -= arrays["reference"][here].astype(np.float64).sum()
             entropy += arrays["entropy"][here].astype(np.float64).sum()
@@ -225,17 +290,9 @@ class CacheWriter(ShardedStore):
             nll * per_row / math.log(2),
             entropy * per_row / math.log(2),
             agreeing * per_row,
+            tail * per_row / math.log(2),
         )
-        return dict(zip(layout.SUMMARY, values))
-
-
-def _without_paths(header: Dict[str, Any]) -> Dict[str, Any]:
-    """A teacher is the same wherever its file lies."""
-    teachers = header.get("teachers")
-    if not isinstance(teachers, list) or not all(isinstance(one, dict) for one in teachers):
-        return header
-    kept = [{k: v for k, v in one.items() if k != "path"} for one in teachers]
-    return {**header, "teachers": kept}
+        return dict(zip((*layout.SUMMARY, *layout.MORE_SUMMARY), values))
 
 
 def _file_name(array: str) -> str:

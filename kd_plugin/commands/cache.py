@@ -21,7 +21,10 @@ PROG = "fairseq-kd-cache"
 def make_parser() -> argparse.ArgumentParser:
     parser = fairseq_options.get_validation_parser(default_task="kd_translation")
     parser.prog, parser.description, parser.formatter_class = PROG, __doc__, Help
-    parser.usage = "%(prog)s DATA --path TEACHER[:MORE] --cache DIR [options]"
+    parser.usage = (
+        "%(prog)s DATA --path TEACHER[:MORE] --cache DIR [options]\n"
+        "       %(prog)s DATA --cache DIR --verify"
+    )
     parser.set_defaults(gen_subset="train,valid")
     group = parser.add_argument_group("teacher cache")
     group.add_argument("--cache", required=True, metavar="DIR", help="folder to write")
@@ -35,6 +38,19 @@ def make_parser() -> argparse.ArgumentParser:
         help="temperatures other than 1 at which --kd-tail bucket will be trained (2 bytes per "
         "token each; naming 1 too stores its tail mass exactly)",
     )
+    group.add_argument(
+        "--tail-samples",
+        type=int,
+        metavar="S",
+        help="also draw S symbols from the others, for --kd-tail sample (2 bytes per token each, "
+        "4 above 65,536 symbols), at temperature 1 or the one of --temperatures",
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="write nothing: read the cache and its data as a whole, and compare them with their "
+        "checksums (training compares what it reads)",
+    )
     add_trust(group.add_argument, dest="teacher_trust_checkpoint")  # the task's, as elsewhere
     return parser
 
@@ -46,6 +62,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
 def run(options: argparse.Namespace) -> None:
     _refuse(options)
     cfg = convert_namespace_to_omegaconf(options)
+    if options.verify:
+        cache.verify(cache.Asked(cfg=cfg, folder=options.cache))
+        return
     shard = shard_of_process(options)
     device, dtype = decoding.placement(cfg, shard.device_id)
     max_tokens, max_sentences = decoding.batch_limits(cfg)
@@ -55,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
             folder=options.cache,
             k=options.top_k,
             temperatures=_temperatures(options.temperatures),
+            tail_samples=options.tail_samples or 0,
             device=device,
             dtype=dtype,
             max_tokens=max_tokens,
@@ -79,7 +99,8 @@ def _refuse(options: argparse.Namespace) -> None:
             f"instead of --{name.replace('_', '-')} give {flag}",
         )
     faults.check(
-        options.path, "--path: expected the teacher's checkpoint, or several with ':' between"
+        options.path or options.verify,
+        "--path: expected the teacher's checkpoint, or several with ':' between",
     )
     faults.check(
         issubclass(TASK_REGISTRY.get(options.task, object), Distillation),
@@ -91,8 +112,19 @@ def _refuse(options: argparse.Namespace) -> None:
     )
     with faults.collecting():
         parse_overrides(options.model_overrides, "--model-overrides")
+    temperatures = []
     with faults.collecting():
-        _temperatures(options.temperatures)
+        temperatures = _temperatures(options.temperatures)
+    if options.tail_samples is not None:
+        faults.check(
+            1 <= options.tail_samples <= 1 << 16,
+            f"--tail-samples must be from 1 to 65536, got {options.tail_samples}",
+        )
+        faults.check(
+            len(temperatures) <= 1,
+            "--tail-samples are drawn at one temperature, and --temperatures names "
+            f"{len(temperatures)}",
+        )
     faults.raise_if_any(CacheError)
 
 

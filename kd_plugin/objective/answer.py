@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .divergences import Distribution, distribution
-from .topk import CutBackward, Top, cut
+from .divergences import Distribution, ValueAndGradient, distribution
+from .topk import CutBackward, Sampled, SampledBackward, Top, cut, sampled_forward_kl
 
 # Rows times V. On a CPU a chunk's few buffers should stay in its caches; a GPU needs enough work
 # per kernel.
@@ -35,8 +35,11 @@ def rows_ahead(device: torch.device) -> int:
     return 8 if device.type == "cpu" else 1
 
 
-# student and teacher over the same outcomes, and the way back to all symbols (None: they are all)
-Compared = Tuple[Distribution, Distribution, Optional[CutBackward]]
+# A divergence's value (n,), its gradient for the compared outcomes, and what carries that back to
+# all symbols (None: they are all)
+Compared = Tuple[Tensor, Tensor, Union[CutBackward, SampledBackward, None]]
+# One of ``divergences``
+DivergenceFunction = Callable[[Distribution, Distribution], ValueAndGradient]
 
 
 class TeacherRows(Protocol):
@@ -57,8 +60,15 @@ class TeacherRows(Protocol):
     def rows(self, index: Union[Tensor, slice]) -> "TeacherRows":
         """Some of these rows."""
 
-    def beside(self, student: Distribution, temperature: float, k: int, tail: str) -> Compared:
-        """Both distributions over the same outcomes, ready for a divergence.
+    def compare(
+        self,
+        student: Distribution,
+        divergence: DivergenceFunction,
+        temperature: float,
+        k: int,
+        tail: str,
+    ) -> Compared:
+        """The divergence between these distributions and the student's.
 
         Args:
             student: over the whole vocabulary, (n, V), already at the temperature.
@@ -114,11 +124,19 @@ class Dense:
         plain = self.__dict__.get("plain")
         return Dense(self.logits[index], None if plain is None else plain.rows(index))
 
-    def beside(self, student: Distribution, temperature: float, k: int, tail: str) -> Compared:
+    def compare(
+        self,
+        student: Distribution,
+        divergence: DivergenceFunction,
+        temperature: float,
+        k: int,
+        tail: str,
+    ) -> Compared:
         if k:
-            return cut(self.top(k, temperature, tail == "bucket"), student)
-        plain = temperature == 1
-        return self.plain if plain else distribution(self.logits / temperature), student, None
+            teacher, student, back = cut(self.top(k, temperature, tail == "bucket"), student)
+            return (*divergence(teacher, student), back)
+        teacher = self.plain if temperature == 1 else distribution(self.logits / temperature)
+        return (*divergence(teacher, student), None)
 
     def top(self, k: int, temperature: float, with_rest: bool) -> Top:
         """The k likeliest symbols at a temperature, and the rest's mass if asked for."""
@@ -141,6 +159,8 @@ class Sparse:
         rests: by temperature, log of the sum of p^(1/T) over all other symbols, (n,); at
             temperature 1 one minus the K's sum will do. Empty if there are no others.
         whole: whether K is the whole vocabulary.
+        drawn: symbols drawn from the others in proportion to p^(1/T), with replacement, (n, S).
+        tempered_entropy: of the whole distribution at that T, (n,), nats.
     """
 
     def __init__(
@@ -151,10 +171,13 @@ class Sparse:
         entropy: Tensor,
         rests: Dict[float, Tensor],
         whole: bool,
+        drawn: Optional[Tensor] = None,
+        tempered_entropy: Optional[Tensor] = None,
     ) -> None:
         self.symbols, self.log_probs = symbols, log_probs
         self._reference, self._entropy = reference, entropy
         self.rests, self.whole = rests, whole
+        self.drawn, self._tempered_entropy = drawn, tempered_entropy
 
     def bad(self) -> Tensor:
         return ~self.log_probs[:, 0].isfinite()
@@ -176,10 +199,22 @@ class Sparse:
             self._entropy[index],
             {t: rest[index] for t, rest in self.rests.items()},
             self.whole,
+            None if self.drawn is None else self.drawn[index],
+            None if self._tempered_entropy is None else self._tempered_entropy[index],
         )
 
-    def beside(self, student: Distribution, temperature: float, k: int, tail: str) -> Compared:
-        return cut(self.top(k, temperature, tail == "bucket"), student)
+    def compare(
+        self,
+        student: Distribution,
+        divergence: DivergenceFunction,
+        temperature: float,
+        k: int,
+        tail: str,
+    ) -> Compared:
+        if tail == "sample" and not self.whole:  # of forward-kl alone
+            return sampled_forward_kl(self._sampled(temperature), student)
+        teacher, student, back = cut(self.top(k, temperature, tail == "bucket"), student)
+        return (*divergence(teacher, student), back)
 
     def top(self, k: int, temperature: float, with_rest: bool) -> Top:
         """The k likeliest symbols (0: all K), and the others' mass if asked for."""
@@ -194,6 +229,17 @@ class Sparse:
         if sum(part.size(-1) for part in parts) == 0:
             return top
         return top._replace(rest=torch.logsumexp(torch.cat(parts, -1), dim=-1, keepdim=True))
+
+    def _sampled(self, temperature: float) -> Sampled:
+        """The K with their probabilities, and the drawn ones with equal shares of the rest's."""
+        entropy = self._entropy if temperature == 1 else self._tempered_entropy
+        assert entropy is not None and self.drawn is not None  # other caches are refused
+        tempered = self.log_probs if temperature == 1 else self.log_probs / temperature
+        parts = torch.cat([tempered, self._rest(temperature)], dim=-1)
+        head, rest = torch.softmax(parts, dim=-1).split([tempered.size(-1), 1], dim=-1)
+        shares = (rest / self.drawn.size(-1)).expand_as(self.drawn)
+        symbols = torch.cat([self.symbols, self.drawn], dim=-1)
+        return Sampled(symbols, torch.cat([head, shares], dim=-1), entropy)
 
     def _rest(self, temperature: float) -> Tensor:
         if temperature == 1 and 1 not in self.rests:
@@ -256,8 +302,8 @@ class CachedAnswer:
 
     Args:
         arrays: ``symbols`` (n, K), ``log_probs`` (n, K), ``reference`` (n,), ``entropy`` (n,),
-            ``rests`` (n, number of temperatures; missing where there are none): one row for every
-            real target token of the batch, in its order.
+            ``rests`` (n, number of temperatures), ``drawn`` (n, S), ``tempered_entropy`` (n,), as
+            far as there are any: one row for every real target token of the batch, in its order.
         real: which target positions of the batch are real, bool (B, T).
         temperatures: of ``rests``.
         whole: whether K is the whole vocabulary.
@@ -282,6 +328,8 @@ class CachedAnswer:
         half: Dict[str, Any] = {"dtype": torch.float16, "device": real.device}
         arrays = {
             "symbols": torch.zeros(n, k, dtype=torch.int32, device=real.device),
+            "drawn": torch.zeros(n, 1, dtype=torch.int32, device=real.device),
+            "tempered_entropy": torch.zeros(n, **half),
             "log_probs": torch.zeros(n, k, **half),
             "reference": torch.zeros(n, **half),
             "entropy": torch.zeros(n, **half),
@@ -295,16 +343,18 @@ class CachedAnswer:
         def part(name: str) -> Tensor:
             return self.arrays[name][position].to(like)
 
-        rests = {}
-        if "rests" in self.arrays:
+        rests, arrays = {}, self.arrays
+        if "rests" in arrays:
             rests = dict(zip(self.temperatures, part("rests").unbind(-1)))
         return Sparse(
-            self.arrays["symbols"][position].long(),
+            arrays["symbols"][position].long(),
             part("log_probs"),
             part("reference"),
             part("entropy"),
             rests,
             self.whole,
+            arrays["drawn"][position].long() if "drawn" in arrays else None,
+            part("tempered_entropy") if "tempered_entropy" in arrays else None,
         )
 
     def not_finite(self, index: Tensor) -> List[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .answer import Answer, NotFiniteTeacherError, TeacherRows, rows_ahead, rows_at_once
 from .divergences import Distribution, Divergence, distribution, divergence
 from .selection import Selection, TokenStatistics
-from .topk import CutBackward
+from .topk import CutBackward, SampledBackward
 
 _FORWARD_KL = divergence("forward-kl")
 
@@ -316,7 +316,8 @@ class _KDGradient(NamedTuple):
 
     gradient: Tensor
     where: Optional[Tensor]  # the m rows of the chunk that are distilled; None is all
-    back: Optional[CutBackward]  # to the whole vocabulary; None if these are all outcomes
+    # to the whole vocabulary; None if these are all outcomes
+    back: Union[CutBackward, SampledBackward, None]
 
     def add_to(self, whole: Tensor) -> None:
         """Add it to that of the chunk, (n, V), in place."""
@@ -368,8 +369,9 @@ def _distil(
     if student.logits.numel():
         if t != 1:
             student = distribution(student.logits / t)
-        p, q, back = teacher.beside(student, t, settings.top_k, settings.tail)
-        value, gradient = settings.divergence.function(p, q)
+        value, gradient, back = teacher.compare(
+            student, settings.divergence.function, t, settings.top_k, settings.tail
+        )
     weight = torch.full_like(value, settings.kd_weight)
     if settings.adaptive:
         gap = terms.student_nll - facts["teacher_nll"]

@@ -1,8 +1,11 @@
-"""Cut two distributions to the teacher's K likeliest symbols (Tan et al. 2019).
+"""Compare a student with the teacher's K likeliest symbols, and treat the others as a tail.
 
-First temper, then cut: both distributions are at the distillation temperature. The cut pair is over
-K outcomes (tail ``renormalise``: given that the symbol is one of the K) or K + 1 (tail ``bucket``:
-all other symbols are one more outcome). K = V equals no cut.
+First temper, then cut (Tan et al. 2019): both distributions are at the distillation temperature.
+The cut pair is over K outcomes (tail ``renormalise``: given that the symbol is one of the K) or
+K + 1 (tail ``bucket``: all other symbols are one more outcome). K = V equals no cut.
+
+Tail ``sample`` cuts nothing: symbols drawn from the tail stand for all of it, and value and
+gradient of the forward KL over the whole vocabulary are right on average over the draws.
 """
 
 import math
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from .divergences import Distribution, distribution
 
-TAILS = ("bucket", "renormalise")
+TAILS = ("bucket", "renormalise", "sample")
 # Below, the student's probabilities outside of the K come near to float32's underflow
 _TINY_MASS = 1e-30
 
@@ -87,3 +90,49 @@ def _rest_of_student(student: Distribution, symbols: Tensor) -> Tuple[Tensor, Te
         others = student.logits[tiny].scatter(-1, symbols[tiny], -math.inf)
         rest[tiny] = torch.logsumexp(others, dim=-1, keepdim=True)
     return rest, mass
+
+
+class Sampled(NamedTuple):
+    """An estimate of a teacher's distribution that is unbiased, and its exact entropy."""
+
+    symbols: Tensor  # (n, m): the likeliest, and those drawn from the tail, more than once perhaps
+    probabilities: Tensor  # (n, m): of the likeliest; of a drawn one, its share of the tail's mass
+    entropy: Tensor  # (n,), nats
+
+
+class SampledBackward:
+    """The backward pass of ``sampled_forward_kl``, to the gradient for all logits."""
+
+    def __init__(self, symbols: Tensor, student: Distribution) -> None:
+        self.symbols, self.student = symbols, student
+
+    def add_to(self, gradient: Tensor, sampled: Tensor) -> None:
+        """Add to ``gradient`` (n, V) what ``sampled``, (n, m + 1), stands for. In place.
+
+        Args:
+            sampled: what each symbol adds, and the factor of the student's probabilities.
+        """
+        gradient.addcmul_(self.student.probabilities, sampled[:, -1:])
+        gradient.scatter_add_(-1, self.symbols, sampled[:, :-1])
+
+
+def sampled_forward_kl(
+    teacher: Sampled, student: Distribution
+) -> Tuple[Tensor, Tensor, SampledBackward]:
+    """KL(p || q) over the whole vocabulary from an unbiased estimate p^ of p.
+
+    ``-H(p) - sum p^ log q`` with gradient ``q - p^``: both are linear in p^, so both are right on
+    average over the draws (Anshumann et al. 2025, "Sparse Logit Sampling", here with an exact
+    head). One draw's value may be below 0.
+
+    Args:
+        student: over all symbols, (n, V), at the teacher's temperature.
+
+    Returns:
+        value (n,), nats; its gradient as ``SampledBackward.add_to`` takes it.
+    """
+    p = teacher.probabilities
+    chosen = student.logits.gather(-1, teacher.symbols)
+    value = student.log_normaliser.squeeze(-1) - (p * chosen).sum(-1) - teacher.entropy
+    gradient = torch.cat([-p, torch.ones_like(p[:, :1])], dim=-1)
+    return value, gradient, SampledBackward(teacher.symbols, student)

@@ -9,7 +9,8 @@ criterion finds both there.
 import logging
 import math
 import os
-from typing import Any, Dict, Optional
+from functools import partial
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -63,8 +64,14 @@ class Distillation(FairseqTask):
         """Source and target tokens of each sentence, (n, 2); None of a text without targets."""
         raise NotImplementedError
 
-    def describe_data(self, subset: str, combine: bool) -> Dict[str, Any]:
-        """What the meaning of a cached row depends on, as plain types."""
+    def describe_data(self, folder: str, subset: str, combine: bool, whole: bool) -> Dict[str, Any]:
+        """What the meaning of a cached row depends on, as plain types.
+
+        Args:
+            folder: where the subset is read.
+            combine: whether train1, train2, ... belong to it.
+            whole: look at all of its files, and not at samples of them alone.
+        """
         raise NotImplementedError
 
     # fairseq's calls. First, only where a model is there already (validating, translating):
@@ -96,7 +103,8 @@ class Distillation(FairseqTask):
     def _source(self, plan: Plan) -> Source:
         if plan.cache:
             pad = self.target_dictionary.pad()
-            return CachedTeacher(plan.cache, plan.needs, pad, plan.beside_cache)
+            caches = utils.split_paths(plan.cache)
+            return CachedTeacher(caches, self.data_folders(), plan.needs, pad, plan.beside_cache)
         if plan.teacher:
             return RunningTeacher(plan.teacher, self.student())
         return NoTeacher()
@@ -110,12 +118,18 @@ class Distillation(FairseqTask):
             super().load_dataset(split, epoch, combine, **kwargs)
             dataset = self.datasets[split]
             read_whole(dataset)
+        folders, train = self.data_folders(), split == self.cfg.train_subset
         self.datasets[split] = self.source.join(
             dataset,
             split,
-            lambda: self.describe_data(split, combine),
-            required=split == self.cfg.train_subset,
+            [partial(self.describe_data, folder, split, combine) for folder in folders],
+            # training reads them in turn, an epoch from each
+            turn=(epoch - 1) % len(folders) if train else 0,
+            required=train,
         )
+
+    def data_folders(self) -> List[str]:
+        return utils.split_paths(self.cfg.data)
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)

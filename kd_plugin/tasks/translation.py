@@ -42,5 +42,5 @@ class KDTranslationTask(Distillation, TranslationTask):
             return None
         return np.stack([dataset.src_sizes, dataset.tgt_sizes], axis=1)
 
-    def describe_data(self, subset: str, combine: bool) -> Dict[str, Any]:
-        return describe_data(self, subset, combine)
+    def describe_data(self, *of: Any) -> Dict[str, Any]:
+        return describe_data(self, *of)

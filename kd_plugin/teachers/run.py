@@ -131,6 +131,7 @@ class Teacher:
                 {
                     "path": os.path.abspath(member.path),
                     "bytes": os.path.getsize(member.path),
+                    "modified_ns": os.stat(member.path).st_mtime_ns,
                     "sha256": digest(member.path),
                     "weight": math.exp(log_weight),
                     "overrides": {str(k): repr(v) for k, v in member.overrides.items()},

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from ..cache import CachedSubset, CacheError, TaughtDataset
+from ..cache import CachedSubset, CacheError, Describe, TaughtDataset
 from ..errors import UserError
 from ..objective import Answer, CachedAnswer, Schedule
 from .probe import probe
@@ -45,19 +45,24 @@ class Needs(NamedTuple):
         top_k: its likeliest symbols; 0 is all that the source knows.
         rest_at: the temperature, by update, at which the mass of all other symbols is needed; None
             if it is not.
+        drawn_at: that at which symbols drawn from the others are needed; None if they are not.
     """
 
     top_k: int = 0
     rest_at: Optional[Schedule] = None
+    drawn_at: Optional[Schedule] = None
 
-    def unmet(self, k: int, temperatures: List[float], whole: bool) -> List[str]:
+    def unmet(self, k: int, temperatures: List[float], whole: bool, samples: int = 0) -> List[str]:
         """Why a cache cannot give it, every reason.
 
         Args:
             k: symbols in each of its rows.
             temperatures: at which, beside 1, it knows the mass of all other symbols.
             whole: whether k is the whole vocabulary.
+            samples: symbols drawn from the others, at the one temperature.
         """
+        if self.drawn_at is not None:
+            return [] if whole else self._undrawn(temperatures, samples)
         reasons = []
         if k == 1 and self.rest_at is None:
             reasons.append(
@@ -83,6 +88,22 @@ class Needs(NamedTuple):
             )
         return reasons
 
+    def _undrawn(self, temperatures: List[float], samples: int) -> List[str]:
+        assert self.drawn_at is not None
+        if not samples:
+            return [
+                "--kd-tail sample needs symbols drawn from the tail, and the cache holds none: "
+                "take --kd-tail bucket, or make the cache with fairseq-kd-cache --tail-samples"
+            ]
+        if self.drawn_at.steps or self.drawn_at(None) != temperatures[0]:
+            asked = f"--kd-temperature {self.drawn_at(None):g}"
+            return [
+                f"{'--kd-temperature-schedule' if self.drawn_at.steps else asked} with --kd-tail "
+                f"sample: the cache's symbols were drawn at temperature {temperatures[0]:g}, which "
+                "must be training's: cache with --temperatures, or take --kd-tail bucket"
+            ]
+        return []
+
 
 class Source:
     """Where the teacher's answers come from; as it stands here, from nowhere.
@@ -91,11 +112,15 @@ class Source:
     ``begin_training`` or ``begin_validation``, then ``answer`` for every batch.
     """
 
-    def join(self, dataset: Any, subset: str, description: Any, required: bool) -> Any:
+    def join(
+        self, dataset: Any, subset: str, describe: Sequence[Describe], *, turn: int, required: bool
+    ) -> Any:
         """The dataset, with what the source knows of its sentences.
 
         Args:
-            description: gives what ``cache.describe_data`` says of the subset; called if needed.
+            describe: for each of the task's data folders, gives what is to be known of the subset
+                there; called if needed.
+            turn: which of the folders it is from.
             required: whether training is taught on this subset.
         """
         return dataset
@@ -209,26 +234,48 @@ class CachedTeacher(Source):
     """A teacher whose answers were written to disk by ``fairseq-kd-cache``.
 
     Args:
-        folder: the cache.
+        folders: the caches, one for each data folder.
+        data: the data folders.
         needs: what training asks of it.
         pad: the padding symbol of the target.
         faults: what already speaks against it.
     """
 
-    def __init__(self, folder: str, needs: Needs, pad: int, faults: Sequence[str] = ()) -> None:
-        self.folder, self.needs, self.pad = folder, needs, pad
+    def __init__(
+        self,
+        folders: Sequence[str],
+        data: Sequence[str],
+        needs: Needs,
+        pad: int,
+        faults: Sequence[str] = (),
+    ) -> None:
+        self.folders, self.needs, self.pad = folders, needs, pad
         self.cache: Optional[CachedSubset] = None  # of any subset: they are alike
         self.faults = [*faults]
-        self._warned = False
+        if len(folders) != len(data):
+            self.faults.append(
+                f"--teacher-cache: expected a cache for each of the {len(data)} data folders, in "
+                f"their order and with ':' between them; got {len(folders)}"
+            )
+        self._warned, self._begun = False, False
 
-    def join(self, dataset: Any, subset: str, description: Any, required: bool) -> Any:
-        if not required and not CachedSubset.exists(self.folder, subset):
-            logger.info(f"no subset {subset} in the cache {self.folder}: it is validated {_ALONE}")
+    def join(
+        self, dataset: Any, subset: str, describe: Sequence[Describe], *, turn: int, required: bool
+    ) -> Any:
+        if turn >= len(self.folders):
+            return dataset
+        folder = self.folders[turn]
+        if not required and not CachedSubset.exists(folder, subset):
+            logger.info(f"no subset {subset} in the cache {folder}: it is validated {_ALONE}")
             return dataset
         try:
-            cache = CachedSubset(self.folder, subset, description())
-            self._check(cache)
+            cache = self._open(subset, describe, turn)
             joined = TaughtDataset(dataset, cache, self.pad)
+            if required and not self._begun:  # those of later epochs, too: not to stop only then
+                self._begun = True
+                for other in range(min(len(describe), len(self.folders))):
+                    if other != turn:
+                        self._open(subset, describe, other, beside=cache)
         except UserError as error:
             self.faults.append(str(error))
             return dataset
@@ -236,15 +283,29 @@ class CachedTeacher(Source):
         logger.info(f"teacher of {subset}: the {cache.k} likeliest symbols from {cache.folder}")
         return joined
 
-    def _check(self, cache: CachedSubset) -> None:
-        if self.cache is not None and not self.cache.compatible_with(cache):
+    def _open(
+        self,
+        subset: str,
+        describe: Sequence[Describe],
+        turn: int,
+        beside: Optional[CachedSubset] = None,
+    ) -> CachedSubset:
+        """The cache of one data folder.
+
+        Raises:
+            CacheError: it does not fit the data, another cache, or what training needs.
+        """
+        cache = CachedSubset(self.folders[turn], subset, describe[turn])
+        beside = beside or self.cache
+        if beside is not None and not beside.compatible_with(cache):
             raise CacheError(
-                f"the caches {cache.folder} and {self.cache.folder} were not made with the same "
-                "teachers, top k and temperatures: make one of them again"
+                f"the caches {cache.folder} and {beside.folder} were not made with the same "
+                "teachers, top k, temperatures and tail samples: make one of them again"
             )
-        unmet = self.needs.unmet(cache.k, cache.temperatures, cache.whole)
+        unmet = self.needs.unmet(cache.k, cache.temperatures, cache.whole, cache.samples)
         if unmet:
             raise CacheError("--teacher-cache: " + "; ".join(unmet))
+        return cache
 
     def look_over(self, dataset: Any, lengths: np.ndarray, kept: np.ndarray) -> None:
         if not isinstance(dataset, TaughtDataset):

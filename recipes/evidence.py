@@ -1,0 +1,173 @@
+"""The table of evidence.sh: python recipes/evidence.py WORK TGT.
+
+It writes WORK/evidence.md and evidence.json. Each row is the mean over seeds with its standard
+deviation; scores are sacreBLEU's. Against the row plain stands the p-value of a hierarchical
+bootstrap over sentences and seeds together: each of its samples draws sentences, the same for both
+rows, and seeds, for each row its own, both with replacement; p is twice the share of samples in
+which the difference of the means has the other sign. evidence.json also has what sacreBLEU's
+paired bootstrap says of each seed.
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF
+
+SAMPLES = 1000
+METRICS = {"BLEU": BLEU, "chrF2": CHRF}
+BASELINE = "plain"
+
+
+def lines_of(path):
+    with open(str(path), encoding="utf-8", newline="\n") as file:
+        return [line.rstrip("\n") for line in file]
+
+
+def last_validation(log):
+    """The last validation's values in fairseq's json log, and the command of its first line."""
+    text = log.read_text(encoding="utf-8")
+    found = re.findall(r"\| valid \| (\{.*\})", text)
+    return json.loads(found[-1]) if found else {}, text.split("\n", 1)[0]
+
+
+def bytes_per_token(command):
+    found = re.search(r"--teacher-cache (\S+)", command)
+    if not found:
+        return None
+    manifest = Path(found.group(1).replace("\\", "")) / "train" / "manifest.json"
+    return json.loads(manifest.read_text())["summary"]["bytes_per_token"]
+
+
+def read(work):
+    """By row's name, what is known of each of its seeds."""
+    rows = {}
+    for report in sorted(work.glob("report-s*/report.json")):
+        content = json.loads(report.read_text(encoding="utf-8"))
+        for system in content["systems"]:
+            if not system["scores"]:
+                continue
+            name, _, seed = system["model"].rpartition("-s")
+            name, seed = (name, seed) if seed.isdigit() else (system["model"], "")
+            one = rows.setdefault(name, {}).setdefault(seed, {})
+            search = "greedy" if system["beam"] == 1 else "beam"
+            for metric in METRICS:
+                score = system["scores"][metric]
+                one[f"{metric}, {search}"] = score["score"]
+                one[f"p of sacreBLEU, {metric}, {search}"] = score.get("p")
+            if search == "greedy":
+                continue
+            one["length"] = system["length_ratio"]
+            one["translations"] = report.parent / "translations" / (system["model"] + ".txt")
+            differences = content["differences"].get(system["model"])
+            if differences:
+                one["agreement"] = differences["all"]["agreement"]
+            log = work / "models" / system["model"] / "train.log"
+            if log.is_file():
+                valid, command = last_validation(log)
+                one["nll on valid"] = float(valid["valid_nll_loss"])
+                one["updates"] = float(valid["valid_num_updates"])
+                one["bytes per token"] = bytes_per_token(command)
+    return rows
+
+
+class Scores:
+    """Corpus scores of samples of sentences, from their statistics."""
+
+    def __init__(self, metric, references):
+        self.metric, self.references = metric(references=[references]), references
+
+    def statistics(self, path):
+        return np.array(self.metric._extract_corpus_statistics(lines_of(path), None))
+
+    def of(self, counts):
+        return self.metric._compute_score_from_stats(list(counts)).score
+
+
+def p_value(scores, ours, plain, generator):
+    """Of the hierarchical bootstrap, two-sided.
+
+    Args:
+        ours, plain: of each seed, the sentences' statistics.
+    """
+    n, signs = len(plain[0]), []
+    for _ in range(SAMPLES):
+        sentences = np.bincount(generator.integers(n, size=n), minlength=n)
+        means = []
+        for systems in (ours, plain):
+            drawn = generator.integers(len(systems), size=len(systems))
+            means.append(statistics.mean(scores.of(sentences @ systems[i]) for i in drawn))
+        signs.append(np.sign(means[0] - means[1]))
+    low, high = (np.array(signs) <= 0).mean(), (np.array(signs) >= 0).mean()
+    return min(1.0, max(2 * min(low, high), 1 / SAMPLES))
+
+
+def table(rows, references):
+    generator = np.random.default_rng(1)
+    found = {}
+    for metric, kind in METRICS.items():
+        scores = Scores(kind, references)
+        kept = {
+            name: [scores.statistics(one["translations"]) for one in seeds.values()]
+            for name, seeds in rows.items()
+        }
+        for name in rows:
+            if name != BASELINE and "" not in rows[name] and BASELINE in rows:
+                p = p_value(scores, kept[name], kept[BASELINE], generator)
+                found.setdefault(name, {})[f"p, {metric}"] = p
+    for name, seeds in rows.items():
+        row = found.setdefault(name, {})
+        row["seeds"] = len(seeds)
+        for key in next(iter(seeds.values())):
+            values = [one[key] for one in seeds.values() if isinstance(one.get(key), float)]
+            if values:
+                row[key] = statistics.mean(values)
+                row[key + ", spread"] = statistics.stdev(values) if len(values) > 1 else None
+    return found
+
+
+COLUMNS = {
+    "BLEU, beam": "{:.2f}",
+    "p, BLEU": "{:.3f}",
+    "chrF2, beam": "{:.2f}",
+    "p, chrF2": "{:.3f}",
+    "BLEU, greedy": "{:.2f}",
+    "chrF2, greedy": "{:.2f}",
+    "length": "{:.3f}",
+    "nll on valid": "{:.3f}",
+    "agreement": "{:.3f}",
+    "bytes per token": "{:.1f}",
+    "updates": "{:.0f}",
+}
+
+
+def markdown(found):
+    lines = [
+        "| row | seeds | " + " | ".join(COLUMNS) + " |",
+        "|---|" + "---:|" * (len(COLUMNS) + 1),
+    ]
+    for name, row in found.items():
+        cells = []
+        for key, form in COLUMNS.items():
+            text = "" if row.get(key) is None else form.format(row[key])
+            if row.get(key + ", spread"):
+                text += " ± " + form.format(row[key + ", spread"])
+            cells.append(text)
+        lines.append(f"| {name} | {row['seeds']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(work, target):
+    work = Path(work)
+    found = table(read(work), lines_of(work / "text" / f"test.{target}"))
+    (work / "evidence.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    text = markdown(found)
+    (work / "evidence.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Evidence: ways to distil, each with several seeds, the same number of updates, and the same averaging of
+# checkpoints; one table of means, spreads and tests against plain training.
+#
+# Prepare:  raw text in one folder, train, val (or valid), test (or test_2016_flickr), each .de and .en; and a
+#           teacher: a folder with checkpoint.pt, dict.de.txt, dict.en.txt and spm.model.
+# Run:      TEACHER=dir bash recipes/evidence.sh CORPUS_DIR
+#           a training for each row and seed, and each skips itself once it is done: stop and repeat as you like.
+#           All rows of the first seed come first; the table shows what there is so far.
+# Adapt:    ROWS="plain word" SEEDS="1 2 3 4 5" UPDATES=20000; a row is a line of `row` below.
+#
+# Environment (see also setup.sh and stages.sh):
+#   WORK           evidence-work    results; evidence.md and evidence.json are the table
+#   ROWS           plain plain-ls0 word bucket-8 sample-8-8 sample-8-16 bucket-32 best closest mixed mixed-word
+#                  also: word-ls0; ensemble (needs ENSEMBLE); junior (needs JUNIOR)
+#   SEEDS          1 2 3
+#   UPDATES        6000             of every training; choose it by a first plain one, where valid stops improving
+#   AVERAGE, EVERY 5, UPDATES / 40  how many checkpoints are averaged, and how many updates lie between them
+#   KD_WEIGHT      0.9              of every row at word level
+#   ENSEMBLE       none             more checkpoints of teachers with the same vocabulary, with ':' between
+#   JUNIOR         none             checkpoint of a medium teacher: the first half of the updates learn from it
+#   STUDENT_FLAGS, TRAIN_FLAGS, ENGINE as in multi30k.sh
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+SRC=${SRC:-de} TGT=${TGT:-en}
+WORK=${WORK:-$HERE/../evidence-work}
+ROWS=${ROWS:-plain plain-ls0 word bucket-8 sample-8-8 sample-8-16 bucket-32 best closest mixed mixed-word}
+SEEDS=${SEEDS:-1 2 3}
+UPDATES=${UPDATES:-6000}
+AVERAGE=${AVERAGE:-5}
+EVERY=${EVERY:-$((UPDATES / 40 > 0 ? UPDATES / 40 : 1))}
+KD_WEIGHT=${KD_WEIGHT:-0.9}
+
+source "$HERE/setup.sh"
+source "$HERE/stages.sh"
+[ $# -eq 1 ] || die "expected one argument, the folder with the raw text: bash recipes/evidence.sh CORPUS_DIR"
+for name in checkpoint.pt "dict.$SRC.txt" "dict.$TGT.txt" spm.model; do
+    [ -f "${TEACHER:-}/$name" ] || die "expected TEACHER, a folder with a checkpoint.pt, dict.$SRC.txt, dict.$TGT.txt
+  and spm.model; got '${TEACHER:-}'."
+done
+TEACHER=$(cd "$TEACHER" && pwd)
+teacher=$TEACHER/checkpoint.pt
+SPM_MODEL=$TEACHER/spm.model
+
+first_of() { # PREFIXES...
+    local prefix
+    for prefix in "$@"; do if [ -f "$prefix.$SRC" ]; then break; fi; done
+    echo "$prefix"
+}
+use_text train "$1/train"
+use_text valid "$(first_of "$1/valid" "$1/val")"
+use_text test "$(first_of "$1/test" "$1/test_2016_flickr")"
+prepare_spm
+binarise --srcdict "$TEACHER/dict.$SRC.txt" --tgtdict "$TEACHER/dict.$TGT.txt"
+
+student() { # NAME FLAGS...; the flags of ROW come last
+    KEEP="--no-epoch-checkpoints --save-interval-updates $EVERY --keep-interval-updates $AVERAGE" \
+        train "$1" --arch transformer --encoder-layers 2 --decoder-layers 2 \
+        --encoder-embed-dim 64 --decoder-embed-dim 64 --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 \
+        --encoder-attention-heads 4 --decoder-attention-heads 4 --share-all-embeddings --dropout 0.1 \
+        --optimizer adam --adam-betas '(0.9,0.98)' --lr 0.005 --lr-scheduler inverse_sqrt --warmup-updates 800 \
+        --max-tokens 2048 --max-update "$UPDATES" --num-workers 0 ${STUDENT_FLAGS:-} "${@:2}" "${LOSS[@]}"
+}
+
+# What the rows are: the data, the teacher, the loss.
+row() { # NAME SEED
+    local name=$1-s$2 seed=(--seed "$2") junior k
+    local KD_CACHE= CACHE_FLAGS=${CACHE_FLAGS:-} KD_FLAGS=${KD_FLAGS:-} DATA_BIN= LABEL_SMOOTHING=${LABEL_SMOOTHING:-}
+    case $1 in *-ls0) LABEL_SMOOTHING=0 ;; esac
+    case $1 in
+        plain | plain-ls0)
+            plain_flags
+            ;;
+        word | word-ls0)
+            distil_flags "$teacher"
+            ;;
+        bucket-*)
+            KD_CACHE=${1#bucket-}
+            cache_teacher "$teacher"
+            distil_flags "$teacher"
+            ;;
+        sample-*-*)
+            k=${1#sample-}
+            KD_CACHE=$k KD_FLAGS="--kd-tail sample $KD_FLAGS" CACHE_FLAGS="--tail-samples ${k#*-} $CACHE_FLAGS"
+            cache_teacher "$teacher"
+            distil_flags "$teacher"
+            ;;
+        best | closest)
+            distil_sequences "$1" "$teacher" --select "$1"
+            DATA_BIN=data-$1
+            plain_flags
+            ;;
+        mixed | mixed-word)
+            distil_sequences mixed "$teacher" --select closest --mix original
+            DATA_BIN=data-mixed
+            if [ "$1" = mixed ]; then plain_flags; else distil_flags "$teacher"; fi
+            ;;
+        ensemble)
+            [ -n "${ENSEMBLE:-}" ] || die "the row ensemble needs ENSEMBLE, more teachers' checkpoints."
+            KD_CACHE=8-8-ensemble KD_FLAGS="--kd-tail sample $KD_FLAGS" CACHE_FLAGS="--tail-samples 8 $CACHE_FLAGS"
+            cache_teacher "$teacher:$ENSEMBLE"
+            distil_flags "$teacher"
+            ;;
+        junior)
+            [ -n "${JUNIOR:-}" ] || die "the row junior needs JUNIOR, a medium teacher's checkpoint."
+            distil_flags "$JUNIOR"
+            UPDATES=$((UPDATES / 2)) student "junior-first-s$2" "${seed[@]}"
+            junior=$WORK/models/junior-first-s$2/checkpoint_last.pt
+            distil_flags "$teacher"
+            # the second half alone counts its updates anew, and its learning rate starts as high
+            UPDATES=$((UPDATES - UPDATES / 2)) student "$name" "${seed[@]}" --finetune-from-model "$junior"
+            average "$name" "$AVERAGE"
+            return
+            ;;
+        *) die "there is no row '$1'; the rows are in the header of recipes/evidence.sh." ;;
+    esac
+    student "$name" "${seed[@]}"
+    average "$name" "$AVERAGE"
+}
+
+evidence() { python "$HERE/evidence.py" "$@"; }
+
+for seed in $SEEDS; do
+    models=("teacher=$teacher")
+    for name in $ROWS; do
+        row "$name" "$seed"
+        models+=("$name-s$seed=$WORK/models/$name-s$seed/averaged.pt")
+    done
+    REPORT="report-s$seed" REPORT_FLAGS="--repeats 1 --overwrite ${REPORT_FLAGS:-}" GREEDY=1 judge "${models[@]}"
+    evidence "$WORK" "$TGT"
+done
