@@ -259,9 +259,19 @@ def test_curves_of_a_plain_log(tmp_path):
     assert found["valid"] == {"nll_loss": [(253, 6.164)], "agreement": [(253, 0.25)]}
 
 
-@pytest.mark.parametrize("kind", ("json", "simple"))
-def test_curves_of_a_log_file(kind, tmp_path):
-    """fairseq-train's --log-file has the messages alone."""
+PREFIXES = {
+    "log file": "",
+    "fairseq-train": "2026-01-01 00:00:00 | INFO | train_inner | ",
+    "srun": "0: 2026-01-01 00:00:00 | INFO | train_inner | ",
+    "fairseq-hydra-train": "[2026-01-01 00:00:00,012][train_inner][INFO] - ",
+    "hydra in colours": "[\x1b[36m2026-01-01 00:00:00,012\x1b[0m][\x1b[34mtrain_inner\x1b[0m]"
+    "[\x1b[32mINFO\x1b[0m] - ",
+}
+
+
+@pytest.mark.parametrize("kind", ("json", "simple", "tqdm"))
+@pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES)
+def test_curves_of_any_log(kind, prefix, tmp_path):
     lines = {
         "json": (
             '{"epoch": 1, "update": 0.2, "nll_loss": "12.5", "num_updates": "50"}',
@@ -278,8 +288,16 @@ def test_curves_of_a_log_file(kind, tmp_path):
             "epoch 001 | valid on 'valid1' subset | nll_loss 7.5 | num_updates 60",
             "epoch 001 | valid on 'dev' subset | nll_loss 8.5 | num_updates 60",
         ),
-    }[kind]
-    (tmp_path / "log").write_text("\n".join(("begin training epoch 1", *lines)))
+    }
+    # on a terminal, the bar has no prefix and ends in a carriage return
+    bar = (
+        "epoch 001:  83%|###| 50/60 [00:04<00:00, 9it/s, loss=13, nll_loss=12.5, num_updates=50]\r"
+    )
+    lines = ["begin training epoch 1", *lines["json" if kind == "json" else "simple"]]
+    text = "\n".join(prefix + line for line in lines)
+    if kind == "tqdm":
+        text = text.replace(prefix + lines[1] + "\n", bar)
+    (tmp_path / "log").write_bytes(text.encode())
     assert curves.read_curves(str(tmp_path / "log")) == {
         "train": {"nll_loss": [(50, 12.5)]},
         "valid": {"nll_loss": [(60, 6.5)], "kd_loss": [(60, 2.5)]},

@@ -10,20 +10,23 @@ from ..files import FileError
 # the student alone, its distance from the teacher, and how often the two agree
 FIELDS = ("nll_loss", "kd_loss", "agreement")
 TRAIN = "train"
-# what stdout has before a line of progress, and a --log-file has not: time, level and logger
-_PREFIX = re.compile(r"^.*?\| [A-Z]+ \| [^|]+ \| ")
+# what stdout has before a line of progress, and a --log-file has not: time, level and logger, of
+# fairseq-train or, perhaps in colours, of fairseq-hydra-train
+_PREFIX = re.compile(r"^.*?(\| [A-Z]+ \| [^|]+ \| |\[[-\d]+ [:\d,]+\]\[[^\]]+\]\[[A-Z]+\] - )")
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _VALIDATION = re.compile(r"\| valid on '([^']+)' subset \|")
 _UPDATES = "_num_updates"
-# "nll_loss 6.16 |" of a summary, "nll_loss=6.16," of the lines between
-_PAIR = re.compile(r"(?:^|[|, ])([a-z_]+)[= ]([-+.\deE]+|nan|inf)(?= *(?:[|,]|$))")
+# "nll_loss 6.16 |" of a summary, "nll_loss=6.16," of the lines between, "]" at the end of a bar
+_PAIR = re.compile(r"(?:^|[|, ])([a-z_]+)[= ]([-+.\deE]+|nan|inf)(?= *(?:[|,\]]|$))")
 Curve = List[Tuple[int, float]]
 
 
 def read_curves(path: str) -> Dict[str, Dict[str, Curve]]:
-    """The training and validation curves in a log of fairseq-train.
+    """The training and validation curves in a log of fairseq-train or fairseq-hydra-train.
 
     Args:
-        path: what it printed, or its ``--log-file``; ``--log-format`` json, simple or tqdm.
+        path: what it printed, its ``--log-file``, or Hydra's ``hydra_train.log``; ``--log-format``
+            json, simple or tqdm.
 
     Returns:
         pairs of update and value, by subset and by field of ``FIELDS``. The subsets are "train",
@@ -37,7 +40,7 @@ def read_curves(path: str) -> Dict[str, Dict[str, Curve]]:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                subset, values = _read(_PREFIX.sub("", line.strip()))
+                subset, values = _read(_PREFIX.sub("", _COLOUR.sub("", line.strip())))
                 if subset is not None:
                     _add(curves.setdefault(subset, {}), values)
     except OSError as error:
