@@ -55,7 +55,7 @@ HALF = dict(rtol=2.0**-11, atol=1e-6)
 DATA = {
     "dictionaries": {"source": "1" * 64, "target": "2" * 64},
     "files": {"train.aa-bb.aa.bin": "3" * 64, "train.aa-bb.bb.bin": "4" * 64},
-    "samples": {"train.aa-bb.aa.bin": "5" * 64, "train.aa-bb.bb.bin": "6" * 64},
+    "data": {"train.aa-bb.aa.bin": "5" * 64, "train.aa-bb.bb.bin": "6" * 64},
     "settings": {"source_lang": "aa", "target_lang": "bb", "truncate_source": 7},
 }
 ARRAYS = ("offsets", "symbols", "log_probs", "reference", "entropy", "rests")
@@ -589,10 +589,21 @@ def test_summary(case, finished):
         "nll_loss": -log_p[np.arange(len(target)), target].mean() / math.log(2),
         "entropy": -(np.exp(log_p) * log_p).sum(-1).mean() / math.log(2),
         "agreement": (log_p.argmax(-1) == target).mean(),
+        "calibration_error": calibration_error(log_p, target),
         "tail_bits": kl_to_head_and_uniform_tail(log_p) / math.log(2),
     }
     expected["bytes_per_token"] = expected["bytes"] / len(target)
     assert summary == pytest.approx(expected, rel=1e-3, abs=2e-3)
+
+
+def calibration_error(log_p, target):
+    sure, right = np.exp(log_p).max(-1), log_p.argmax(-1) == target
+    error = 0.0
+    for low in np.arange(10) / 10:
+        there = (sure >= low) & (sure < low + 0.1)
+        if there.any():
+            error += there.mean() * abs(sure[there].mean() - right[there].mean())
+    return error
 
 
 def kl_to_head_and_uniform_tail(log_p):
@@ -1070,9 +1081,9 @@ def earlier(cache):
     """As version 0.1.0 wrote it: without checksums of blocks, samples of data and draws."""
     path = cache / "train" / "manifest.json"
     manifest = json.loads(path.read_text())
-    for key in ("block_bytes", "samples", "checksum"):
+    for key in ("block_bytes", "data", "checksum"):
         del manifest[key]
-    del manifest["summary"]["tail_bits"]
+    del manifest["summary"]["tail_bits"], manifest["summary"]["calibration_error"]
     (cache / "train" / "blocks.bin").unlink()
     layout.write_manifest(cache / "train", manifest)
     return cache
@@ -1131,8 +1142,8 @@ def replaced(data, section, key, value):
     "data, words",
     [
         (replaced(DATA, "dictionaries", "target", "0" * 64), ["dictionaries: target differs"]),
-        (replaced(DATA, "samples", "train.aa-bb.aa.bin", "0" * 64), ["train.aa-bb.aa.bin differs"]),
-        (replaced(DATA, "samples", "train1.aa-bb.aa.bin", "0" * 64), ["train1.aa-bb.aa.bin is"]),
+        (replaced(DATA, "data", "train.aa-bb.aa.bin", "0" * 64), ["train.aa-bb.aa.bin differs"]),
+        (replaced(DATA, "data", "train1.aa-bb.aa.bin", "0" * 64), ["train1.aa-bb.aa.bin is"]),
         (replaced(DATA, "settings", "truncate_source", 6), ["truncate_source is 6 here, 7 there"]),
         (replaced(DATA, "settings", "source_lang", "bb"), ["source_lang is bb here, aa there"]),
     ],
@@ -1408,14 +1419,14 @@ def test_every_file_and_setting_counts(tmp_path):
     for name in (*names, *more, "valid.aa-bb.aa.bin", "train3.aa-bb.aa.bin"):
         (tmp_path / name).write_text(name)
     alone, together = about(tmp_path, combine=False), about(tmp_path)
-    for kind in ("files", "samples"):
+    for kind in ("files", "data"):
         assert sorted(alone[kind]) == names and sorted(together[kind]) == sorted(names + more)
         assert sorted(about(tmp_path, "valid")[kind]) == ["valid.aa-bb.aa.bin"]
-    earlier = {key: value for key, value in together.items() if key != "samples"}
+    earlier = {key: value for key, value in together.items() if key != "data"}
     for name in (*names, *more):
         content = (tmp_path / name).read_text()
         (tmp_path / name).write_text(content.swapcase())
-        for manifest, kind in ((together, "samples"), (earlier, "files")):
+        for manifest, kind in ((together, "data"), (earlier, "files")):
             found = layout.data_differences(lambda whole: about(tmp_path), manifest)
             assert found == [f"{kind}: {name} differs"]
         (tmp_path / name).write_text(content)

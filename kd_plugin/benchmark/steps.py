@@ -142,7 +142,7 @@ class Steps:
         """At which the cache can be trained from as the flags say, beside their own."""
         trainer, _, _ = self._trainer("cached")
         plan, cache = trainer.get_criterion().plan, trainer.task.source.cache
-        if plan.temperature.steps or plan.divergence.of_logits:
+        if plan.temperature.steps or plan.divergence.of_logits or plan.tail == "sample":
             return []
         return [t for t in sorted({1.0, *cache.temperatures} - {plan.temperature(None)})]
 

@@ -222,5 +222,6 @@ def summary_lines(manifest: Dict[str, Any], folder: Any) -> List[str]:
         f"{s['covered_1st_percentile']:.4f}; the shape of the rest is worth "
         f"{s['tail_bits']:.3f} bits per token",
         f"  teacher: nll_loss {s['nll_loss']:.3f}, entropy {s['entropy']:.3f} bits per token, "
-        f"agreement with the reference {s['agreement']:.4f}",
+        f"agreement with the reference {s['agreement']:.4f}, calibration error "
+        f"{s['calibration_error']:.4f}",
     ]

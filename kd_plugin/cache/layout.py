@@ -58,11 +58,11 @@ SUMMARY = (
     "agreement",
 )
 # Newer ones, which a manifest may lack
-MORE_SUMMARY = ("tail_bits",)
+MORE_SUMMARY = ("tail_bits", "calibration_error")
 _READ = 1 << 22
 # What a header says of the data and must be the same in training; an earlier version's does not
 # have the samples, and its files are compared as a whole
-_DATA = ("dictionaries", "samples", "settings")
+_DATA = ("dictionaries", "data", "settings")
 _WHOLE_DATA = ("dictionaries", "files", "settings")
 
 
@@ -140,7 +140,7 @@ def describe_data(
             "source": _digest_of_text("\n".join(task.source_dictionary.symbols)),
             "target": _digest_of_text("\n".join(task.target_dictionary.symbols)),
         },
-        "samples": {os.path.basename(path): digest_of_sample(path) for path in paths},
+        "data": {os.path.basename(path): digest_of_sample(path) for path in paths},
         "settings": settings,
     }
     if whole:
@@ -180,7 +180,7 @@ def data_differences(
     Args:
         whole: compare whole files even where the manifest has samples of them.
     """
-    whole = whole or "samples" not in manifest
+    whole = whole or "data" not in manifest
     return differences(describe(whole), manifest, _WHOLE_DATA if whole else _DATA)
 
 

@@ -19,6 +19,7 @@ from .layout import CacheError
 # Rows that are merged at a time, and bins of the covered mass from 0 to 1
 _MERGE_ROWS = 1 << 17
 _BINS = 10000
+_CALIBRATION_BINS = 10
 _TINY, _HUGE = 1e-30, 1e30
 
 
@@ -170,7 +171,7 @@ class CacheWriter(ShardedStore):
 
     def comparable(self, header: Dict[str, Any]) -> Dict[str, Any]:
         """A teacher is the same wherever its file lies; digests of whole files tell of the data."""
-        kept = {key: value for key, value in header.items() if key != "samples"}
+        kept = {key: value for key, value in header.items() if key != "data"}
         teachers = header.get("teachers")
         if isinstance(teachers, list) and all(isinstance(one, dict) for one in teachers):
             place = ("path", "modified_ns")
@@ -252,7 +253,11 @@ class CacheWriter(ShardedStore):
             start = end
 
     def _summary(self, offsets: np.ndarray) -> Dict[str, float]:
-        """Means over all rows, of what the arrays hold."""
+        """Means over all rows, of what the arrays hold.
+
+        The calibration error is the expected one of the likeliest symbol (Guo et al. 2017, eq. 3,
+        10 bins): how far its probability is from how often it is the reference.
+        """
         rows = self.header["rows"]
         arrays = {
             name: _mapped(layout.array_file(self.folder, name), self.types[name])
@@ -260,7 +265,7 @@ class CacheWriter(ShardedStore):
         }
         covered, nll, entropy, tail, agreeing = 0.0, 0.0, 0.0, 0.0, 0
         others = max(self.header["vocabulary"] - self.header["k"], 1)
-        histogram = np.zeros(_BINS, dtype=np.int64)
+        histogram, sure = np.zeros(_BINS, dtype=np.int64), np.zeros(_CALIBRATION_BINS)
         for sentences in self._blocks():
             here = slice(offsets[sentences.start], offsets[sentences.stop])
             log_p = arrays["log_probs"][here].astype(np.float64)
@@ -278,7 +283,10 @@ class CacheWriter(ShardedStore):
             with_rows = [i for i in range(sentences.start, sentences.stop) if self.lengths[i]]
             if with_rows:
                 reference = np.concatenate([self.targets(i) for i in with_rows])
-                agreeing += int((arrays["symbols"][here][:, 0] == reference).sum())
+                right = arrays["symbols"][here][:, 0] == reference
+                agreeing += int(right.sum())
+                of = np.minimum(p[:, 0] * _CALIBRATION_BINS, _CALIBRATION_BINS - 1).astype(int)
+                sure += np.bincount(of, p[:, 0] - right, minlength=_CALIBRATION_BINS)
         bytes_ = sum(size(layout.array_file(self.folder, n)) for n in (*self.types, "offsets"))
         per_row = 1 / max(rows, 1)
         low = int(np.searchsorted(np.cumsum(histogram), 0.01 * rows))
@@ -291,6 +299,7 @@ class CacheWriter(ShardedStore):
             entropy * per_row / math.log(2),
             agreeing * per_row,
             tail * per_row / math.log(2),
+            np.abs(sure).sum() * per_row,
         )
         return dict(zip((*layout.SUMMARY, *layout.MORE_SUMMARY), values))
 

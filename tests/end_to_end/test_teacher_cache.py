@@ -464,7 +464,7 @@ def test_flags_that_the_cache_cannot_serve(flags, words, data, eight, tmp_path):
 
 def test_several_data_folders(data, eight, tmp_path):
     run = taught("{0}:{0}".format(data), eight.folder, tmp_path)
-    refused(run, "a teacher cache is for one data folder, but 2 are given")
+    refused(run, "expected a cache for each of the 2 data folders")
 
 
 def test_neither_teacher_nor_cache(data, tmp_path):
@@ -500,7 +500,7 @@ def test_other_data_of_the_same_size(what, corpus, data, eight, tmp_path):
     elif what == "sentence":  # two words of the first one change places
         file = other / "train.aa-bb.bb.bin"
         swap(file, item_size(file, texts["bb"]), 0, 1, 1)
-        words = ["files: train.aa-bb.bb.bin differs"]
+        words = ["data: train.aa-bb.bb.bin differs"]
     else:  # two sentences of the same length change places
         lengths = [len(line.split()) + 1 for line in texts["aa"]]
         first = next(i for i in range(1, 100) if lengths[i] == lengths[i + 1])
@@ -508,7 +508,7 @@ def test_other_data_of_the_same_size(what, corpus, data, eight, tmp_path):
         for lang in SIDES:
             file = other / f"train.aa-bb.{lang}.bin"
             swap(file, item_size(file, texts[lang]), at, at + lengths[first], lengths[first])
-        words = ["files: train.aa-bb.aa.bin differs", "files: train.aa-bb.bb.bin differs"]
+        words = ["data: train.aa-bb.aa.bin differs", "data: train.aa-bb.bb.bin differs"]
     run = taught(other, eight.folder, tmp_path / "student", "--disable-validation")
     refused(run, f"the cache {eight.folder}/", *words)
 
@@ -526,7 +526,7 @@ def cut_off(path):
 @pytest.mark.parametrize(
     "name, damage, words",
     [
-        ("log_probs.bin", flip, ["log_probs.bin is damaged", "its checksum is not the manifest's"]),
+        ("log_probs.bin", flip, ["log_probs.bin is damaged", "the checksum of its bytes from 0"]),
         ("entropy.bin", Path.unlink, ["entropy.bin is missing: make the cache again"]),
         ("manifest.json", cut_off, ["manifest.json cannot be read"]),
     ],

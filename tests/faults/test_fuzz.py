@@ -16,6 +16,7 @@ import struct
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Callable, List, NamedTuple
 
@@ -180,7 +181,15 @@ def change_cache(rng: random.Random, folder: Path) -> None:
         at = rng.randrange(len(content))
         array.write_bytes(content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :])
     manifest = json.loads(path.read_text())
-    manifest["checksums"] = {p.stem: layout.checksum(p) for p in path.parent.glob("*.bin")}
+    arrays = [p for p in path.parent.glob("*.bin") if p.stem != layout.BLOCKS]
+    manifest["checksums"] = {p.stem: layout.checksum(p) for p in arrays}
+    blocks = [  # each file is smaller than a block
+        zlib.crc32((path.parent / f"{name}.bin").read_bytes())
+        for name in layout.arrays(9, 2, [2.0])
+        if (path.parent / f"{name}.bin").is_file()
+    ]
+    if rng.random() < 0.9:
+        np.array(blocks, dtype="<u4").tofile(str(path.parent / f"{layout.BLOCKS}.bin"))
     if rng.random() < 0.8:
         manifest = any_value(rng, manifest)
     if isinstance(manifest, dict):
@@ -191,7 +200,7 @@ def change_cache(rng: random.Random, folder: Path) -> None:
 
 
 def look_at_cache(folder: Path) -> None:
-    cache = CachedSubset(str(folder), "train", HEADER)
+    cache = CachedSubset(str(folder), "train", lambda whole: HEADER)
     for i in range(len(cache)):
         rows = cache.rows(i)
         assert len(rows["reference"]) == cache.lengths()[i] and (rows["symbols"] < 9).all()

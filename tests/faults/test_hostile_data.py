@@ -60,7 +60,7 @@ def cache(tmp_path):
 
 
 def opened(cache):
-    return CachedSubset(str(cache), "train", HEADER)
+    return CachedSubset(str(cache), "train", lambda whole: HEADER)
 
 
 def test_an_array_may_be_a_link_to_its_own_content_alone(cache, tmp_path, count):

@@ -50,7 +50,7 @@ def replace(path: Path) -> None:
         ("online", "teacher.pt", remove, "{}: no such checkpoint file"),
         ("online", "data", remove, "{}"),
         ("cached", "cache/train/log_probs.bin", remove, "{} is missing: make the cache again"),
-        ("cached", "cache/train/log_probs.bin", replace, "{} is damaged: its checksum"),
+        ("cached", "cache/train/log_probs.bin", replace, "{} is damaged: the checksum of"),
     ],
 )
 def test_training(kind, lost, lose, words, data, teacher, undisturbed, tmp_path, count):
