@@ -30,6 +30,9 @@ BEAM=${BEAM:-5}
 SPLITS="train valid test"
 # Waiting threads sleep instead of spinning: with a busy neighbour on one core, small models train 8 times faster.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# glibc gives large tensors back to the system as soon as they are freed, and asks for them again: on a CPU a third of
+# a small model's time (docs/performance.md).
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
 
 # ve-fairseq 0.12.3 loses the end of the data, up to 7 sentences, when batches are rounded to a multiple of 8 as
 # by default: then test has no translation of its longest sentences.
