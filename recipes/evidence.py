@@ -4,21 +4,23 @@ It writes WORK/evidence.md and evidence.json. Each row is the mean over seeds wi
 deviation; scores are sacreBLEU's. Against the row plain stands the p-value of a hierarchical
 bootstrap over sentences and seeds together: each of its samples draws sentences, the same for both
 rows, and seeds, for each row its own, both with replacement; p is twice the share of samples in
-which the difference of the means has the other sign. evidence.json also has what sacreBLEU's
-paired bootstrap says of each seed.
+which the difference of the means has the other sign. evidence.json also has the mean of the
+p-values that sacreBLEU's paired bootstrap gives each seed against its plain one.
 """
 
 import json
 import re
+import shlex
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 SAMPLES = 1000
-METRICS = {"BLEU": BLEU, "chrF2": CHRF}
+METRICS = ("BLEU", "chrF2")
 BASELINE = "plain"
 
 
@@ -35,18 +37,19 @@ def last_validation(log):
 
 
 def bytes_per_token(command):
-    found = re.search(r"--teacher-cache (\S+)", command)
-    if not found:
+    words = shlex.split(command)
+    if "--teacher-cache" not in words:
         return None
-    manifest = Path(found.group(1).replace("\\", "")) / "train" / "manifest.json"
+    manifest = Path(words[words.index("--teacher-cache") + 1]) / "train" / "manifest.json"
     return json.loads(manifest.read_text())["summary"]["bytes_per_token"]
 
 
 def read(work):
-    """By row's name, what is known of each of its seeds."""
-    rows = {}
+    """By row's name, what is known of each of its seeds; and BLEU's tokenizer in the reports."""
+    rows, tokenize = {}, None
     for report in sorted(work.glob("report-s*/report.json")):
         content = json.loads(report.read_text(encoding="utf-8"))
+        tokenize = re.search(r"tok:([^|]+)", content["signatures"]["BLEU"]).group(1)
         for system in content["systems"]:
             if not system["scores"]:
                 continue
@@ -71,14 +74,14 @@ def read(work):
                 one["nll on valid"] = float(valid["valid_nll_loss"])
                 one["updates"] = float(valid["valid_num_updates"])
                 one["bytes per token"] = bytes_per_token(command)
-    return rows
+    return rows, tokenize
 
 
 class Scores:
     """Corpus scores of samples of sentences, from their statistics."""
 
     def __init__(self, metric, references):
-        self.metric, self.references = metric(references=[references]), references
+        self.metric = metric(references=[references])
 
     def statistics(self, path):
         return np.array(self.metric._extract_corpus_statistics(lines_of(path), None))
@@ -105,10 +108,10 @@ def p_value(scores, ours, plain, generator):
     return min(1.0, max(2 * min(low, high), 1 / SAMPLES))
 
 
-def table(rows, references):
+def table(rows, tokenize, references):
     generator = np.random.default_rng(1)
     found = {}
-    for metric, kind in METRICS.items():
+    for metric, kind in zip(METRICS, (partial(BLEU, tokenize=tokenize), CHRF)):
         scores = Scores(kind, references)
         kept = {
             name: [scores.statistics(one["translations"]) for one in seeds.values()]
@@ -162,7 +165,7 @@ def markdown(found):
 
 def main(work, target):
     work = Path(work)
-    found = table(read(work), lines_of(work / "text" / f"test.{target}"))
+    found = table(*read(work), lines_of(work / "text" / f"test.{target}"))
     (work / "evidence.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     text = markdown(found)
     (work / "evidence.md").write_text(text, encoding="utf-8")

@@ -127,6 +127,8 @@ for seed in $SEEDS; do
         row "$name" "$seed"
         models+=("$name-s$seed=$WORK/models/$name-s$seed/averaged.pt")
     done
-    REPORT="report-s$seed" REPORT_FLAGS="--repeats 1 --overwrite ${REPORT_FLAGS:-}" GREEDY=1 judge "${models[@]}"
+    flags="--repeats 1 --overwrite"
+    case " $ROWS " in *" plain "*) flags="$flags --baseline plain-s$seed" ;; esac
+    REPORT="report-s$seed" REPORT_FLAGS="$flags ${REPORT_FLAGS:-}" GREEDY=1 judge "${models[@]}"
     evidence "$WORK" "$TGT"
 done

@@ -180,7 +180,7 @@ def test_what_is_carried_names_the_direction_that_was_asked(tmp_path, forth):
     databin.carry(data, to)
     sides = {f"valid.aa-bb.{lang}{end}" for lang in ("aa", "bb") for end in (".bin", ".idx")}
     assert set(os.listdir(str(to))) == {"dict.aa.txt", "dict.bb.txt", *sides}
-    assert databin.infer_languages(str(to)) == ["aa", "bb"]
+    assert databin.infer_languages(str(to)) == ("aa", "bb")
 
 
 def test_a_split_is_read_as_fairseq_does(tmp_path):

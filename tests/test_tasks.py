@@ -230,6 +230,24 @@ def test_tasks_that_cannot_be_set_up_are_named(values, words, data, tmp_path):
         decoding.own_task(cfg, decoding.set_up_task(cfg), [str(path)], ROLE)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"task": "translation_from_pretrained_bart", "langs": "a_A,b_B", "prepend_bos": False},
+        {"task": "translation_multi_simple_epoch", "lang_pairs": "a_A-b_B", "langs": None},
+        {"task": "multilingual_translation", "lang_pairs": ["a_A-b_B"]},
+    ],
+)
+def test_data_whose_languages_have_other_names_than_the_tags(values, data, tmp_path):
+    """mBART's task would read an unknown symbol for each tag; the others end in tracebacks."""
+    path = tmp_path / "model.pt"
+    write_model(path, data, "transformer", ())
+    changed(path, **values)
+    cfg = configuration(data)
+    with pytest.raises(UserError, match="names the languages aa and bb; .* knows a_A, b_B: give"):
+        decoding.own_task(cfg, decoding.set_up_task(cfg), [str(path)], ROLE)
+
+
 def test_an_ensemble_has_one_task(data, tmp_path):
     paths = [str(tmp_path / name) for name in ("a.pt", "b.pt")]
     write_model(paths[0], data, "transformer", ())

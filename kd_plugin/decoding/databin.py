@@ -105,9 +105,8 @@ def _advise_names(folder: str, renamed: Optional[str]) -> str:
     there = vocabulary.named(folder)
     if not (there and renamed):
         return ""
-    names = [name.split(".")[1].split("-") for name in os.listdir(folder) if name.count(".") == 3]
-    pairs = {",".join(pair) for pair in names if len(pair) == 2}
-    flag = renamed.format(pairs.pop() if len(pairs) == 1 else "SRC,TGT")
+    pairs = _pairs(folder)
+    flag = renamed.format(",".join(pairs[0]) if len(pairs) == 1 else "SRC,TGT")
     return (
         f"; there are {', '.join(there)}: if these are other names for the same languages, say so "
         f"with {flag}, the source's first"
@@ -132,14 +131,20 @@ def infer_languages(folder: str) -> Tuple[Optional[str], Optional[str]]:
     Raises:
         FileError: they say several.
     """
-    names = [name.split(".") for name in sorted(os.listdir(folder))]
-    pairs = {name[1] for name in names if len(name) > 2 and len(name[1].split("-")) == 2}
+    pairs = _pairs(folder)
     if len(pairs) > 1:
         raise FileError(
-            f"{folder} holds {' and '.join(sorted(pairs))}: say which is meant with --source-lang "
-            "and --target-lang"
+            f"{folder} holds {' and '.join(map('-'.join, pairs))}: say which is meant with "
+            "--source-lang and --target-lang"
         )
-    return data_utils.infer_language_pair(folder)
+    return pairs[0] if pairs else (None, None)
+
+
+def _pairs(folder: str) -> List[Tuple[str, str]]:
+    """The directions that file names tell, read as fairseq reads them."""
+    names = [name.split(".") for name in os.listdir(folder)]
+    found = {tuple(name[1].split("-")) for name in names if len(name) > 2 and name[0] != "dict"}
+    return sorted((pair[0], pair[1]) for pair in found if len(pair) == 2)
 
 
 def exists(prefix: str) -> bool:

@@ -51,7 +51,8 @@ def set_up_task(cfg: Any) -> Any:
     The languages that it finds by itself are put into ``cfg.task``, too.
 
     Raises:
-        FileError: they cannot be read, or nothing says which languages, or files say several.
+        FileError: they cannot be read, or nothing says which languages, files say several, or the
+            task has none of these names.
     """
     langs = [getattr(cfg.task, name, None) for name in ("source_lang", "target_lang")]
     if not all(langs) and os.path.isdir(cfg.task.data or ""):
@@ -61,6 +62,8 @@ def set_up_task(cfg: Any) -> Any:
                 f"--source-lang and --target-lang: give both; the files of {cfg.task.data} say "
                 f"{'-'.join(map(str, found))}"
             )
+        langs = [*found]
+    _refuse_unknown_languages(cfg.task, langs)
     try:
         task = tasks.setup_task(cfg.task)
     except Exception as error:  # fairseq's is a bare Exception, or an assertion
@@ -74,6 +77,33 @@ def set_up_task(cfg: Any) -> Any:
     if not all(getattr(cfg.task, name, None) for name in ("source_lang", "target_lang")):
         raise FileError("--source-lang and --target-lang: give both")
     return task
+
+
+def _refuse_unknown_languages(cfg: Any, langs: Sequence[Optional[str]]) -> None:
+    """Languages that have no tag, or no model: mBART's task would read an unknown symbol instead.
+
+    Args:
+        cfg: a task's configuration.
+        langs: of the data.
+    """
+    if cfg._name not in STOCK_OTHERS or getattr(cfg, "lang_dict", None):
+        return
+    known = {
+        *_listed(getattr(cfg, "langs", None)),
+        *(lang for pair in _listed(getattr(cfg, "lang_pairs", None)) for lang in pair.split("-")),
+    }
+    unknown = [lang for lang in langs if lang is not None and lang not in known]
+    if known and unknown:
+        raise FileError(
+            f"{cfg.data} names the languages {' and '.join(map(str, langs))}; the model's task "
+            f"{cfg._name} knows {', '.join(sorted(known))}: give the files of the data-bin "
+            "the model's names for its languages"
+        )
+
+
+def _listed(names: Any) -> List[str]:
+    """What a flag of fairseq's lists; some are split when they are read, others later."""
+    return names.split(",") if isinstance(names, str) else [*(names or ())]
 
 
 def own_task(cfg: Any, task: Any, paths: Sequence[str], role: Role, trust: bool = False) -> Any:
@@ -144,10 +174,9 @@ def _task_configuration(name: str, cfg: Any, checkpoint: Checkpoint, trust: bool
         for key in sorted(names - set(TranslationConfig.__dataclass_fields__))
         if key in checkpoint.task_options
     }
-    pairs, pair = own.get("lang_pairs") or (), "{source_lang}-{target_lang}".format(**shared)
-    pairs = pairs.split(",") if isinstance(pairs, str) else pairs
+    pairs, pair = _listed(own.get("lang_pairs")), "{source_lang}-{target_lang}".format(**shared)
     if pairs and pair not in pairs:
-        logger.warning(f"{checkpoint} WAS TRAINED FOR {', '.join(map(str, pairs))}, not for {pair}")
+        logger.warning(f"{checkpoint} WAS TRAINED FOR {', '.join(pairs)}, not for {pair}")
     files = [f"{key} {own[key]}" for key in _FILES if own.get(key)]
     if files and not trust:
         raise CheckpointError(

@@ -235,8 +235,7 @@ def compare_token_scores(
     """
     source_dictionary, dictionary = text.task.source_dictionary, text.task.target_dictionary
     references = text.corpus.references or []
-    # a pad within a reference is a word to CTranslate2's decoder, and nothing to fairseq's
-    ids = [i for i in sorted(expected) if dictionary.pad() not in references[i]]
+    ids = sorted(expected)
     source = [databin.symbols_seen(source_dictionary, text.corpus.source[i].tolist()) for i in ids]
     target = [databin.words(databin.decode(dictionary, references[i].tolist())) for i in ids]
     found = translator.score_batch(
