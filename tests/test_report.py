@@ -19,8 +19,9 @@ import torch
 from fairseq.data import Dictionary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trainer import write_data, write_mbart
 
-from kd_plugin.decoding import Tokenizer
+from kd_plugin.decoding import DataBin, Tokenizer
 from kd_plugin.errors import UserError
 from kd_plugin.files import FileError, locked
 from kd_plugin.objective.answer import Member, RunningAnswer
@@ -925,3 +926,16 @@ def test_the_page_in_a_browser_without_scripts(written, tmp_path):
         page_address = f"file://{folder}/report.html"
         subprocess.run(["/usr/bin/chromium", *how, page_address], check=True, timeout=120)
         assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 20_000
+
+
+def test_models_are_compared_on_what_they_read_with_their_tags(tmp_path):
+    data = write_data(tmp_path / "data")
+    path, _, _ = write_mbart(tmp_path, data, True)
+    model = Model("teacher", path, str(data))
+    asked = SimpleNamespace(teacher=model, trust=False, options=SimpleNamespace())
+    corpus = SimpleNamespace(data=DataBin(str(data), "aa", "bb"))
+    of_test = SimpleNamespace(binarised=True, corpus=corpus)
+    results = SimpleNamespace(failures={}, asked=asked, data=of_test)
+    assert build._max_positions(model, results) == (10, 9)
+    asked.options.task_given = True
+    assert build._max_positions(model, results) == (12, 10)

@@ -22,6 +22,11 @@ class Tags(NamedTuple):
     after_source: Tuple[str, ...] = ()
     before_target: Tuple[str, ...] = (_EOS,)
 
+    @property
+    def longer(self) -> Tuple[int, int]:
+        """By how many tokens its source and its decoder's input are longer than the sentences."""
+        return len(self.before_source) + len(self.after_source), len(self.before_target) - 1
+
 
 def added_symbols(task: Any, options: Mapping[str, Any]) -> List[str]:
     """The symbols that a task puts behind those of the dictionaries' files, unless they are there.

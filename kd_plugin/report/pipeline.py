@@ -249,7 +249,7 @@ def _model_settings(model: Model, asked: Asked, data: _TestSet) -> Dict[str, Any
         bins = decoding.DataBin(model.data, *langs, renamed=f"--model-langs {model.name}={{}}")
         own = decoding.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
     found: Dict[str, Any] = {"model": model.fingerprint(), "model_data": own}
-    found["task"] = "translation" if task_given(asked.options) else "the checkpoint's"
+    found["task"] = _task(asked) or "the checkpoint's"
     device, _ = decoding.placement(data.cfg, data.cfg.distributed_training.device_id)
     if model.kind == CTRANSLATE2 and device.type == "cpu":
         found["ctranslate2_workers"] = threads()
@@ -525,13 +525,18 @@ def _max_positions(model: Model, results: _Results) -> Tuple[int, int]:
     if not results.data.binarised:
         raise UserError("the data-bin has no references")
     asked = results.asked
-    source, target = zip(
-        *(
-            Checkpoint.open(path, role_of(model, asked.teacher), asked.trust).max_positions
-            for path in model.paths
-        )
-    )
+    limits = []
+    for path in model.paths:
+        checkpoint = Checkpoint.open(path, role_of(model, asked.teacher), asked.trust)
+        longer = checkpoint.as_task(_task(asked)).tags(results.data.corpus.data.langs).longer
+        limits.append([most - more for most, more in zip(checkpoint.max_positions, longer)])
+    source, target = zip(*limits)
     return min(source), min(target)
+
+
+def _task(asked: Asked) -> Optional[str]:
+    """What the models were trained for, whatever their checkpoints say; None is what those say."""
+    return "translation" if task_given(asked.options) else None
 
 
 def _open(model: Model, results: _Results) -> Teacher:
@@ -549,7 +554,7 @@ def _open(model: Model, results: _Results) -> Teacher:
         overrides=names,
         trust=asked.trust,
         role=role_of(model, asked.teacher),
-        task="translation" if task_given(asked.options) else None,
+        task=_task(asked),
     )
     return Teacher.open(settings, fit).place(device, dtype)
 

@@ -56,7 +56,7 @@ class TeacherView:
         self._before_source = [source.index(symbol) for symbol in tags.before_source]
         self._after_source = [source.index(symbol) for symbol in tags.after_source]
         self._before_target = [target.index(symbol) for symbol in tags.before_target]
-        self._tagged = tags != Tags()
+        self._tagged, self.longer = tags != Tags(), tags.longer
         self.description = (
             f"source vocabulary {_fit(source_map, student.source, source)}, "
             f"target vocabulary {_fit(target_map, student.target, target)}"
@@ -73,11 +73,6 @@ class TeacherView:
             setattr(self, name, None if index is None else index.to(device))
         self._projection = None
         return self
-
-    @property
-    def longer(self) -> Tuple[int, int]:
-        """By how many tokens its source and its decoder's input are longer than the student's."""
-        return len(self._before_source) + len(self._after_source), len(self._before_target) - 1
 
     def inputs(self, net_input: Dict[str, Tensor], device: torch.device) -> Dict[str, Tensor]:
         """The student's ``net_input`` as the teacher's forward pass takes it."""
