@@ -110,7 +110,7 @@ def p_value(scores, ours, plain, generator):
 
 def table(rows, tokenize, references):
     generator = np.random.default_rng(1)
-    found = {}
+    found = {name: {} for name in rows}
     for metric, kind in zip(METRICS, (partial(BLEU, tokenize=tokenize), CHRF)):
         scores = Scores(kind, references)
         kept = {
@@ -120,9 +120,9 @@ def table(rows, tokenize, references):
         for name in rows:
             if name != BASELINE and "" not in rows[name] and BASELINE in rows:
                 p = p_value(scores, kept[name], kept[BASELINE], generator)
-                found.setdefault(name, {})[f"p, {metric}"] = p
+                found[name][f"p, {metric}"] = p
     for name, seeds in rows.items():
-        row = found.setdefault(name, {})
+        row = found[name]
         row["seeds"] = len(seeds)
         for key in next(iter(seeds.values())):
             values = [one[key] for one in seeds.values() if isinstance(one.get(key), float)]

@@ -84,6 +84,15 @@ def test_a_clearly_better_system_is_significantly_so_and_a_copy_is_called_one(sc
     assert scores["student"]["BLEU"]["score"] > 80 > scores["plain"]["BLEU"]["score"]
 
 
+def test_samples_that_score_nothing_are_scores_too():
+    """Of two sentences, one shares no letter with its reference: some samples hold it alone."""
+    references = ["abc def"] * 2
+    translations = {"a": ["zzz qqq", "abc def"], "b": ["zzz qqq", "abc deg"]}
+    options = dict(baseline="a", tokenizer=Tokenizer(), test="bs", samples=100)
+    scores, _ = score(translations, references, **options)
+    assert 0 < scores["a"]["chrF2"]["score"] < 100
+
+
 def test_approximate_randomisation_is_sacrebleus(scored):
     ours, _ = score(
         *({"a": BAD, "b": GOOD}, REFERENCES),

@@ -132,6 +132,11 @@ def reference_scores(model: Any, text: Text) -> Dict[int, List[float]]:
             sides = (text.corpus.source, text.corpus.references or [])
             if not any(side[i].eq(pad).any() for side in sides):
                 found[i] = row[mask].tolist()
+    if not found:
+        raise FileError(
+            "every sentence to verify on has a padding symbol in its text: take another "
+            "--gen-subset or --data, or --no-verify"
+        )
     return found
 
 

@@ -12,6 +12,13 @@ TESTS = {"bs": "paired bootstrap resampling", "ar": "paired approximate randomis
 _RESAMPLES = 1000  # of the confidence intervals, as sacrebleu --confidence
 
 
+class _CHRF(CHRF):
+    """With scores of one type: sacreBLEU's bootstrap stops where some samples score 0.0."""
+
+    def _compute_f_score(self, statistics: Any) -> float:
+        return float(super()._compute_f_score(statistics))
+
+
 def score(
     translations: Dict[str, List[str]],
     references: Sequence[str],
@@ -41,7 +48,7 @@ def score(
     def metrics() -> Dict[str, Any]:
         asian = tokenizer.asian  # split only where the text is normalised, too
         ter = TER(normalized=asian, asian_support=asian)
-        return {"BLEU": tokenizer.metric(), "chrF2": CHRF(), "TER": ter}
+        return {"BLEU": tokenizer.metric(), "chrF2": _CHRF(), "TER": ter}
 
     scores: Dict[str, Dict[str, Any]] = {}
     signatures: Dict[str, str] = {}

@@ -1,6 +1,7 @@
 """The recipes from text to table, at toy size."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -110,6 +111,41 @@ def test_the_quick_start(tmp_path):
     assert re.search(work, done.text, re.MULTILINE)
     assert not re.search(work, again.text, re.MULTILINE)
     assert (tmp_path / "report" / "report.md").read_text() == report
+
+
+def test_the_table_of_evidence(tmp_path):
+    """Two seeds each of a row that translates all right, of one that translates half, of plain."""
+    references = [f"the {word} sees a {other}" for word in "abcdefgh" for other in "klmn"]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "test.en").write_text("".join(line + "\n" for line in references))
+    scores = {"right": (100, 100), "half": (50, 54), "plain": (48, 52)}
+    for seed in (1, 2):
+        folder = tmp_path / f"report-s{seed}"
+        (folder / "translations").mkdir(parents=True)
+        systems, differences = [], {}
+        for name, bleu in scores.items():
+            wrong = 0 if name == "right" else len(references) // 2
+            lines = ["it is not here"] * wrong + references[wrong:]
+            lines = lines[seed:] + lines[:seed] if name == "plain" else lines
+            model = f"{name}-s{seed}"
+            (folder / "translations" / f"{model}.txt").write_text("\n".join(lines) + "\n")
+            one = {"score": float(bleu[seed - 1]), "p": 0.5}
+            systems.append({"model": model, "beam": 5, "length_ratio": 0.9})
+            systems[-1]["scores"] = {"BLEU": one, "chrF2": one}
+            differences[model] = {"all": {"agreement": 0.25 * seed}}
+        content = {"systems": systems, "differences": differences}
+        content["signatures"] = {"BLEU": "BLEU nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp"}
+        (folder / "report.json").write_text(json.dumps(content))
+    evidence = [sys.executable, str(RECIPES / "evidence.py"), str(tmp_path), "en"]
+    shown = subprocess.run(evidence, check=True, stdout=subprocess.PIPE, universal_newlines=True)
+    found = json.loads((tmp_path / "evidence.json").read_text())
+    rows = [line.split(" | ") for line in shown.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| right", "| half", "| plain"]
+    assert found["half"]["BLEU, beam"] == 52 and found["half"]["seeds"] == 2
+    assert found["half"]["BLEU, beam, spread"] == pytest.approx(8**0.5)
+    assert found["half"]["agreement"] == pytest.approx(0.375)
+    for metric in ("BLEU", "chrF2"):
+        assert found["right"][f"p, {metric}"] == 0.001 and f"p, {metric}" not in found["plain"]
 
 
 @pytest.fixture(scope="module")
