@@ -24,6 +24,7 @@ from kd_plugin.commands.arguments import parse_like_fairseq
 from kd_plugin.errors import UserError
 from kd_plugin.report import decode
 from kd_plugin.report.systems import Model
+from kd_plugin.sequences import pipeline
 from kd_plugin.teachers import Student, Teacher, TeacherSettings
 
 ROLE = Role("teacher", "--trust-checkpoint", task="--task")
@@ -166,6 +167,18 @@ def test_the_report_decodes_them_so(name, data, tmp_path, monkeypatch):
     assert opened.facts["refines"] is (arch in REFINING)
     with pytest.raises(UserError):  # in one sentence
         decoder("--task", "translation")
+
+
+@pytest.mark.parametrize("name", ["tagged, simple epoch", "tagged, multilingual"])
+def test_ctranslate2_decodes_models_of_translation_alone(name, data, tmp_path):
+    """Tags of languages would be lost without a word."""
+    write_model(tmp_path / "model.pt", data, *OTHERS[name])
+    cfg = configuration(data)
+    task = decoding.own_task(cfg, decoding.set_up_task(cfg), [str(tmp_path / "model.pt")], ROLE)
+    (checkpoint,) = decoding.open_checkpoints([str(tmp_path / "model.pt")], task, ROLE)
+    with pytest.raises(UserError, match="--engine ctranslate2: .*--engine fairseq takes any"):
+        pipeline.convert_for_ctranslate2(checkpoint, task, ("aa", "bb"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_more_iterations_are_the_users_to_ask_for(data, tmp_path):

@@ -362,7 +362,8 @@ def _engine(
             raise FileError(f"{', '.join(unused)}: for teachers that are not autoregressive")
         return engine, [model.max_positions() for model in models]
     folder = store.beside("ctranslate2", "teachers", "files")
-    converted = convert_for_ctranslate2(checkpoints[0], task, folder)
+    langs = cfg.task.source_lang, cfg.task.target_lang
+    converted = convert_for_ctranslate2(checkpoints[0], task, langs, folder)
     positions = checkpoints[0].max_positions
     engine = decoding.CTranslate2Engine(
         task,
@@ -376,11 +377,13 @@ def _engine(
     return engine, [positions]
 
 
-def convert_for_ctranslate2(checkpoint: Checkpoint, task: Any, folder: Path) -> Path:
+def convert_for_ctranslate2(
+    checkpoint: Checkpoint, task: Any, langs: Tuple[str, str], folder: Path
+) -> Path:
     """A teacher as CTranslate2 reads it, kept in ``folder`` for the next time.
 
     Args:
-        task: a translation task with its dictionaries.
+        task: has the dictionaries of ``langs``.
 
     Raises:
         FileError: CTranslate2 is not installed, or takes no such model.
@@ -389,7 +392,6 @@ def convert_for_ctranslate2(checkpoint: Checkpoint, task: Any, folder: Path) -> 
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = temporary(folder)
-    langs = task.cfg.source_lang, task.cfg.target_lang
     try:
         dictionaries = task.source_dictionary, task.target_dictionary
         export_ctranslate2(checkpoint, *dictionaries, langs, folder=new)
