@@ -235,6 +235,12 @@ def _check_dictionaries(
             f"{checkpoint} WAS TRAINED TO TRANSLATE FROM {theirs[0]} TO {theirs[1]}, not from "
             f"{langs[0]} to {langs[1]}: if that is not meant, swap --source-lang and --target-lang"
         )
+    elif None not in theirs and theirs != langs:
+        logger.warning(
+            f"{checkpoint} was trained to translate from {theirs[0]} to {theirs[1]}, and translates "
+            f"from {langs[0]} to {langs[1]} here: if these are not the same languages in the same "
+            "direction, give --source-lang and --target-lang"
+        )
     ours = (task.source_dictionary, task.target_dictionary)
     found = checkpoint.dictionaries(langs, otherwise=("data", *ours))
     assert found is not None  # there are the data's
