@@ -237,9 +237,9 @@ def _check_dictionaries(
         )
     elif None not in theirs and theirs != langs:
         logger.warning(
-            f"{checkpoint} was trained to translate from {theirs[0]} to {theirs[1]}, and translates "
-            f"from {langs[0]} to {langs[1]} here: if these are not the same languages in the same "
-            "direction, give --source-lang and --target-lang"
+            f"{checkpoint} was trained to translate from {theirs[0]} to {theirs[1]}, and "
+            f"translates from {langs[0]} to {langs[1]} here: if these are not the same languages "
+            "in the same direction, give --source-lang and --target-lang"
         )
     ours = (task.source_dictionary, task.target_dictionary)
     found = checkpoint.dictionaries(langs, otherwise=("data", *ours))
