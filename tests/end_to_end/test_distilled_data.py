@@ -137,7 +137,8 @@ def test_a_finished_command_again_changes_nothing(data, weak, made):
     options = ("--select", "closest", "--metric", "chrf", *BEAM)
     again = write_sequences(data, weak, made.output, *options).ok()
     assert before == {p: p.stat().st_mtime_ns for p in made.output.rglob("*")}
-    summary = [line for line in made.run.text.splitlines() if "distilled sentences" in line]
+    # a progress bar, which is on stderr, may stand before it in the same line
+    summary = re.findall(re.escape(f"{made.output}: ") + r"\d+ distilled.*", made.run.text)
     assert len(summary) == 1 and summary[0] in again.text
 
 
