@@ -8,6 +8,8 @@ from fairseq.tasks.multilingual_translation import MultilingualTranslationTask
 from fairseq.tasks.translation import TranslationTask
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
+from .tags import PRETRAINED_BART
+
 # Tasks whose models translate from one of our dictionaries to another, and add no symbols to them
 TRANSLATION_TASKS = ("translation", "kd_translation")
 
@@ -25,7 +27,7 @@ _OTHERS = (TranslationTask, MultilingualTranslationTask, TranslationMultiSimpleE
 # fairseq's own among the subclasses of these; more would run or open what a checkpoint says
 STOCK_OTHERS = (
     "multilingual_translation",
-    "translation_from_pretrained_bart",
+    PRETRAINED_BART,
     "translation_lev",
     "translation_multi_simple_epoch",
 )

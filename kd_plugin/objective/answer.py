@@ -38,8 +38,22 @@ def rows_ahead(device: torch.device) -> int:
 # A divergence's value (n,), its gradient for the compared outcomes, and what carries that back to
 # all symbols (None: they are all)
 Compared = Tuple[Tensor, Tensor, Union[CutBackward, SampledBackward, None]]
-# One of ``divergences``
-DivergenceFunction = Callable[[Distribution, Distribution], ValueAndGradient]
+
+
+class Comparison(NamedTuple):
+    """How a teacher's distributions are compared with a student's.
+
+    Attributes:
+        divergence: one of ``divergences``.
+        temperature: of both.
+        k: how many of the teacher's likeliest symbols to compare; 0: all that are known.
+        tail: what becomes of the others, one of ``topk.TAILS``.
+    """
+
+    divergence: Callable[[Distribution, Distribution], ValueAndGradient]
+    temperature: float
+    k: int
+    tail: str
 
 
 class TeacherRows(Protocol):
@@ -60,20 +74,11 @@ class TeacherRows(Protocol):
     def rows(self, index: Union[Tensor, slice]) -> "TeacherRows":
         """Some of these rows."""
 
-    def compare(
-        self,
-        student: Distribution,
-        divergence: DivergenceFunction,
-        temperature: float,
-        k: int,
-        tail: str,
-    ) -> Compared:
+    def compare(self, student: Distribution, how: Comparison) -> Compared:
         """The divergence between these distributions and the student's.
 
         Args:
             student: over the whole vocabulary, (n, V), already at the temperature.
-            k: how many of the teacher's likeliest symbols to compare; 0: all that are known.
-            tail: what becomes of the others, one of ``topk.TAILS``.
         """
 
 
@@ -124,19 +129,13 @@ class Dense:
         plain = self.__dict__.get("plain")
         return Dense(self.logits[index], None if plain is None else plain.rows(index))
 
-    def compare(
-        self,
-        student: Distribution,
-        divergence: DivergenceFunction,
-        temperature: float,
-        k: int,
-        tail: str,
-    ) -> Compared:
-        if k:
-            teacher, student, back = cut(self.top(k, temperature, tail == "bucket"), student)
-            return (*divergence(teacher, student), back)
-        teacher = self.plain if temperature == 1 else distribution(self.logits / temperature)
-        return (*divergence(teacher, student), None)
+    def compare(self, student: Distribution, how: Comparison) -> Compared:
+        t = how.temperature
+        if how.k:
+            teacher, student, back = cut(self.top(how.k, t, how.tail == "bucket"), student)
+            return (*how.divergence(teacher, student), back)
+        teacher = self.plain if t == 1 else distribution(self.logits / t)
+        return (*how.divergence(teacher, student), None)
 
     def top(self, k: int, temperature: float, with_rest: bool) -> Top:
         """The k likeliest symbols at a temperature, and the rest's mass if asked for."""
@@ -203,18 +202,12 @@ class Sparse:
             None if self._tempered_entropy is None else self._tempered_entropy[index],
         )
 
-    def compare(
-        self,
-        student: Distribution,
-        divergence: DivergenceFunction,
-        temperature: float,
-        k: int,
-        tail: str,
-    ) -> Compared:
-        if tail == "sample" and not self.whole:  # of forward-kl alone
-            return sampled_forward_kl(self._sampled(temperature), student)
-        teacher, student, back = cut(self.top(k, temperature, tail == "bucket"), student)
-        return (*divergence(teacher, student), back)
+    def compare(self, student: Distribution, how: Comparison) -> Compared:
+        if how.tail == "sample" and not self.whole:  # of forward-kl alone
+            return sampled_forward_kl(self._sampled(how.temperature), student)
+        top = self.top(how.k, how.temperature, how.tail == "bucket")
+        teacher, student, back = cut(top, student)
+        return (*how.divergence(teacher, student), back)
 
     def top(self, k: int, temperature: float, with_rest: bool) -> Top:
         """The k likeliest symbols (0: all K), and the others' mass if asked for."""

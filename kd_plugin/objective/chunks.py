@@ -13,7 +13,14 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 import torch
 from torch import Tensor
 
-from .answer import Answer, NotFiniteTeacherError, TeacherRows, rows_ahead, rows_at_once
+from .answer import (
+    Answer,
+    Comparison,
+    NotFiniteTeacherError,
+    TeacherRows,
+    rows_ahead,
+    rows_at_once,
+)
 from .divergences import Distribution, Divergence, distribution, divergence
 from .selection import Selection, TokenStatistics
 from .topk import CutBackward, SampledBackward
@@ -369,9 +376,8 @@ def _distil(
     if student.logits.numel():
         if t != 1:
             student = distribution(student.logits / t)
-        value, gradient, back = teacher.compare(
-            student, settings.divergence.function, t, settings.top_k, settings.tail
-        )
+        how = Comparison(settings.divergence.function, t, settings.top_k, settings.tail)
+        value, gradient, back = teacher.compare(student, how)
     weight = torch.full_like(value, settings.kd_weight)
     if settings.adaptive:
         gap = terms.student_nll - facts["teacher_nll"]

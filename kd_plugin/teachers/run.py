@@ -235,8 +235,7 @@ class _Model:
 
 _WHAT_TEACHES = (
     "word-level distillation learns from distributions over the next symbol, and asks "
-    "autoregressive models of the tasks 'translation' and 'translation_from_pretrained_bart' for "
-    "them."
+    f"autoregressive models of the tasks 'translation' and {PRETRAINED_BART!r} for them."
 )
 _SEQUENCES = " Sequence-level distillation (fairseq-kd-sequences) takes it."
 
