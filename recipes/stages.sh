@@ -180,11 +180,11 @@ plain_flags() {
     LOSS=(--task translation --criterion label_smoothed_cross_entropy --label-smoothing "${LABEL_SMOOTHING:-0.1}")
 }
 
-# models/NAME/averaged.pt: the average of the last COUNT epochs' checkpoints, or of those of --save-interval-updates.
+# models/NAME/averaged.pt: the average of the last COUNT epochs' checkpoints.
 average() { # NAME COUNT
     local folder=$WORK/models/$1 paths= name
     if done_already "$folder/averaged.pt"; then return; fi
-    for name in $(ls "$folder" | sed -n 's/^checkpoint\(_[0-9]*_\)\{0,1\}\([0-9][0-9]*\)\.pt$/\2 &/p' | sort -n |
+    for name in $(ls "$folder" | sed -n 's/^checkpoint\([0-9][0-9]*\)\.pt$/\1 &/p' | sort -n |
         tail -n "$2" | cut -d' ' -f2); do
         paths=$paths${paths:+:}$folder/$name
     done
