@@ -8,6 +8,8 @@
 # Run:      TEACHER=dir bash recipes/evidence.sh CORPUS_DIR
 #           a training for each row and seed, and each skips itself once it is done: stop and repeat as you like.
 #           All rows of the first seed come first; the table shows what there is so far.
+#           On a cluster, one job for each row and seed (ROWS=word SEEDS=2 JUDGE=0), after one for what they share; at
+#           the end once without JUDGE=0.
 # Adapt:    ROWS="plain word" SEEDS="1 2 3 4 5" UPDATES=20000; a row is a line of `row` below.
 #
 # Environment (see also setup.sh and stages.sh):
@@ -17,6 +19,7 @@
 #   SEEDS          1 2 3
 #   UPDATES        4000             of every training; choose it by plain ones: twice as many should gain nothing
 #   KD_WEIGHT      0.9              of every row at word level
+#   JUDGE          1                0: only train
 #   ENSEMBLE       none             more checkpoints of teachers with the same vocabulary, with ':' between
 #   JUNIOR         none             checkpoint of a medium teacher: the first half of the updates learn from it
 #   STUDENT_FLAGS, TRAIN_FLAGS, ENGINE as in multi30k.sh
@@ -123,6 +126,7 @@ for seed in $SEEDS; do
         row "$name" "$seed"
         models+=("$name-s$seed=$WORK/models/$name-s$seed/checkpoint_last.pt")
     done
+    if [ "${JUDGE:-1}" = 0 ]; then continue; fi
     flags="--repeats 1 --overwrite"
     case " $ROWS " in *" plain "*) flags="$flags --baseline plain-s$seed" ;; esac
     REPORT="report-s$seed" REPORT_FLAGS="$flags ${REPORT_FLAGS:-}" GREEDY=1 judge "${models[@]}"
