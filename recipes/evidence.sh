@@ -15,7 +15,7 @@
 # Environment (see also setup.sh and stages.sh):
 #   WORK           evidence-work    results; evidence.md and evidence.json are the table
 #   ROWS           plain plain-ls0 word bucket-8 sample-8-8 sample-8-16 bucket-32 best closest mixed mixed-word
-#                  also: word-ls0; ensemble (needs ENSEMBLE); junior (needs JUNIOR)
+#                  also: word-ls0, sample-8-8-ls0; ensemble (needs ENSEMBLE); junior (needs JUNIOR)
 #   SEEDS          1 2 3
 #   UPDATES        4000             of every training; choose it by plain ones: twice as many should gain nothing
 #   KD_WEIGHT      0.9              of every row at word level
@@ -64,6 +64,13 @@ student() { # NAME FLAGS...; the flags of ROW come last
         --max-tokens 2048 --max-update "$UPDATES" --num-workers 0 ${STUDENT_FLAGS:-} "${@:2}" "${LOSS[@]}"
 }
 
+# Word level from a cache of the K likeliest symbols and S samples of the rest.
+cached() { # K S [TEACHER] [SUFFIX]
+    KD_CACHE=$1-$2${4:-} KD_FLAGS="--kd-tail sample $KD_FLAGS" CACHE_FLAGS="--tail-samples $2 $CACHE_FLAGS"
+    cache_teacher "${3:-$teacher}"
+    distil_flags "${3:-$teacher}"
+}
+
 # What the rows are: the data, the teacher, the loss.
 row() { # NAME SEED
     local name=$1-s$2 seed=(--seed "$2") junior k
@@ -82,10 +89,8 @@ row() { # NAME SEED
             distil_flags "$teacher"
             ;;
         sample-*-*)
-            k=${1#sample-}
-            KD_CACHE=$k KD_FLAGS="--kd-tail sample $KD_FLAGS" CACHE_FLAGS="--tail-samples ${k#*-} $CACHE_FLAGS"
-            cache_teacher "$teacher"
-            distil_flags "$teacher"
+            k=${1#sample-} k=${k%-ls0}
+            cached "${k%-*}" "${k#*-}"
             ;;
         best | closest)
             distil_sequences "$1" "$teacher" --select "$1"
@@ -95,13 +100,12 @@ row() { # NAME SEED
         mixed | mixed-word)
             distil_sequences mixed "$teacher" --select closest --mix original
             DATA_BIN=data-mixed
-            if [ "$1" = mixed ]; then plain_flags; else distil_flags "$teacher"; fi
+            plain_flags
+            if [ "$1" = mixed-word ]; then cached 8 8; fi
             ;;
         ensemble)
             [ -n "${ENSEMBLE:-}" ] || die "the row ensemble needs ENSEMBLE, more teachers' checkpoints."
-            KD_CACHE=8-8-ensemble KD_FLAGS="--kd-tail sample $KD_FLAGS" CACHE_FLAGS="--tail-samples 8 $CACHE_FLAGS"
-            cache_teacher "$teacher:$ENSEMBLE"
-            distil_flags "$teacher"
+            cached 8 8 "$teacher:$ENSEMBLE" -ensemble
             ;;
         junior)
             [ -n "${JUNIOR:-}" ] || die "the row junior needs JUNIOR, a medium teacher's checkpoint."
