@@ -1,11 +1,16 @@
-"""The table of evidence.sh: python recipes/evidence.py WORK TGT.
+"""The table of evidence.sh: python recipes/evidence.py WORK TGT, or evidence.py RUNS.
 
-It writes WORK/evidence.md and evidence.json. Each row is the mean over seeds with its standard
-deviation; scores are sacreBLEU's. Against the row plain stands the p-value of a hierarchical
-bootstrap over sentences and seeds together: each of its samples draws sentences, the same for both
-rows, and seeds, for each row its own, both with replacement; p is twice the share of samples in
-which the difference of the means has the other sign. evidence.json also has the mean of the
-p-values that sacreBLEU's paired bootstrap gives each seed against its plain one.
+What the reports in WORK say of each run goes into WORK/runs/ROW-sSEED.npz: its figures, and the
+statistics of each sentence of test that BLEU and chrF2 are computed from. Collect such files of
+several machines in one folder, RUNS, for one table of them all. evidence.md and evidence.json are
+written to WORK, or to RUNS.
+
+Each row is the mean over seeds with its standard deviation; scores are sacreBLEU's. Against the row
+plain stands the p-value of a hierarchical bootstrap over sentences and seeds together: each of its
+samples draws sentences, the same for both rows, and seeds, for each row its own, both with
+replacement; p is twice the share of samples in which the difference of the means has the other
+sign. evidence.json also has the mean of the p-values that sacreBLEU's paired bootstrap gives each
+seed against its plain one.
 """
 
 import json
@@ -44,47 +49,67 @@ def bytes_per_token(command):
     return json.loads(manifest.read_text())["summary"]["bytes_per_token"]
 
 
-def read(work):
-    """By row's name, what is known of each of its seeds; and BLEU's tokenizer in the reports."""
-    rows, tokenize = {}, None
+def collect(work, references, runs):
+    """Writes a file for each run that a report has."""
     for report in sorted(work.glob("report-s*/report.json")):
         content = json.loads(report.read_text(encoding="utf-8"))
         tokenize = re.search(r"tok:([^|]+)", content["signatures"]["BLEU"]).group(1)
+        found = {}
         for system in content["systems"]:
             if not system["scores"]:
                 continue
-            name, _, seed = system["model"].rpartition("-s")
-            name, seed = (name, seed) if seed.isdigit() else (system["model"], "")
-            one = rows.setdefault(name, {}).setdefault(seed, {})
+            model = system["model"]
+            one = found.setdefault(model, {"tokenize": tokenize})
             search = "greedy" if system["beam"] == 1 else "beam"
             for metric in METRICS:
                 score = system["scores"][metric]
                 one[f"{metric}, {search}"] = score["score"]
                 one[f"p of sacreBLEU, {metric}, {search}"] = score.get("p")
-            if search == "greedy":
-                continue
-            one["length"] = system["length_ratio"]
-            one["translations"] = report.parent / "translations" / (system["model"] + ".txt")
-            differences = content["differences"].get(system["model"])
+            one[f"length, {search}"] = system["length_ratio"]
+            differences = content["differences"].get(model)
             if differences:
                 one["agreement"] = differences["all"]["agreement"]
-            log = work / "models" / system["model"] / "train.log"
+            log = work / "models" / model / "train.log"
             if log.is_file():
                 valid, command = last_validation(log)
                 one["nll on valid"] = float(valid["valid_nll_loss"])
                 one["updates"] = float(valid["valid_num_updates"])
                 one["bytes per token"] = bytes_per_token(command)
-    return rows, tokenize
+        for model, one in found.items():
+            lines = lines_of(report.parent / "translations" / (model + ".txt"))
+            counts = {
+                name: metric.statistics(lines)
+                for name, metric in scores(references, tokenize).items()
+            }
+            np.savez_compressed(str(runs / model), figures=json.dumps(one), **counts)
+
+
+def scores(references, tokenize):
+    kinds = zip(METRICS, (partial(BLEU, tokenize=tokenize), CHRF))
+    return {name: Scores(kind, references) for name, kind in kinds}
+
+
+def read(runs):
+    """By row's name, what is known of each of its seeds."""
+    rows = {}
+    for path in sorted(runs.glob("*.npz")):
+        name, _, seed = path.stem.rpartition("-s")
+        name, seed = (name, seed) if seed.isdigit() else (path.stem, "")
+        with np.load(str(path)) as file:
+            one = json.loads(str(file["figures"]))
+            one["statistics"] = {metric: file[metric] for metric in METRICS}
+        rows.setdefault(name, {})[seed] = one
+    return rows
 
 
 class Scores:
     """Corpus scores of samples of sentences, from their statistics."""
 
     def __init__(self, metric, references):
-        self.metric = metric(references=[references])
+        self.metric = metric(references=references and [references])
 
-    def statistics(self, path):
-        return np.array(self.metric._extract_corpus_statistics(lines_of(path), None))
+    def statistics(self, lines):
+        return np.array(self.metric._extract_corpus_statistics(lines, None), dtype=np.int32)
 
     def of(self, counts):
         return self.metric._compute_score_from_stats(list(counts)).score
@@ -108,18 +133,18 @@ def p_value(scores, ours, plain, generator):
     return min(1.0, max(2 * min(low, high), 1 / SAMPLES))
 
 
-def table(rows, tokenize, references):
+def table(rows):
     generator = np.random.default_rng(1)
     found = {name: {} for name in rows}
-    for metric, kind in zip(METRICS, (partial(BLEU, tokenize=tokenize), CHRF)):
-        scores = Scores(kind, references)
+    tokenize = next(iter(next(iter(rows.values())).values()))["tokenize"]
+    for metric, computed in scores(None, tokenize).items():
         kept = {
-            name: [scores.statistics(one["translations"]) for one in seeds.values()]
+            name: [one["statistics"][metric] for one in seeds.values()]
             for name, seeds in rows.items()
         }
         for name in rows:
             if name != BASELINE and "" not in rows[name] and BASELINE in rows:
-                p = p_value(scores, kept[name], kept[BASELINE], generator)
+                p = p_value(computed, kept[name], kept[BASELINE], generator)
                 found[name][f"p, {metric}"] = p
     for name, seeds in rows.items():
         row = found[name]
@@ -139,7 +164,8 @@ COLUMNS = {
     "p, chrF2": "{:.3f}",
     "BLEU, greedy": "{:.2f}",
     "chrF2, greedy": "{:.2f}",
-    "length": "{:.3f}",
+    "length, beam": "{:.3f}",
+    "length, greedy": "{:.3f}",
     "nll on valid": "{:.3f}",
     "agreement": "{:.3f}",
     "bytes per token": "{:.1f}",
@@ -152,7 +178,7 @@ def markdown(found):
         "| row | seeds | " + " | ".join(COLUMNS) + " |",
         "|---|" + "---:|" * (len(COLUMNS) + 1),
     ]
-    for name, row in found.items():
+    for name, row in sorted(found.items(), key=lambda pair: -pair[1]["BLEU, beam"]):
         cells = []
         for key, form in COLUMNS.items():
             text = "" if row.get(key) is None else form.format(row[key])
@@ -163,12 +189,17 @@ def markdown(found):
     return "\n".join(lines) + "\n"
 
 
-def main(work, target):
-    work = Path(work)
-    found = table(*read(work), lines_of(work / "text" / f"test.{target}"))
-    (work / "evidence.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+def main(folder, target=None):
+    folder = Path(folder)
+    runs = folder
+    if target:
+        runs = folder / "runs"
+        runs.mkdir(exist_ok=True)
+        collect(folder, lines_of(folder / "text" / f"test.{target}"), runs)
+    found = table(read(runs))
+    (folder / "evidence.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     text = markdown(found)
-    (work / "evidence.md").write_text(text, encoding="utf-8")
+    (folder / "evidence.md").write_text(text, encoding="utf-8")
     print(text, end="")
 
 

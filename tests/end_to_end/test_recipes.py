@@ -146,6 +146,11 @@ def test_the_table_of_evidence(tmp_path):
     assert found["half"]["agreement"] == pytest.approx(0.375)
     for metric in ("BLEU", "chrF2"):
         assert found["right"][f"p, {metric}"] == 0.001 and f"p, {metric}" not in found["plain"]
+    # the same of the runs' files alone, without the text
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(str(tmp_path / "runs"), str(elsewhere))
+    subprocess.run([*evidence[:2], str(elsewhere)], check=True, stdout=subprocess.PIPE)
+    assert json.loads((elsewhere / "evidence.json").read_text()) == found
 
 
 @pytest.fixture(scope="module")
