@@ -66,9 +66,12 @@ def collect(work, references, runs):
                 one[f"{metric}, {search}"] = score["score"]
                 one[f"p of sacreBLEU, {metric}, {search}"] = score.get("p")
             one[f"length, {search}"] = system["length_ratio"]
+            if search == "beam":
+                one["length, train"] = system["length_ratio_on_train"]
             differences = content["differences"].get(model)
             if differences:
                 one["agreement"] = differences["all"]["agreement"]
+                one["ends expected"] = differences["calibration"]["student"]["ends"]
             log = work / "models" / model / "train.log"
             if log.is_file():
                 valid, command = last_validation(log)
@@ -166,6 +169,8 @@ COLUMNS = {
     "chrF2, greedy": "{:.2f}",
     "length, beam": "{:.3f}",
     "length, greedy": "{:.3f}",
+    "length, train": "{:.3f}",
+    "ends expected": "{:.3f}",
     "nll on valid": "{:.3f}",
     "agreement": "{:.3f}",
     "bytes per token": "{:.1f}",

@@ -151,6 +151,8 @@ def test_tokens_against_float64_by_hand(dictionary, left_pad):
         assert tokens.teacher_nll[i] == pytest.approx(-np.log2(p[symbol]), rel=1e-5, abs=2e-6)
         assert tokens.student_nll[i] == pytest.approx(-np.log2(q[symbol]), rel=1e-5, abs=2e-6)
         assert tokens.teacher_best[i] == p.argmax() and tokens.student_best[i] == q.argmax()
+        for found, own in ((tokens.teacher, p), (tokens.student, q)):
+            assert found[:, i] == pytest.approx([own.max(), (own**2).sum(), own[2]], rel=1e-5)
 
 
 def test_chunks_do_not_change_what_is_found(dictionary, monkeypatch):
@@ -178,7 +180,41 @@ def tokens_by_hand() -> compare.Tokens:
         entropy=np.array([0.05, 0.5, 0.50001, 1.0, 4.5, 3.0]),
         student_best=np.array([4, 5, 5, 2, 7, 2]),
         teacher_best=np.array([4, 4, 5, 2, 6, 6]),
+        student=np.array(
+            [[0.5, 0.55, 0.9, 1.0, 0.3, 0.95], [0.4, 0.3, 0.5, 1.0, 0.25, 0.9], [0, 0, 0, 1, 0, 1]]
+        ),
+        teacher=np.array(
+            [[0.7, 0.5, 0.6, 0.7, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5, 0.5, 0.5], [0, 0, 0, 0.7, 0, 0.4]]
+        ),
     )
+
+
+def test_calibration_by_hand():
+    found = compare.calibrations(tokens_by_hand(), end=2)
+    # bins of ten: 0.5 and 0.55 (one of two right), 0.9, 1.0 and 0.95 (all three right), 0.3
+    assert found["student"].likeliest == pytest.approx((0.05 + (3 - 2.85) + 0.3) / 6)
+    # the reference's: 2**-nll against the expected one, in the bins of 0.2s, 0.3, 0.4, 0.5, 0.9s
+    gaps = [0.25 - 2**-8, 0.3 - 2**-2, 0.5 - 0.4, 0.5 - 2**-3, 1.9 - 2**-0.5 - 2**-0.1]
+    assert found["student"].reference == pytest.approx(sum(gaps) / 6)
+    assert found["student"].ends == 1 and found["teacher"].ends == pytest.approx(0.55)
+    nothing = tokens_by_hand().only(np.zeros(6, dtype=bool))
+    assert set(compare.calibrations(nothing, end=2)["teacher"]) == {None}
+
+
+def test_who_is_right_about_itself_is_calibrated():
+    """References drawn from the student's own distributions."""
+    rng = np.random.default_rng(3)
+    q = rng.dirichlet(np.full(V, 0.3), 40000)
+    symbol = (q.cumsum(-1) > rng.random((len(q), 1))).argmax(-1)
+    values = np.stack([q.max(-1), (q**2).sum(-1), q[:, 2]])
+    nll = -np.log2(q[np.arange(len(q)), symbol])
+    none = np.zeros(len(q))
+    tokens = compare.Tokens(none, none, symbol, nll, nll, *[none] * 4, values, values)
+    found = compare.Calibration.of(tokens, q.argmax(-1), nll, values, end=2)
+    # a mean of n values from 0 to 1 in each of ten bins: 5 standard errors of all together
+    assert found.likeliest < 5 * 0.5 * (10 / len(q)) ** 0.5
+    assert found.reference < 5 * 0.5 * (10 / len(q)) ** 0.5
+    assert found.ends == pytest.approx(1, abs=5 / (symbol == 2).sum() ** 0.5)
 
 
 def test_buckets_by_hand():
@@ -206,7 +242,8 @@ def test_every_token_is_in_one_bucket_of_each_kind(seed, n):
     symbol = rng.integers(2, V, n)
     best = rng.integers(4, V, (2, n))
     losses = rng.exponential(2, (4, n))
-    tokens = compare.Tokens(sentence, rng.integers(1, 100, n), symbol, *losses, *best)
+    more = rng.random((2, 3, n))
+    tokens = compare.Tokens(sentence, rng.integers(1, 100, n), symbol, *losses, *best, *more)
     found = compare.buckets(tokens, rng.integers(0, 20000, V), end=2)
     whole = compare.Bucket.of("all", tokens)
     for kind in found.values():
@@ -547,7 +584,7 @@ def test_workers_of_ctranslate2_are_part_of_what_is_kept(tmp_path, monkeypatch):
         distributed_training=SimpleNamespace(device_id=0),
     )
     corpus = SimpleNamespace(data=SimpleNamespace(folder=tmp_path))
-    data = build._TestSet(cfg, None, corpus, [], [], True, Tokenizer())
+    data = build._TestSet(cfg, None, corpus, [], [], True, Tokenizer(), None)
 
     def settings_with(workers, path):
         monkeypatch.setattr(build, "threads", lambda: workers, raising=False)
@@ -632,7 +669,8 @@ def a_report():
     def system(name, model, beam, bleu, speed, p=None):
         return {
             **{"name": name, "model": model, "beam": beam, "scores": scores(bleu, p)},
-            **{"length_ratio": 0.95, "identical": False, "left_out": 1, "seconds": [3.5]},
+            **{"length_ratio": 0.95, "length_ratio_on_train": None, "identical": False},
+            **{"left_out": 1, "seconds": [3.5]},
             **{"tokens": 1234, "kept": bleu / 40, "speedup": speed / 110},
             "sentences_per_second": spread(speed),
             "tokens_per_second": spread(12 * speed),
@@ -647,6 +685,7 @@ def a_report():
 
     bucket = compare.Bucket.of("all", tokens_by_hand())._asdict()
     by = compare.buckets(tokens_by_hand(), np.arange(8), 2)
+    calibrations = compare.calibrations(tokens_by_hand(), 2)
     token = {"symbol": NASTY, "kl": 1.25, "teacher": "</s>", "student": "<b>"}
     sentence = {
         **{"number": 17, "source": NASTY, "reference": NASTY, "teacher": NASTY, "student": None},
@@ -670,6 +709,7 @@ def a_report():
         "differences": {
             "s|t": {
                 "all": bucket,
+                "calibration": {who: one._asdict() for who, one in calibrations.items()},
                 "by": {kind: [b._asdict() for b in own] for kind, own in by.items()},
                 "farthest": [sentence],
             }
@@ -806,7 +846,7 @@ def test_every_number_of_the_page_is_in_the_json(written):
         for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?%?", text)
     ]
     assert len(shown) > 100
-    labels = {95.0, 0.0, 1.0}  # of intervals; what is best
+    labels = {95.0, 0.0, 1.0, 10.0}  # of intervals; what is best; bins
     for number in shown:
         digits = number.rstrip("%").replace(",", "")
         rounding = 0.5000001 * 10.0 ** -len(digits.partition(".")[2])
@@ -876,7 +916,7 @@ def test_each_number_stands_in_its_place(tmp_path):
         *(("BLEU", "38.50"), ("95% interval", "38.60 ± 1.50"), ("p", "0.0125")),
         *(("chrF2", "39.50"), ("95% interval", "39.60 ± 1.50"), ("p", "0.1125")),
         *(("TER", "40.50"), ("95% interval", "40.60 ± 1.50"), ("p", "0.2125")),
-        ("length", "0.950"),
+        *(("length", "0.950"), ("on train", "–")),
     ]
     cost = dict(row(tables[2], "s|t, greedy"))
     assert cost["tokens/s"] == f"{system['tokens_per_second']['median']:,.0f}"
@@ -884,7 +924,11 @@ def test_each_number_stands_in_its_place(tmp_path):
     assert cost["without embeddings"] == f"{model['parameters_without_embeddings']:,}"
     columns = ["tokens", "agreement", "KL(teacher || student)", "nll", "teacher's nll"]
     difference = report["differences"]["s|t"]
-    for table, buckets in zip(tables[3:8], [[difference["all"]], *difference["by"].values()]):
+    assert row(tables[4], "teacher") == [
+        *(("likeliest symbol", "0.250"), ("reference", "0.027"), ("ends expected", "0.550"))
+    ]
+    by = zip([tables[3], *tables[5:9]], [[difference["all"]], *difference["by"].values()])
+    for table, buckets in by:
         for bucket in buckets:
             numbers = [bucket[key] for key in ("agreement", "kl", "nll", "teacher_nll")]
             cells = [str(bucket["tokens"]), *map("{:.3f}".format, numbers)]

@@ -97,6 +97,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="fairseq-train's output or --log-file, for training curves",
     )
     add("--examples", type=int, default=10, metavar="N", help="sentences to show of each student")
+    add(
+        "--train-sample",
+        type=int,
+        default=500,
+        metavar="N",
+        help="sentences of DATA's training set that are translated, too, for their length over the "
+        "references'; 0 for none",
+    )
     add("--overwrite", action="store_true", help="replace a report of other settings in --output")
     add_trust(add)
     return parser
@@ -128,6 +136,7 @@ def run(options: argparse.Namespace) -> None:
             samples=samples,
             logs=report.named(options.logs, "--logs", "FILE"),
             examples=options.examples,
+            train_sample=options.train_sample,
             trust=options.trust_checkpoint,
             overwrite=options.overwrite,
         )
@@ -148,7 +157,7 @@ def _refuse(options: Any) -> None:
     faults.check(not options.path, f"instead of --path give --models NAME={options.path}")
     faults.check(options.nbest <= 1, "--nbest: only the best translation is judged")
     at_least(options, faults, 1, "repeats", "significance_samples")
-    at_least(options, faults, 0, "examples")
+    at_least(options, faults, 0, "examples", "train_sample")
     faults.check(
         options.task == "translation",
         "--task: leave it out, and each model is decoded with the task that its checkpoint names; "

@@ -83,6 +83,18 @@ class Corpus(NamedTuple):
         return cls(_for_inference(task, source), source, references, data)
 
     @classmethod
+    def of_sample(cls, task: Any, data: DataBin, subset: str, most: int) -> Optional["Corpus"]:
+        """Some sentences of a subset, drawn the same way each time; None without both sides."""
+        sides = [side for side in (data.side(subset, lang) for lang in data.langs) if side]
+        if len(sides) < 2 or len(sides[0]) != len(sides[1]):
+            return None
+        generator = np.random.default_rng(1)
+        which = generator.choice(len(sides[0]), min(most, len(sides[0])), replace=False)
+        source, references = [[side[int(i)] for i in np.sort(which)] for side in sides]
+        dataset = _for_inference(task, source, [len(tokens) for tokens in source])
+        return cls(dataset, source, references, data)
+
+    @classmethod
     def of_text(
         cls,
         task: Any,
@@ -111,8 +123,8 @@ class Corpus(NamedTuple):
         return cls(_for_inference(task, source), source, None, data)
 
 
-def _for_inference(task: Any, source: Any) -> Any:
-    dataset = task.build_dataset_for_inference(source, source.sizes)
+def _for_inference(task: Any, source: Any, sizes: Any = None) -> Any:
+    dataset = task.build_dataset_for_inference(source, source.sizes if sizes is None else sizes)
     # multilingual_translation has one of several, and decodes what that one gives
     key = getattr(dataset, "eval_key", None)
     return dataset if key is None else dataset.datasets[key]

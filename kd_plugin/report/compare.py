@@ -28,6 +28,9 @@ class Tokens(NamedTuple):
         kl: KL(teacher || student).
         entropy: of the teacher's distribution.
         student_best, teacher_best: the likeliest symbols.
+        student, teacher: of shape (3, n): the probability of the likeliest symbol; the expected
+            one of the reference if the distribution were true, which is the sum of the squares;
+            the one of the end of sentence.
     """
 
     sentence: np.ndarray
@@ -39,9 +42,11 @@ class Tokens(NamedTuple):
     entropy: np.ndarray
     student_best: np.ndarray
     teacher_best: np.ndarray
+    student: np.ndarray
+    teacher: np.ndarray
 
     def only(self, which: np.ndarray) -> "Tokens":
-        return Tokens(*(part[which] for part in self))
+        return Tokens(*(part[..., which] for part in self))
 
 
 @torch.no_grad()
@@ -89,9 +94,65 @@ def compare(
                     p.entropy() / math.log(2),
                     q.best(),
                     p.best(),
+                    _probabilities(q, dictionary.eos()),
+                    _probabilities(p, dictionary.eos()),
                 )
             )
-    return Tokens(*(torch.cat(columns).cpu().numpy() for columns in zip(*parts)))
+    return Tokens(*(torch.cat(columns, -1).cpu().numpy() for columns in zip(*parts)))
+
+
+def _probabilities(rows: Any, end: int) -> torch.Tensor:
+    p = rows.plain.probabilities
+    return torch.stack([p.amax(-1), p.square().sum(-1), p[:, end]])
+
+
+class Calibration(NamedTuple):
+    """Whether a model's probabilities come true, on the references.
+
+    Attributes:
+        likeliest: expected calibration error of the likeliest symbol (Guo et al. 2017, eq. 3, 10
+            bins): how far its probability is from how often it is the reference.
+        reference: the same of the reference's probability, which is compared with what a model
+            that is right about its own distribution would give it.
+        ends: probability of the end of sentence, summed over all tokens, by the number of
+            sentences: below 1, the model would go on where references end.
+    """
+
+    likeliest: Optional[float]
+    reference: Optional[float]
+    ends: Optional[float]
+
+    @classmethod
+    def of(
+        cls, tokens: Tokens, best: np.ndarray, nll: np.ndarray, values: np.ndarray, end: int
+    ) -> "Calibration":
+        """Of one model: its likeliest symbols, its loss in bits, its values of ``Tokens``."""
+        surest, expected, ends = values.astype(np.float64)
+        sentences = int((tokens.symbol == end).sum())
+        if not sentences:
+            return cls(None, None, None)
+        return cls(
+            _calibration_error(surest, best == tokens.symbol),
+            _calibration_error(expected, np.exp2(-nll.astype(np.float64))),
+            float(ends.sum() / sentences),
+        )
+
+
+def _calibration_error(expected: np.ndarray, found: np.ndarray, bins: int = 10) -> float:
+    which = np.minimum(expected * bins, bins - 1).astype(int)
+    return float(np.abs(np.bincount(which, expected - found)).sum() / len(expected))
+
+
+def calibrations(tokens: Tokens, end: int) -> Dict[str, Calibration]:
+    """Of the teacher and the student, by these names."""
+    return {
+        "teacher": Calibration.of(
+            tokens, tokens.teacher_best, tokens.teacher_nll, tokens.teacher, end
+        ),
+        "student": Calibration.of(
+            tokens, tokens.student_best, tokens.student_nll, tokens.student, end
+        ),
+    }
 
 
 class Bucket(NamedTuple):

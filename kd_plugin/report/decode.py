@@ -17,7 +17,7 @@ import traceback
 import uuid
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq import utils
@@ -52,6 +52,20 @@ class Pass(NamedTuple):
     seconds: float
 
 
+class Sample(NamedTuple):
+    """Some sentences of the training set, whose translations' length is of interest.
+
+    Attributes:
+        most: how many were asked for.
+        key: of what they are.
+        references: running text.
+    """
+
+    most: int
+    key: str
+    references: List[str]
+
+
 class Measured:
     """What has been measured of one model, kept in a file from pass to pass.
 
@@ -63,6 +77,8 @@ class Measured:
         seconds: by beam, of each pass.
         memory: bytes at the peak of decoding beyond what the process held before it.
         runs: identifiers of the runs of the command that the passes are of.
+        sampled: the ``Sample``'s key and its translations; these are None where sentences are
+            longer than the model takes, or its data has no such sample.
     """
 
     def __init__(self, path: Path, settings: Dict[str, Any]) -> None:
@@ -73,6 +89,7 @@ class Measured:
         self.seconds: Dict[int, List[float]] = {}
         self.memory = 0
         self.runs: List[str] = []
+        self.sampled: Optional[Tuple[str, List[Optional[str]]]] = None
         if path.is_file():
             self._read(read_json(path))
 
@@ -85,12 +102,16 @@ class Measured:
                 self.tokens[int(beam)] = int(found["tokens"][beam])
                 self.seconds[int(beam)] = [float(s) for s in found["seconds"][beam]]
             self.facts, self.memory, self.runs = found["about"], found["memory"], found["runs"]
+            if found.get("sampled") is not None:  # no report from before it was has it
+                key, translations = found["sampled"]
+                self.sampled = str(key), [*translations]
             self._check()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise FileError(f"{self._path} is damaged: delete it") from None
 
     def _check(self) -> None:
         lines = [line for translations in self.translations.values() for line in translations]
+        lines += self.sampled[1] if self.sampled else []
         numbers = [self.memory, *(self.facts[name] or 0 for name in NUMBERS)]
         if not (
             all(line is None or type(line) is str for line in lines)
@@ -123,6 +144,7 @@ class Measured:
             "seconds": self.seconds,
             "memory": self.memory,
             "runs": self.runs,
+            "sampled": self.sampled,
         }
         write_json(self._path, content)
 
@@ -134,6 +156,7 @@ def measure(
     teacher: Model,
     options: Namespace,
     repeats: int,
+    sample: Optional[Sample] = None,
 ) -> Dict[str, str]:
     """Let every system decode the data ``repeats`` times; goes on where an interruption left off.
 
@@ -142,6 +165,7 @@ def measure(
         measured: by model's name; results are added.
         teacher: the model that messages call so.
         options: fairseq-generate's, parsed.
+        sample: to be translated once, with the main beam.
 
     Returns:
         why a model failed, by its name; the others are complete.
@@ -154,6 +178,13 @@ def measure(
         for system in systems
         if measured[system.model.name].passes(system.beam) <= number
     ]
+    unsampled = [
+        system
+        for system in systems
+        if system.main
+        and sample is not None
+        and (measured[system.model.name].sampled or ("",))[0] != sample.key
+    ]
     workers: Dict[str, _Worker] = {}
 
     @contextlib.contextmanager
@@ -165,7 +196,9 @@ def measure(
             workers.pop(name).stop()  # its memory is free for the others
 
     try:
-        for model in dict.fromkeys(system.model for _, system in missing):
+        for model in dict.fromkeys(
+            system.model for system in (*(system for _, system in missing), *unsampled)
+        ):
             workers[model.name] = _Worker(model, role_of(model, teacher), options)
         # one after the other: opening a checkpoint takes more memory than decoding with its model
         for name in list(workers):
@@ -180,6 +213,16 @@ def measure(
             with noting_failure(name):
                 done = workers[name].decode(system.beam, description)
                 measured[name].add(system.beam, done, run)
+        for system in unsampled:
+            name = system.model.name
+            assert sample is not None
+            if name in failures:
+                continue
+            with noting_failure(name):
+                found = workers[name].sample(system.beam, sample.most, f"{name}, a part of train")
+                same = len(found) == len(sample.references)
+                measured[name].sampled = sample.key, found if same else [None] * len(found)
+                measured[name].write()
         for name in list(workers):
             with noting_failure(name):
                 measured[name].memory = max(workers[name].memory(), measured[name].memory)
@@ -190,7 +233,8 @@ def measure(
     return failures
 
 
-_OPEN, _MEMORY = "open", "memory"  # what a worker is asked, or to decode with a beam
+# What a worker is asked, or to decode with a beam; (beam, most): that much of the training set
+_OPEN, _MEMORY = "open", "memory"
 
 
 class _Worker:
@@ -216,6 +260,11 @@ class _Worker:
     def decode(self, beam: int, description: str) -> Pass:
         with tqdm(desc=description, unit="sentences", mininterval=1, leave=False) as progress:
             self._send(beam)
+            return self._receive(progress)
+
+    def sample(self, beam: int, most: int, description: str) -> List[Optional[str]]:
+        with tqdm(desc=description, unit="sentences", mininterval=1, leave=False) as progress:
+            self._send((beam, most))
             return self._receive(progress)
 
     def memory(self) -> int:
@@ -262,6 +311,8 @@ def _serve(pipe: Any, model: Model, role: Role, options: Namespace) -> None:
                 answer = decoder.facts
             elif request == _MEMORY:
                 answer = decoder.memory()
+            elif isinstance(request, tuple):
+                answer = decoder.sample(*request, pipe)
             else:
                 answer = decoder.decode(request, pipe)
             pipe.send(("answer", answer))
@@ -341,30 +392,47 @@ class _Decoder:
             self.positions = [one.max_positions() for one in self.model]
             del checkpoints
             self.facts["refines"] = self._engine(1).refines
+        self.dataset_options = cfg.dataset
+        self.batches = self._batches(corpus)
+        gc.collect()
+        _forget_peak()
+
+    def _batches(self, corpus: decoding.Corpus) -> List[Dict[str, Any]]:
         plan = decoding.plan(
             self.task,
             corpus,
             self.positions,
-            max_tokens=cfg.dataset.max_tokens,
-            max_sentences=cfg.dataset.batch_size,
-            required_multiple=cfg.dataset.required_batch_size_multiple,
-            seed=cfg.common.seed,
+            max_tokens=self.dataset_options.max_tokens,
+            max_sentences=self.dataset_options.batch_size,
+            required_multiple=self.dataset_options.required_batch_size_multiple,
+            seed=self.seed,
         )
         dataset = corpus.dataset
-        self.batches = [dataset.collater([dataset[int(i)] for i in batch]) for batch in plan]
-        gc.collect()
-        _forget_peak()
+        return [dataset.collater([dataset[int(i)] for i in batch]) for batch in plan]
 
     def decode(self, beam: int, pipe: Any) -> Pass:
+        return self._decode(self.batches, self.sentences, beam, pipe)
+
+    def sample(self, beam: int, most: int, pipe: Any) -> List[Optional[str]]:
+        """Translations of as many sentences of the training set; none without one."""
+        corpus = decoding.Corpus.of_sample(self.task, self.data, "train", most)
+        if corpus is None:
+            return []
+        batches, sentences = self._batches(corpus), len(corpus.source)
+        return self._decode(batches, sentences, beam, pipe).translations
+
+    def _decode(
+        self, batches: Sequence[Dict[str, Any]], sentences: int, beam: int, pipe: Any
+    ) -> Pass:
         engine = self._engine(beam)
         found: Dict[int, str] = {}
         start = time.perf_counter()
-        for nbest in engine.decode(self.batches):
+        for nbest in engine.decode(batches):
             found.update({i: hypotheses[0].subwords for i, hypotheses in nbest.items()})
-            pipe.send(("progress", (len(nbest), self.sentences)))
+            pipe.send(("progress", (len(nbest), sentences)))
         seconds = time.perf_counter() - start
         return Pass(
-            [self.to_text(found[i]) if i in found else None for i in range(self.sentences)],
+            [self.to_text(found[i]) if i in found else None for i in range(sentences)],
             sum(len(words(subwords)) + 1 for subwords in found.values()),
             seconds,
         )

@@ -98,8 +98,9 @@ def _quality(report: Dict[str, Any]) -> Table:
                 f"{found['mean']:.2f} ± {found['ci']:.2f}",
                 _p(system, found["p"]),
             ]
-        length = f"{system['length_ratio']:.3f}"
-        rows.append([system["name"], str(system["beam"]), *cells, length])
+        lengths = [system["length_ratio"], system["length_ratio_on_train"]]
+        cells += [_number(length, "{:.3f}") for length in lengths]
+        rows.append([system["name"], str(system["beam"]), *cells])
     header = ["model", "beam"]
     for metric in report["signatures"]:
         header += [metric, "95% interval", "p"]
@@ -107,7 +108,8 @@ def _quality(report: Dict[str, Any]) -> Table:
         f"{report['sentences']:,} sentences of {report['subset']}, "
         f"{'-'.join(report['languages'])}, against {report['references']}.",
         f"p: {report['significance']} against {report['baseline']}. A lower TER is better. "
-        "Length is that of the translations divided by that of the references.",
+        "Length is that of the translations divided by that of the references; on train: of a "
+        "part of the training set, where a teacher's own length is what its students learn.",
         *("sacreBLEU: " + signature for signature in report["signatures"].values()),
     ]  # fmt: skip
     for system in report["systems"]:
@@ -116,7 +118,7 @@ def _quality(report: Dict[str, Any]) -> Table:
                 f"{system['name']}: {system['left_out']} sentences are longer than the model "
                 "accepts and count as not translated."
             )
-    return Table("Quality", [*header, "length"], rows, notes)
+    return Table("Quality", [*header, "length", "on train"], rows, notes)
 
 
 def _p(system: Dict[str, Any], p: Optional[float]) -> str:
@@ -187,6 +189,20 @@ def _difference(name: str, difference: Dict[str, Any]) -> Iterator[Table]:
             "tokens for which their likeliest symbols are the same; KL and nll are in bits per "
             "token."
         ],
+    )
+    yield Table(
+        f"{name}: calibration",
+        ["", "likeliest symbol", "reference", "ends expected"],
+        [
+            [who, *(_number(found[key], "{:.3f}") for key in ("likeliest", "reference", "ends"))]
+            for who, found in difference["calibration"].items()
+        ],
+        [
+            "Expected calibration error (10 bins, 0 is best) of the likeliest symbol's probability "
+            "and of the reference's; and the probability of the end of sentence, summed over all "
+            "tokens, for each sentence: above 1, the model ends sentences before references do."
+        ],
+        level=3,
     )
     for kind, title in _TITLES.items():
         rows = [row(bucket["label"], bucket) for bucket in difference["by"][kind]]

@@ -25,7 +25,7 @@ from ..teachers import Student, Teacher, TeacherSettings
 from ..timing import Quartiles
 from . import compare, page
 from .curves import read_curves
-from .decode import NUMBERS, Measured, configuration, measure, task_given
+from .decode import NUMBERS, Measured, Sample, configuration, measure, task_given
 from .score import METRICS, TESTS, score
 from .systems import CTRANSLATE2, Model, System, role_of
 
@@ -55,6 +55,7 @@ class Asked(NamedTuple):
         test, samples: of significance: one of ``TESTS``, and how many samples it draws.
         logs: files of fairseq-train's logs, by name.
         examples: how many sentences to show of each student.
+        train_sample: how many sentences of the training set to translate, too, for their length.
         trust: open checkpoints with the full pickle machinery.
         overwrite: replace a report of other settings in ``output``.
     """
@@ -73,6 +74,7 @@ class Asked(NamedTuple):
     samples: int = 1000
     logs: Dict[str, str] = {}
     examples: int = 10
+    train_sample: int = 500
     trust: bool = False
     overwrite: bool = False
 
@@ -87,6 +89,7 @@ class _TestSet(NamedTuple):
     Attributes:
         binarised: whether the data-bin has references, which models are compared on.
         tokenizer: of BLEU.
+        sample: of the training set; None without one.
     """
 
     cfg: Any
@@ -96,6 +99,7 @@ class _TestSet(NamedTuple):
     references: List[str]
     binarised: bool
     tokenizer: decoding.Tokenizer
+    sample: Optional[Sample]
 
 
 class _Results(NamedTuple):
@@ -208,7 +212,21 @@ def _read(asked: Asked) -> _TestSet:
         *(cfg, task, corpus, source, references),
         binarised=corpus.references is not None,
         tokenizer=tokenizer,
+        sample=_read_sample(asked, task, bins, texts),
     )
+
+
+def _read_sample(
+    asked: Asked, task: Any, bins: decoding.DataBin, texts: Callable[..., List[str]]
+) -> Optional[Sample]:
+    if not asked.train_sample:
+        return None
+    corpus = decoding.Corpus.of_sample(task, bins, "train", asked.train_sample)
+    if corpus is None or corpus.references is None:
+        return None
+    content = [tokens.tolist() for side in (corpus.source, corpus.references) for tokens in side]
+    references = texts(corpus.references, bins.target, escape_unk=True)
+    return Sample(asked.train_sample, _digest(content), references)
 
 
 def _read_lines(path: str) -> List[str]:
@@ -260,7 +278,7 @@ def _has_own_data(model: Model, data: _TestSet) -> bool:
     return Path(model.data).resolve() != data.corpus.data.folder.resolve()
 
 
-def _digest(settings: Dict[str, Any]) -> str:
+def _digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -339,6 +357,7 @@ def _measure(asked: Asked, data: _TestSet, settings: Dict[str, Any], kept: Path)
         teacher=asked.teacher,
         options=asked.options,
         repeats=asked.repeats,
+        sample=data.sample,
     )
     for model in asked.models:
         found = len(next(iter(measured[model.name].translations.values()), ()))
@@ -441,6 +460,7 @@ def _row(system: System, results: _Results, scores: Dict[str, Any]) -> Dict[str,
         "beam": system.beam,
         "scores": {metric: scores[metric] for metric in METRICS},
         "length_ratio": scores["length_ratio"],
+        "length_ratio_on_train": _length_on_train(system, results) if system.main else None,
         "identical": scores["identical"],
         "left_out": len(translations) - translated,
         "seconds": seconds,
@@ -448,6 +468,19 @@ def _row(system: System, results: _Results, scores: Dict[str, Any]) -> Dict[str,
         "sentences_per_second": Quartiles.of([translated / s for s in seconds])._asdict(),
         "tokens_per_second": Quartiles.of([tokens / s for s in seconds])._asdict(),
     }
+
+
+def _length_on_train(system: System, results: _Results) -> Optional[float]:
+    """Of the translations of the training set's sample over their references."""
+    sample, found = results.data.sample, results.measured[system.model.name].sampled
+    if sample is None or found is None:
+        return None
+    pairs = [(text, own) for text, own in zip(found[1], sample.references) if text is not None]
+    if not pairs:
+        return None
+    translations, references = zip(*pairs)
+    score = results.data.tokenizer.metric().corpus_score(translations, [references])
+    return float(score.sys_len / max(score.ref_len, 1))
 
 
 def _add_ratios(rows: Sequence[Dict[str, Any]], teacher: Model) -> None:
@@ -580,12 +613,14 @@ def _difference(
     model: Model, tokens: compare.Tokens, counts: np.ndarray, results: _Results
 ) -> Dict[str, Any]:
     asked, data = results.asked, results.data
-    buckets = compare.buckets(tokens, counts, data.task.target_dictionary.eos())
+    end = data.task.target_dictionary.eos()
+    buckets = compare.buckets(tokens, counts, end)
     teacher, student = [
         results.measured[name].translations[asked.beam] for name in (asked.teacher.name, model.name)
     ]
     return {
         "all": compare.Bucket.of("all", tokens)._asdict(),
+        "calibration": {k: v._asdict() for k, v in compare.calibrations(tokens, end).items()},
         "by": {kind: [bucket._asdict() for bucket in own] for kind, own in buckets.items()},
         "farthest": [
             _sentence(i, tokens, data, teacher=teacher[i], student=student[i])

@@ -97,6 +97,26 @@ def test_translations_are_fairseq_generates_and_scores_sacrebleus(corpus, teache
             assert system["scores"][metric]["score"] == pytest.approx(score.score)
 
 
+def test_the_length_on_train_is_that_of_the_same_translations(corpus, teacher, tmp_path):
+    """Of a training set that is the test set, all of it and a part."""
+    data = tmp_path / "data"
+    shutil.copytree(str(corpus.data), str(data))
+    for path in data.glob("test.*"):
+        shutil.copy(str(path), str(data / path.name.replace("test", "train", 1)))
+
+    def lengths(*more):
+        models = {"teacher": teacher}
+        judge(data, tmp_path / "r", models, "--greedy", "--repeats", 1, *more).ok()
+        systems = report_of(tmp_path / "r")["systems"]
+        assert systems[1]["length_ratio_on_train"] is None  # greedy
+        return systems[0]["length_ratio"], systems[0]["length_ratio_on_train"]
+
+    of_test, of_train = lengths()
+    assert of_test == of_train
+    assert lengths("--train-sample", 3) not in [(of_test, of_test), (of_test, None)]
+    assert lengths("--train-sample", 0) == (of_test, None)
+
+
 def test_costs_and_sizes(judged, teacher, distilled, int8):
     models = {model["name"]: model for model in judged.report["models"]}
     weights = support.load(distilled.checkpoint)["model"]

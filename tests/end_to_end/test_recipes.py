@@ -131,8 +131,10 @@ def test_the_table_of_evidence(tmp_path):
             (folder / "translations" / f"{model}.txt").write_text("\n".join(lines) + "\n")
             one = {"score": float(bleu[seed - 1]), "p": 0.5}
             systems.append({"model": model, "beam": 5, "length_ratio": 0.9})
+            systems[-1]["length_ratio_on_train"] = None
             systems[-1]["scores"] = {"BLEU": one, "chrF2": one}
             differences[model] = {"all": {"agreement": 0.25 * seed}}
+            differences[model]["calibration"] = {"student": {"ends": 1.0}}
         content = {"systems": systems, "differences": differences}
         content["signatures"] = {"BLEU": "BLEU nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp"}
         (folder / "report.json").write_text(json.dumps(content))
