@@ -34,8 +34,8 @@ def with_dictionary(path: Path) -> List[Any]:
     return ["--srcdict", path, "--tgtdict", path]
 
 
-@pytest.fixture(scope="module", params=("unigram", "bpe"))
-def languages(request, corpus, tmp_path_factory) -> Languages:
+@pytest.fixture(scope="module")
+def languages(corpus, tmp_path_factory) -> Languages:
     """The student's text has half of the words that the teacher knows."""
     folder = tmp_path_factory.mktemp("languages")
     lines = [
@@ -44,10 +44,11 @@ def languages(request, corpus, tmp_path_factory) -> Languages:
         for line in (corpus.text / f"train.{lang}").read_text().splitlines()
     ]
     spm = folder / "spm.model"
-    spm.write_bytes(train(lines, request.param, 70))
+    whole_words = {"split_by_unicode_script": False, "split_by_number": False}
+    spm.write_bytes(train(lines, "bpe", 90, **whole_words))
     theirs = write_subwords(spm.read_bytes(), corpus.text, folder / "text")
     data = binarise(theirs, folder / "data", "--joined-dictionary")
-    teacher = train_teacher(data, folder / "teacher", transformer(32), 100)
+    teacher = train_teacher(data, folder / "teacher", transformer(32), 60)
     mine = folder / "mine"
     mine.mkdir()
     for split in SPLITS:
@@ -71,20 +72,22 @@ def languages(request, corpus, tmp_path_factory) -> Languages:
 
 
 def test_it_learns_at_word_level(languages, tmp_path):
-    """Through the smaller vocabulary it sees the teacher that it would see through the whole one:
-    most of the probability that this one gives is of symbols that the text has."""
-    options = ("--max-update", 40, "--report-accuracy", "--kd-weight", 0.7, "--dropout", 0)
+    """Of the same sentences in the same pieces: with fewer symbols to give probability to, the
+    teacher is never worse."""
+    options = ("--max-update", 30, "--kd-weight", 0.7, "--report-accuracy")
     cut = distil(languages.students_data, languages.teacher, tmp_path / "cut", *options).ok()
     whole = distil(languages.teachers_data, languages.teacher, tmp_path / "all", *options).ok()
     record = json.loads((languages.cut / "record.json").read_text())
-    assert f"{record['symbols']} of its {record['teacher_symbols']} symbols" in cut.text
-    for key in ("kd_loss", "nll_loss", "agreement"):
-        series, others = (run.series("train_inner", key) for run in (cut, whole))
-        assert len(series) == 40 and all(map(math.isfinite, series))
-        # the student has fewer symbols to be wrong with
-        assert sum(series[-5:]) / 5 == pytest.approx(sum(others[-5:]) / 5, abs=1.0), key
+    symbols, theirs = record["symbols"], record["teacher_symbols"]
+    assert symbols < theirs / 1.5
+    assert f"mapped (student {symbols} symbols, teacher {theirs})" in cut.text
+    ours, all_symbols = (run.series("train_inner", "teacher_nll_loss") for run in (cut, whole))
+    assert len(ours) == 30
+    assert all(x <= y + 0.002 for x, y in zip(ours, all_symbols))
+    assert sum(ours) > 0.8 * sum(all_symbols)
     losses = cut.series("train_inner", "kd_loss")
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert all(map(math.isfinite, losses)) and sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert 0 < cut.series("train_inner", "agreement")[-1] <= 1
 
 
 def test_it_learns_the_teachers_translations(languages, tmp_path):
