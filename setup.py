@@ -65,6 +65,7 @@ setup(
             "fairseq-kd-export=kd_plugin.commands.export:main",
             "fairseq-kd-report=kd_plugin.commands.report:main",
             "fairseq-kd-sequences=kd_plugin.commands.sequences:main",
+            "fairseq-kd-vocabulary=kd_plugin.commands.vocabulary:main",
         ],
     },
     classifiers=[

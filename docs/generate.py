@@ -54,7 +54,7 @@ def page() -> str:
 
 
 def _sections() -> Iterator[Any]:
-    from kd_plugin.commands import benchmark, cache, export, report, sequences
+    from kd_plugin.commands import benchmark, cache, export, report, sequences, vocabulary
     from kd_plugin.criterion import KDLabelSmoothedCrossEntropyCriterionConfig
     from kd_plugin.tasks.translation import KDTranslationConfig
 
@@ -69,7 +69,7 @@ def _sections() -> Iterator[Any]:
         "formulas.",
         {"": dataclass_flags(KDLabelSmoothedCrossEntropyCriterionConfig)},
     )
-    for command in (cache, sequences, report, export, benchmark):
+    for command in (cache, sequences, vocabulary, report, export, benchmark):
         parser = command.make_parser()
         usage = (parser.usage or _usage(parser)).replace("%(prog)s", parser.prog)
         text = f"    {usage}"

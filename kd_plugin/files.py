@@ -78,6 +78,36 @@ def passing_folder(path: Path) -> Iterator[str]:
         remove(folder)
 
 
+@contextlib.contextmanager
+def replacing(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Where to write a file or a folder; it becomes ``output`` if all goes well, and leaves
+    nothing otherwise.
+
+    Args:
+        overwrite: whether something may be there already.
+
+    Raises:
+        FileError: something is, which may not.
+    """
+    new = temporary(output)
+    try:
+        yield new
+        if output.exists() and not overwrite:
+            raise FileError(f"{output} already exists: it was made while this command ran")
+        if output.is_dir():
+            old = temporary(output)
+            os.replace(output, old)
+            os.replace(new, output)
+            shutil.rmtree(old)
+        else:
+            os.replace(new, output)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new)
+        elif new.exists():
+            new.unlink()
+
+
 def write_json(path: Path, content: Dict[str, Any]) -> None:
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
     with all_or_nothing(path) as file:

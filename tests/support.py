@@ -46,6 +46,7 @@ _COMMANDS = {
     "fairseq-kd-export": "kd_plugin.commands.export",
     "fairseq-kd-report": "kd_plugin.commands.report",
     "fairseq-kd-sequences": "kd_plugin.commands.sequences",
+    "fairseq-kd-vocabulary": "kd_plugin.commands.vocabulary",
 }
 # What runs import as they go, at a second for some (the first optimizer imports torch._dynamo).
 # One that is not there (older torch, no extra) is left out.

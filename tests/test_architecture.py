@@ -15,7 +15,7 @@ FLOORS = [
     ["checkpoints"],
     ["teachers", "cache"],
     ["flags", "plan", "tasks", "criterion"],
-    ["decoding"],
+    ["decoding", "vocabulary"],
     ["export"],
     ["sequences"],
     ["report", "benchmark"],

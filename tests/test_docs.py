@@ -12,14 +12,16 @@ from typing import Dict, Iterator, List, Set, Tuple
 import pytest
 from fairseq import options as fairseq_options
 
-from kd_plugin.commands import benchmark, cache, export, report, sequences
+from kd_plugin.commands import benchmark, cache, export, report, sequences, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in chain(ROOT.glob("*.md"), (ROOT / "docs").rglob("*.md"), ROOT.glob("recipes/*.md"))
 )
-COMMANDS = {module.PROG: module for module in (benchmark, cache, export, report, sequences)}
+COMMANDS = {
+    module.PROG: module for module in (benchmark, cache, export, report, sequences, vocabulary)
+}
 TRAINING = ["data-bin", "--arch", "transformer", "--optimizer", "adam", "--lr", "0.001"]
 HOSTS = {"github.com", "opennmt.net", "fairseq.readthedocs.io"}
 # Flags of other programs that the documentation mentions

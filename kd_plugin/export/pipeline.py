@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -13,7 +12,7 @@ from fairseq.data import Dictionary
 from ..checkpoints import Checkpoint, Role, average
 from ..decoding import DataBin, Tokenizer, infer_languages
 from ..errors import Faults, UserError
-from ..files import FileError, temporary
+from ..files import FileError, replacing
 from . import fairseq
 from .ctranslate2 import CTranslate2Format
 from .fairseq import FairseqFormat
@@ -98,7 +97,7 @@ def make(asked: Asked) -> List[str]:
     stock = fairseq.stock_state(checkpoint, source, target, langs)
     model = format.adapt(Model(checkpoint, stock), asked.options)
     lines = [f"exported {output}"]
-    with _proof(asked, model, data) as proof, _replacing(output, asked.overwrite) as new:
+    with _proof(asked, model, data) as proof, replacing(output, asked.overwrite) as new:
         format.write(model, new, asked.options)
         lines.append(_size(model, new))
         figures = None
@@ -246,28 +245,6 @@ def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Opti
             )
         tokenizer = Tokenizer.of(model.languages[1], asked.tokenize)
         yield Proof(text, asked.beam, asked.post_process, tokenizer, asked.user_dir)
-
-
-@contextlib.contextmanager
-def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
-    """Where to write; it becomes ``output`` if all goes well, and leaves nothing otherwise."""
-    new = temporary(output)
-    try:
-        yield new
-        if output.exists() and not overwrite:
-            raise ExportError(f"{output} already exists: it was made while this export ran")
-        if output.is_dir():
-            old = temporary(output)
-            os.replace(output, old)
-            os.replace(new, output)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, output)
-    finally:
-        if new.is_dir():
-            shutil.rmtree(new)
-        elif new.exists():
-            new.unlink()
 
 
 def _size(model: Model, new: Path) -> str:

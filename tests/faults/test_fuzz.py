@@ -37,6 +37,7 @@ from folders import (
     hypotheses,
     targets,
 )
+from subwords import train
 
 from kd_plugin.cache import CachedSubset, layout
 from kd_plugin.cache.writer import CacheWriter
@@ -47,6 +48,8 @@ from kd_plugin.files import FileError
 from kd_plugin.report.curves import read_curves
 from kd_plugin.report.decode import Measured
 from kd_plugin.sequences import Output
+from kd_plugin.vocabulary import SubwordModel
+from kd_plugin.vocabulary import read_record as read_record_of_vocabulary
 
 ALLOWED = 400 << 20  # bytes beyond what the process had
 SHARE = 200  # of the long form's inputs that the short one tries
@@ -296,6 +299,55 @@ def write_converted(folder: Path) -> None:
     (folder / "shared_vocabulary.json").write_text(json.dumps(["<s>", "a"]))
 
 
+def write_subword_models(folder: Path) -> None:
+    """With a normaliser, and with bytes; small, so that chance finds all parts of them."""
+    lines = ["der mann geht nach haus", "ein hund steht auf der bank"] * 9
+    for kind, more in (("unigram", {}), ("bpe", {"byte_fallback": True})):
+        content = train(lines, kind, 320, normalization_rule_name="identity", **more)
+        (folder / f"{kind}.model").write_bytes(content)
+    (folder / "normaliser.model").write_bytes(train(lines, "unigram", 320))
+
+
+def change_subword_model(rng: random.Random, folder: Path) -> None:
+    path = rng.choice(sorted(folder.iterdir()))
+    content = path.read_bytes()
+    for other in folder.iterdir():
+        if other != path:
+            other.unlink()
+    if path.stem == "normaliser":
+        changed = bytearray(content)
+        for _ in range(rng.choice([1, 10, 3000])):
+            changed[rng.randrange(len(changed) - 200000, len(changed) - 100)] = rng.randrange(256)
+        path.write_bytes(changed)
+    else:
+        pieces = [b"\x0a", b"\x18\x02", *(content[at : at + 9] for at in range(0, 900, 9))]
+        path.write_bytes(any_bytes(rng, content, pieces))
+
+
+def look_at_subword_model(folder: Path) -> None:
+    for path in folder.iterdir():
+        model = SubwordModel.open(str(path), "--spm")
+        model.encode("der hund ging, a\u0300 \ufb01 \u3042", str)
+        keep = {piece.text for piece in model.pieces[::2]}
+        cut = SubwordModel(model.cut(keep), model.name)
+        assert all(piece.type not in (1, 4) or piece.text in keep for piece in cut.pieces)
+        cut.encode("der hund ging, a\u0300 \ufb01 \u3042", str)
+
+
+VOCABULARY = {
+    "settings": {"size": 5, "text": ["0" * 64]},
+    "symbols": 5,
+    "teacher_symbols": 9,
+    "pieces": 5,
+    "teacher_pieces": 9,
+    "characters_left_out": 1,
+    "bytes_unknown": 0,
+    "measured": {"text": {"tokens": 9, "differently": 1, "unknown_before": 0, "tokens_after": 10,
+        "unknown": 1, "examples": ["x"]}},
+    "files": {"dict.txt": "0" * 64},
+}  # fmt: skip
+
+
 def one_file(name: str, inputs: int, file: str, good: Any, look: Callable[[Path], Any]) -> Reader:
     change = any_json if file.endswith(".json") else change_bytes
     content = good if isinstance(good, str) else json.dumps(good)
@@ -322,6 +374,20 @@ def readers() -> List[Reader]:
             look_at_plan,
         ),
         one_file("records", 4000, "record.json", RECORD, lambda path: look_at_record(path.parent)),
+        one_file(
+            "records of vocabularies",
+            4000,
+            "record.json",
+            VOCABULARY,
+            lambda path: read_record_of_vocabulary(path.parent),
+        ),
+        Reader(
+            "SentencePiece models",
+            6000,
+            write_subword_models,
+            change_subword_model,
+            look_at_subword_model,
+        ),
         one_file("measurements", 4000, "m.json", MEASURED, lambda p: Measured(p, {"beam": 1})),
         one_file("dictionaries", 4000, "dict.txt", "a 5\nb 3\n", lambda p: vocabulary.read(str(p))),
         one_file("logs", 4000, "train.log", LOG, lambda path: read_curves(str(path))),
