@@ -447,6 +447,7 @@ def decode(
     with progress_bar(total, "decoding", "sentences", before) as progress:
         for nbest in engine.decode(loader):
             store.append(nbest)
-            subwords += sum(len(databin.words(n[0].subwords)) + 1 for n in nbest.values())
+            # of text: its words
+            subwords += sum(len(databin.words(n[0][0])) + 1 for n in nbest.values())
             progress.update(len(nbest))
     return total - before, subwords
