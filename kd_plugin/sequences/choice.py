@@ -189,6 +189,7 @@ def choose(
     tokenizer: Tokenizer = _WESTERN,
     lenpen: float = 1.0,
     unnormalized: bool = False,
+    missing: str = "longer_than_the_teacher_reads",
 ) -> Chosen:
     """Choose a hypothesis of each sentence, and drop what the filters drop.
 
@@ -196,9 +197,10 @@ def choose(
         nbest: sentences with their lists, in the order of the corpus.
         tokenizer: of BLEU.
         lenpen, unnormalized: how the scores were normalised; fairseq's flags.
+        missing: the reason, one of ``REASONS``, why a sentence has no list.
 
     Raises:
-        FileError: the lists are of other sentences.
+        FileError: the lists are of other sentences, or lack scores that are needed.
     """
     sentences = len(corpus.source)
     which = np.full(sentences, -1, dtype=np.int32)
@@ -231,9 +233,8 @@ def choose(
             taken, seen = hypotheses[best], databin.words(source)
             symbols = student.symbols(taken)
             reason = choice.filters.reason(seen, symbols, taken.finished, texts)
-            if reason is None and student.recode is not None:
-                if unknown in seen or unknown in symbols:  # whose text nobody knows
-                    reason = "unknown_symbol"
+            if reason is None and student.cannot_read(unknown, seen, taken):
+                reason = "unknown_symbol"
             if reason is None and choice.min_closeness is not None:
                 if closeness[i] < choice.min_closeness:
                     reason = "far_from_reference"
@@ -242,8 +243,10 @@ def choose(
                 continue
             which[i] = best
             scores[i] = per_token(taken.score, len(symbols), lenpen, unnormalized)
-    dropped["longer_than_the_teacher_reads"] = sentences - decoded
+    dropped[missing] = sentences - decoded
     if choice.min_score_quantile > 0 and (which >= 0).any():
+        if np.isnan(scores[which >= 0]).any():
+            raise FileError("--min-score-quantile: some hypotheses have no score")
         least = np.quantile(scores[which >= 0], choice.min_score_quantile)
         low = (which >= 0) & (scores < least)
         which[low] = -1

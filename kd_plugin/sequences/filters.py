@@ -6,6 +6,7 @@ from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 # Why a sentence is dropped, in the order in which that is asked
 REASONS = (
     "longer_than_the_teacher_reads",
+    "without_translation",
     "empty",
     "unfinished",
     "too_long",
@@ -72,14 +73,15 @@ class Filters(NamedTuple):
         if self.copies and text == source_text != reference:
             return "copy_of_source"
         if self.max_repeats is not None:
-            if _commonest(target) - _commonest(source) > self.max_repeats:
+            repeats = _commonest(target)
+            if repeats > self.max_repeats and repeats - _commonest(source) > self.max_repeats:
                 return "repetition"
         return None
 
 
 def _commonest(symbols: Sequence[str]) -> int:
     """How often the commonest 4-gram occurs."""
-    ngrams = Counter(tuple(symbols[i : i + _NGRAM]) for i in range(len(symbols) - _NGRAM + 1))
+    ngrams = Counter(zip(*(symbols[i:] for i in range(_NGRAM))))
     return max(ngrams.values(), default=0)
 
 

@@ -39,6 +39,7 @@ from .student import SUBWORDS, TEXT, AnyHypothesis
 _PLAN, _LINES = "plan.npz", "hypotheses.jsonl"
 _KINDS = ("source", "ctranslate2")
 _VERSION = 1
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class HypothesisStore(ShardedStore):
@@ -166,23 +167,26 @@ class HypothesisStore(ShardedStore):
 
 
 def _line(sentence: int, nbest: Sequence[AnyHypothesis]) -> bytes:
-    content: Dict[str, Any] = {"id": sentence, "nbest": [dict(one._asdict()) for one in nbest]}
-    for one in content["nbest"]:
-        if math.isnan(one["score"]):
-            one["score"] = None
-    return json.dumps(content, ensure_ascii=False).encode("utf-8") + b"\n"
+    lists = []
+    for one in nbest:
+        content, score, finished = one
+        known = None if math.isnan(score) else score
+        lists.append({one._fields[0]: content, "score": known, "finished": finished})
+    return (_ENCODE({"id": sentence, "nbest": lists}) + "\n").encode("utf-8")
 
 
 def _read_line(line: bytes, kind: Any) -> Tuple[int, List[AnyHypothesis]]:
     found = json.loads(line.decode("utf-8"))
     written, nbest = kind._fields[0], []
+    escaped = b"\\u" in line  # which alone can spell what is no text
     for one in found["nbest"]:
         content, score, finished = one[written], one["score"], one["finished"]
         if not isinstance(content, str) or "\n" in content:
             raise ValueError(f"no {written}")
         if not isinstance(finished, bool):
             raise ValueError("neither finished nor not")
-        content.encode("utf-8")
+        if escaped:
+            content.encode("utf-8")
         nbest.append(kind(content, math.nan if score is None else float(score), finished))
     if type(found["id"]) is not int or found["id"] < 0 or not nbest:
         raise ValueError("no list of a sentence")

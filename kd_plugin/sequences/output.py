@@ -229,16 +229,17 @@ class Output:
             ]
             for lang in pair
         ]
-        unknown = [0, 0]
+        unknown, unks = [0, 0], [dictionary.unk() for dictionary in dictionaries]
         tags: List[Set[str]] = [set(), set()]
         total = int((chosen.which >= 0).sum()) + (originals.sentences if originals else 0)
         try:
             with progress_bar(total, "writing", "sentences") as progress:
                 for pair_ in self._pairs(corpus, nbest, chosen, student, originals=originals):
                     for side, sentence in enumerate(pair_):
-                        tags[side].update(sentence.tags)
+                        if sentence.tags:
+                            tags[side].update(sentence.tags)
                         tokens = databin.encode(dictionaries[side], sentence.subwords)
-                        unknown[side] += int(tokens.eq(dictionaries[side].unk()).sum())
+                        unknown[side] += int((tokens.numpy() == unks[side]).sum())
                         sides[side].add(tokens)
                         files[side][0].write(sentence.text + "\n")
                         files[side][1].write(sentence.subwords + "\n")

@@ -59,6 +59,19 @@ class Student(NamedTuple):
             return words(self._encode(hypothesis.text))
         return words(hypothesis.subwords)
 
+    def cannot_read(self, unknown: str, source: List[str], hypothesis: AnyHypothesis) -> bool:
+        """Whether a pair holds a symbol whose text nobody knows, and needs that text.
+
+        Args:
+            unknown: how such a symbol is written.
+            source: subwords.
+        """
+        if self.recode is not None and unknown in source:
+            return True
+        if isinstance(hypothesis, TextHypothesis):
+            return unknown in hypothesis.text
+        return self.recode is not None and unknown in words(hypothesis.subwords)
+
     def hypothesis(self, hypothesis: AnyHypothesis) -> Sentence:
         """A hypothesis as the target side holds it."""
         if isinstance(hypothesis, TextHypothesis):
