@@ -43,6 +43,8 @@ setup(
         ],
         # fairseq-kd-sequences --engine ctranslate2. 4.0: its converters for both ends of fairseq.
         "ctranslate2": ["ctranslate2>=4.0,<5"],
+        # fairseq-kd-sequences --import of .zst files. 0.19: decompressors that know the end.
+        "zstd": ["zstandard>=0.19,<1"],
         # What recipes/corpus.py phrases its sentences with. 2.12: format_compact_decimal for all
         # locales; 0.5.12: number words of all its languages on Python 3.8 and later.
         "recipes": ["Babel>=2.12,<3", "num2words>=0.5.12,<0.6", "ctranslate2>=4.0,<5"],

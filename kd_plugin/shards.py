@@ -36,15 +36,17 @@ def fixed_rows(row_bytes: int) -> RowEnds:
 
 def line_ends(path: Path) -> Any:
     """Rows that are lines, int64 (lines,)."""
-    if size(path) == 0:
-        return np.zeros(0, dtype=np.int64)
-    content = np.memmap(path, np.uint8, mode="r")
-    block = 1 << 24
-    parts = [
-        np.flatnonzero(content[start : start + block] == 10) + start + 1
-        for start in range(0, len(content), block)
-    ]
-    return np.concatenate(parts).astype(np.int64)
+    start, parts = 0, [np.zeros(0, dtype=np.int64)]
+    if path.is_file():
+        with open(path, "rb") as file:  # mapped, it would count as memory of this process
+            while True:
+                block = file.read(1 << 24)
+                if not block:
+                    break
+                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
+                parts.append(ends.astype(np.int64) + start + 1)
+                start += len(block)
+    return np.concatenate(parts)
 
 
 class Shards:

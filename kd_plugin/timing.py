@@ -52,11 +52,12 @@ class Timings:
 
 
 def progress_bar(
-    total: int, description: str, unit: str, initial: int = 0, *, unit_scale: bool = False
+    total: Optional[int], description: str, unit: str, initial: int = 0, *, unit_scale: bool = False
 ) -> Any:
     """tqdm's, to be used as a context: updated often on a terminal, seldom in a log file.
 
     Args:
+        total: None if nobody knows.
         unit: what is counted, in the plural.
         initial: how many are done already.
         unit_scale: write large numbers as 1.23M.

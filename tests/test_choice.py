@@ -7,7 +7,7 @@ from fairseq.data import Dictionary
 from letters import LINES, LISTS, LetterCorpus, letters
 from sacrebleu import sentence_bleu, sentence_chrf
 
-from kd_plugin.decoding import Hypothesis, databin
+from kd_plugin.decoding import Hypothesis, TextHypothesis, databin
 from kd_plugin.sequences import SELECTORS, Choice, Filters, Student, choose
 from kd_plugin.sequences import choice as select
 
@@ -35,7 +35,7 @@ def test_a_score_per_token():
     """Two words and the end of sentence, of log-probabilities that sum to -6."""
     for lenpen, unnormalized in ((1.0, False), (0.5, False), (2.0, False), (1.0, True)):
         score = -6 / (1 if unnormalized else 3**lenpen)
-        found = select.per_token(Hypothesis("a b", score, True), lenpen, unnormalized)
+        found = select.per_token(score, 2, lenpen, unnormalized)
         assert found == pytest.approx(-2)
 
 
@@ -123,6 +123,55 @@ def test_a_hypothesis_is_measured_once(toy):
         measured.append(hypothesis)
         return 1.0
 
-    candidates = select.Candidates(LISTS[0][1], str.upper, "A B C", similarity)
+    def text(hypothesis):
+        return hypothesis.subwords.upper()
+
+    candidates = select.Candidates(LISTS[0][1], text, "A B C", similarity)
     assert [candidates.closeness(i) for i in (0, 1, 1, 0)] == [1.0] * 4
     assert measured == ["A B D", "A B C"]
+
+
+# hypotheses that are text
+
+
+def spelled(text):
+    """Characters, as a subword model would have it."""
+    return " ".join(text.replace(" ", "").lower())
+
+
+@pytest.fixture
+def texts(toy):
+    corpus, student = toy
+    lists = [
+        (i, [TextHypothesis(one.subwords.upper(), one.score, True) for one in nbest])
+        for i, nbest in LISTS
+    ]
+    student = student._replace(to_text=lambda text: text.upper(), encode=spelled)
+    return corpus, lists, student
+
+
+@pytest.mark.parametrize("choice", [Choice(), Choice("closest"), Choice(filters=Filters(2))])
+def test_text_is_chosen_as_its_subwords_would_be(toy, texts, choice):
+    """The letters of a text are here the symbols of the dictionary."""
+    expected = choose(toy[0], LISTS, texts[2], choice)
+    found = choose(*texts[:2], texts[2], choice)
+    assert found.which.tolist() == expected.which.tolist()
+    assert found.dropped == expected.dropped and found.means == pytest.approx(expected.means)
+
+
+def test_a_student_of_its_own_encodes_text_by_its_own_model(toy, texts):
+    one = TextHypothesis("A B", -0.1, True)
+    mine = texts[2]._replace(recode=lambda text: text.replace(" ", "_"))
+    assert mine.symbols(one) == ["A_B"] and texts[2].symbols(one) == ["a", "b"]
+    assert mine.hypothesis(one) == ("A B", "A_B", [])
+    assert texts[2].hypothesis(one) == ("A B", "a b", [])
+    # the source is recoded for such a student alone
+    assert mine.sentence("a b").subwords == "A_B" and texts[2].sentence("a b").subwords == "a b"
+
+
+def test_a_score_that_nobody_gave(toy):
+    nan = float("nan")
+    lists = [(0, [Hypothesis("a b c", nan, True)]), (1, [Hypothesis("b c d", -2.0, True)])]
+    assert choose(toy[0], lists, toy[1], Choice()).means["score_per_token"] == -2
+    means = choose(toy[0], lists[:1], toy[1], Choice()).means
+    assert means["score_per_token"] is None

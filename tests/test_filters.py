@@ -2,7 +2,6 @@
 
 import pytest
 
-from kd_plugin.decoding import Hypothesis
 from kd_plugin.sequences import Filters
 
 S = "s1 s2 s3 s4 s5 s6 s7 s8"  # 8 subwords
@@ -31,25 +30,20 @@ S = "s1 s2 s3 s4 s5 s6 s7 s8"  # 8 subwords
     ],
 )
 def test_filters(source, target, reason):
-    found = Filters().reason(
-        source.strip(), Hypothesis(target.strip(), -1.0, True), (source, target, "")
-    )
-    assert found == reason
     texts = (source, target, "")
-    assert Filters.off().reason(source, Hypothesis(target.strip(), -1.0, False), texts) is None
+    found = Filters().reason(source.split(), target.split(), True, texts)
+    assert found == reason
+    assert Filters.off().reason(source.split(), target.split(), False, texts) is None
 
 
 def test_unfinished_hypotheses():
     texts = ("s", "a", None)
-    assert Filters().reason("s", Hypothesis("a", -1.0, False), texts) == "unfinished"
-    assert (
-        Filters()._replace(unfinished=False).reason("s", Hypothesis("a", -1.0, False), texts)
-        is None
-    )
+    assert Filters().reason(["s"], ["a"], False, texts) == "unfinished"
+    assert Filters()._replace(unfinished=False).reason(["s"], ["a"], False, texts) is None
 
 
 def test_a_copy_that_the_reference_is_too_stays():
-    same = Hypothesis("Paris", -1.0, True)
-    assert Filters().reason("Paris", same, ("Paris", "Paris", "Paris")) is None
-    assert Filters().reason("Paris", same, ("Paris", "Paris", None)) == "copy_of_source"
-    assert Filters()._replace(copies=False).reason("Paris", same, ("Paris", "Paris", None)) is None
+    same = (["Paris"], ["Paris"], True)
+    assert Filters().reason(*same, ("Paris", "Paris", "Paris")) is None
+    assert Filters().reason(*same, ("Paris", "Paris", None)) == "copy_of_source"
+    assert Filters()._replace(copies=False).reason(*same, ("Paris", "Paris", None)) is None

@@ -18,9 +18,11 @@ from nbest import HEADER, PLAN, SENTENCES, lists, nbest_of, write
 from support import tree
 
 from kd_plugin import files, shards
+from kd_plugin.decoding import TextHypothesis
 from kd_plugin.files import Busy, FileError, temporary
 from kd_plugin.sequences import HypothesisStore, hypotheses
 
+NAN = float("nan")
 MODULES = (files, shards, hypotheses)
 
 
@@ -35,6 +37,24 @@ def test_lists_come_back_in_the_order_of_the_data(finished):
     found = list(HypothesisStore(finished, HEADER))
     assert found == [(i, nbest_of(i)) for i in range(SENTENCES)]
     assert not (finished / "shards").exists()
+
+
+def test_lists_of_text(finished, tmp_path):
+    """They are never taken for subwords, nor subwords for text; and a score may be missing."""
+    expected = {0: [TextHypothesis('"Ö b"\u2028', -1.0, True)], 1: [TextHypothesis("", NAN, False)]}
+    store = HypothesisStore(tmp_path, {**HEADER, "written": "text"})
+    store.begin([np.array([1, 0])])
+    store.append(expected)
+    assert store.finish()
+    assert str(list(store)) == str(list(expected.items()))
+    assert b'{"text": "", "score": null, "finished": false}' in tree(tmp_path)["hypotheses.jsonl"]
+    for folder, header in (
+        (tmp_path, HEADER),
+        (finished, {**HEADER, "written": "text"}),
+    ):
+        with pytest.raises(FileError, match="written is"):
+            HypothesisStore(folder, header).refuse_others()
+    HypothesisStore(finished, {**HEADER, "written": "subwords"}).refuse_others()
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -368,6 +368,13 @@ def test_a_student_whose_data_call_the_languages_otherwise(data, renamed):
         open_student(data, str, str(renamed))
 
 
+def test_text_that_nothing_encodes(data):
+    for own in (None, str(data.folder)):
+        with pytest.raises(FileError, match="nothing says how .* --bpe sentencepiece .* or"):
+            open_student(data, str, own, written="text")
+        assert open_student(data, str, own, encode=str, written="text").encode is str
+
+
 @pytest.mark.parametrize("text", ["aa", "aa,", ",bb", "aa,bb,cc"])
 def test_names_of_languages_that_are_none(data, text):
     with pytest.raises(UserError, match="--student-langs: expected a source and a target .* got"):

@@ -1,7 +1,7 @@
 """``fairseq-kd-sequences``: a training set of the teacher's translations.
 
-Decodes the training source with fairseq's generator, chooses one hypothesis for each sentence, and
-writes a complete data-bin (Kim & Rush 2016).
+Decodes the training source with fairseq's generator, or imports translations made elsewhere;
+chooses one hypothesis for each sentence, and writes a complete data-bin (Kim & Rush 2016).
 """
 
 import argparse
@@ -20,6 +20,8 @@ from ..decoding import Tokenizer, parse_languages
 from ..errors import Faults
 from ..export import QUANTIZATIONS
 from ..files import FileError
+from ..sequences import exchange
+from ..sequences.student import SUBWORDS, TEXT
 from .arguments import (
     Help,
     add_bleu_tokenize,
@@ -35,7 +37,7 @@ PROG = "fairseq-kd-sequences"
 def make_parser() -> argparse.ArgumentParser:
     parser = fairseq_options.get_generation_parser(default_task="translation")
     parser.prog, parser.description, parser.formatter_class = PROG, __doc__, Help
-    parser.usage = "%(prog)s DATA --path TEACHER[:MORE] --output DIR [options]"
+    parser.usage = "%(prog)s DATA --path TEACHER[:MORE] | --import FILE... --output DIR [options]"
     # without a multiple: newer fairseq would leave sentences out
     parser.set_defaults(gen_subset="train", required_batch_size_multiple=1)
     add = parser.add_argument_group("sequence-level distillation").add_argument
@@ -101,8 +103,49 @@ def make_parser() -> argparse.ArgumentParser:
         choices=QUANTIZATIONS,
         help="CTranslate2's precision (default: int8 on a CPU, float16 on a GPU)",
     )
+    add(
+        "--write-nbest",
+        metavar="FILE",
+        help="also write source, hypotheses and scores as text, for scoring or translating "
+        f"elsewhere; the name says how: {', '.join(exchange.ENDINGS)}",
+    )
     add("--overwrite", action="store_true", help="replace what another command made in --output")
     add_trust(add)
+    add = parser.add_argument_group("translations made elsewhere, instead of --path").add_argument
+    add(
+        "--import",
+        dest="imported",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="read translations from here, one file after the other; '-' is standard input; .gz "
+        "and .zst are unpacked",
+    )
+    add(
+        "--import-format",
+        choices=tuple(exchange.FORMATS),
+        help="lines: one translation in each; fairseq: what fairseq-generate prints; nbest: "
+        "Marian's, id ||| text ||| features ||| score; tsv: source, translation[, score]; jsonl: "
+        "JSON objects (default: recognised)",
+    )
+    add(
+        "--import-as",
+        choices=(TEXT, SUBWORDS),
+        help="text, which --bpe or --student-spm encodes, or subwords of DATA's target dictionary "
+        "(default: subwords if they are marked as its are)",
+    )
+    add(
+        "--import-source",
+        choices=(exchange.CHECK, exchange.USE, exchange.IGNORE),
+        help="the file's own sources: check that they are those of the subset or of --source-text, "
+        "use them as the source text, or ignore them (default: check; use if DATA has no such "
+        "subset)",
+    )
+    add(
+        "--import-incomplete",
+        action="store_true",
+        help="in files with ids: drop sentences without a translation instead of refusing",
+    )
     add = parser.add_argument_group("filters: which sentences are dropped").add_argument
     defaults = sequences.Filters()
     add("--no-filters", action="store_true", help="switch off all filters but those given as flags")
@@ -180,6 +223,12 @@ def run(options: argparse.Namespace) -> None:
             compute_type=options.compute_type,
             trust=options.trust_checkpoint,
             overwrite=options.overwrite,
+            imported=options.imported,
+            import_format=options.import_format,
+            import_as=options.import_as,
+            import_source=options.import_source,
+            import_incomplete=options.import_incomplete,
+            write_nbest=options.write_nbest,
             num_shards=shard.num_shards,
             shard_id=shard.shard_id,
             device_id=shard.device_id,
@@ -195,11 +244,25 @@ def _refuse(options: argparse.Namespace) -> None:
     refuse_unsupported(options, faults)
     check = faults.check
     selector = sequences.SELECTORS[options.select]
-    check(options.path, "--path: expected the teacher's checkpoint, or several with ':' between")
-    check(options.nbest <= options.beam, f"--nbest {options.nbest} needs --beam {options.nbest}")
+    if options.imported:
+        _refuse_for_import(options, faults)
+    else:
+        check(
+            options.path,
+            "--path: expected the teacher's checkpoint, or several with ':' between; or --import",
+        )
+        check(
+            options.nbest <= options.beam, f"--nbest {options.nbest} needs --beam {options.nbest}"
+        )
+        check(
+            options.nbest > 1 or not selector.needs_several,
+            f"--select {options.select} needs --nbest 2 or more, and --beam at least as large",
+        )
+        for name in ("import_format", "import_as", "import_source", "import_incomplete"):
+            check(not getattr(options, name), f"--{name.replace('_', '-')} needs --import")
     check(
-        options.nbest > 1 or not selector.needs_several,
-        f"--select {options.select} needs --nbest 2 or more, and --beam at least as large",
+        options.write_nbest is None or options.write_nbest.endswith(exchange.ENDINGS),
+        f"--write-nbest {options.write_nbest}: expected a name with {', '.join(exchange.ENDINGS)}",
     )
     if options.source_text:
         check(
@@ -241,6 +304,23 @@ def _refuse(options: argparse.Namespace) -> None:
     else:
         check(not options.compute_type, "--compute-type needs --engine ctranslate2")
     faults.raise_if_any(FileError)
+
+
+def _refuse_for_import(options: argparse.Namespace, faults: Faults) -> None:
+    check = faults.check
+    check(not options.path, "--import and --path: expected one of them")
+    for name in ("sampling", "engine"):
+        check(
+            getattr(options, name) in (False, "fairseq"),
+            f"--{name} is for a teacher that decodes, not for --import",
+        )
+    check(
+        shard_of_process(options).num_shards == 1,
+        "--import is the work of one process: run it without --num-shards, torchrun or srun",
+    )
+    if options.import_source == exchange.USE:
+        check(not options.source_text, "--import-source use and --source-text: give one of them")
+    check(options.imported.count("-") <= 1, "--import: standard input can be read once")
 
 
 def _refuse_for_ctranslate2(options: argparse.Namespace, faults: Faults) -> None:

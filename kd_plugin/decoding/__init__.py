@@ -3,7 +3,13 @@
 from .bleu import Tokenizer
 from .corpus import DEFAULT_MAX_TOKENS, Corpus, batch_limits, describe, plan
 from .databin import DataBin, infer_languages, parse_languages
-from .engines import CTranslate2Engine, FairseqEngine, Hypothesis, refining_flags
+from .engines import (
+    CTranslate2Engine,
+    FairseqEngine,
+    Hypothesis,
+    TextHypothesis,
+    refining_flags,
+)
 from .models import build_models, open_checkpoints, own_task, placement, set_up_task
 from .text import describe_text, text_functions
 
@@ -14,6 +20,7 @@ __all__ = [
     "DataBin",
     "FairseqEngine",
     "Hypothesis",
+    "TextHypothesis",
     "Tokenizer",
     "batch_limits",
     "build_models",

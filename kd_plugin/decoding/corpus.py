@@ -1,10 +1,11 @@
 """What is distilled: a subset of a data-bin, or a text of source sentences alone."""
 
+import contextlib
 import logging
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -103,10 +104,13 @@ class Corpus(NamedTuple):
         *,
         to_subwords: Callable[[str], str],
         prefix: Path,
+        lines: Optional[Iterable[str]] = None,
     ) -> "Corpus":
         """Source sentences, one per line.
 
         Args:
+            text: the file, which messages name.
+            lines: what to read instead of the file.
             prefix: where their binarised form is kept for the next time.
 
         Raises:
@@ -117,7 +121,7 @@ class Corpus(NamedTuple):
             cut = None
             if getattr(task.cfg, "truncate_source", False):
                 cut = task.cfg.max_source_positions
-            _binarise(text, data, to_subwords, cut=cut, prefix=prefix)
+            _binarise(text, lines, data, to_subwords, cut=cut, prefix=prefix)
         with reading_binarised(prefix, "Delete both files and run the same command again"):
             source = databin.read(str(prefix))
         return cls(_for_inference(task, source), source, None, data)
@@ -132,6 +136,7 @@ def _for_inference(task: Any, source: Any, sizes: Any = None) -> Any:
 
 def _binarise(
     text: str,
+    lines: Optional[Iterable[str]],
     data: DataBin,
     to_subwords: Callable[[str], str],
     *,
@@ -142,8 +147,10 @@ def _binarise(
     writer = databin.Writer(new, len(data.source))
     unknown = 0
     try:
-        with open(text, encoding="utf-8", newline="\n") as file:
-            for line in file:
+        with contextlib.ExitStack() as stack:
+            if lines is None:
+                lines = stack.enter_context(open(text, encoding="utf-8", newline="\n"))
+            for line in lines:
                 tokens = databin.encode(data.source, to_subwords(line.rstrip("\r\n")))
                 if cut is not None and len(tokens) > cut:
                     tokens = torch.cat([tokens[: cut - 1], tokens[-1:]])

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from fairseq.data import Dictionary, data_utils, indexed_dataset
 
@@ -201,8 +202,10 @@ def words(subwords: str) -> List[str]:
 
 def encode(dictionary: Dictionary, subwords: str) -> torch.Tensor:
     """Indices of symbols with spaces between, and the end of sentence: int32, as fairseq's."""
-    ids = [dictionary.index(symbol) for symbol in words(subwords)]
-    return torch.tensor([*ids, dictionary.eos()], dtype=torch.int32)
+    index, unknown = dictionary.indices.get, dictionary.unk()
+    ids = [index(symbol, unknown) for symbol in words(subwords)]
+    ids.append(dictionary.eos())
+    return torch.from_numpy(np.array(ids, dtype=np.int32))
 
 
 def decode(dictionary: Dictionary, tokens: Sequence[int], *, escape_unk: bool = False) -> str:
@@ -217,12 +220,12 @@ def decode(dictionary: Dictionary, tokens: Sequence[int], *, escape_unk: bool = 
     """
     symbols, unk = dictionary.symbols, dictionary.unk()
     refuse_unknown_numbers(tokens, len(symbols))
-    ids = [int(t) for t in tokens]
+    ids = tokens if type(tokens) is list else [int(t) for t in tokens]
     if ids[-1:] == [dictionary.eos()]:
-        ids.pop()
-    return " ".join(
-        dictionary.unk_string(True) if escape_unk and i == unk else symbols[i] for i in ids
-    )
+        ids = ids[:-1]
+    if not escape_unk:
+        return " ".join([symbols[i] for i in ids])
+    return " ".join(dictionary.unk_string(True) if i == unk else symbols[i] for i in ids)
 
 
 def symbols_seen(dictionary: Dictionary, tokens: Sequence[int]) -> List[str]:

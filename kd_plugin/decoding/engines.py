@@ -32,9 +32,20 @@ from .text import added
 
 
 class Hypothesis(NamedTuple):
-    """One translation: symbols with spaces between, and whether it ended by itself."""
+    """One translation: symbols with spaces between, and whether it ended by itself.
+
+    Its score is NaN where nobody gave one.
+    """
 
     subwords: str
+    score: float
+    finished: bool
+
+
+class TextHypothesis(NamedTuple):
+    """One translation as running text in one line, of what has subwords of its own, or none."""
+
+    text: str
     score: float
     finished: bool
 

@@ -17,6 +17,9 @@ _TAG = re.compile(
     rf"[a-z]{{3}}_[A-Z][a-z]{{3}}|__(?:(?:src|tgt)__)?{_LANGUAGE}__|\[[a-z]{{2,3}}_[A-Z]{{2}}\]"
     rf"|<2{_LANGUAGE}>|>>{_LANGUAGE}<<"
 )
+# How subwords are marked, and the flag that makes text of them
+MARKS = {"\u2581": "--remove-bpe sentencepiece", "@@": "--remove-bpe"}
+_ENOUGH = 0.05  # of the symbols with a mark; fewer are text
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _NO_UTF8 = re.compile("[\udc80-\udcff]")  # as Python's surrogateescape marks it
 
@@ -32,11 +35,22 @@ def added(task_has: Dictionary, data_has: Dictionary) -> List[int]:
 def split_tags(symbols: Sequence[str]) -> Tuple[List[str], List[str], List[str]]:
     """The tags of languages before a sentence, the sentence, and those behind it."""
     first, last = 0, len(symbols)
+    if not last or not (_TAG.fullmatch(symbols[0]) or _TAG.fullmatch(symbols[-1])):
+        return [], list(symbols), []
     while first < last and _TAG.fullmatch(symbols[first]):
         first += 1
     while last > first and _TAG.fullmatch(symbols[last - 1]):
         last -= 1
     return list(symbols[:first]), list(symbols[first:last]), list(symbols[last:])
+
+
+def marks(symbols: Sequence[str]) -> List[str]:
+    """Which of ``MARKS`` a dictionary's subwords have."""
+    return [
+        mark
+        for mark in MARKS
+        if sum(mark in symbol for symbol in symbols) >= max(1, _ENOUGH * len(symbols))
+    ]
 
 
 def spell(pieces: Sequence[str]) -> str:
@@ -90,7 +104,10 @@ def text_functions(
     special |= _special(task.target_dictionary, data.target)
 
     def to_text(subwords: str) -> str:
-        _, symbols, _ = split_tags([word for word in words(subwords) if word not in special])
+        symbols = words(subwords)
+        if not special.isdisjoint(symbols):
+            symbols = [symbol for symbol in symbols if symbol not in special]
+        _, symbols, _ = split_tags(symbols)
         text = remove_subwords(symbols, post_process)
         text = text if decode is None else decode(text)
         text = text if tokenizer is None else tokenizer.decode(text)

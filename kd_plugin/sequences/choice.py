@@ -11,11 +11,10 @@ from sacrebleu.metrics import CHRF
 
 from ..decoding import Tokenizer, databin
 from ..decoding.corpus import Corpus
-from ..decoding.engines import Hypothesis
 from ..files import FileError
 from ..timing import progress_bar
 from .filters import Filters, new_counts
-from .student import Student
+from .student import AnyHypothesis, Student
 
 METRICS = ("bleu", "chrf")
 _WESTERN = Tokenizer()
@@ -26,15 +25,15 @@ class Candidates:
 
     Args:
         hypotheses: the likeliest first.
-        to_text: from subwords to running text.
+        to_text: from a hypothesis to running text.
         reference: running text; None where there is none.
         similarity: of a hypothesis to a reference, both running text, 0 to 100.
     """
 
     def __init__(
         self,
-        hypotheses: Sequence[Hypothesis],
-        to_text: Callable[[str], str],
+        hypotheses: Sequence[AnyHypothesis],
+        to_text: Callable[[AnyHypothesis], str],
         reference: Optional[str],
         similarity: Callable[[str, str], float],
     ) -> None:
@@ -48,7 +47,7 @@ class Candidates:
 
     def text(self, i: int) -> str:
         if i not in self._texts:
-            self._texts[i] = self._to_text(self.hypotheses[i].subwords)
+            self._texts[i] = self._to_text(self.hypotheses[i])
         return self._texts[i]
 
     def closeness(self, i: int) -> float:
@@ -119,10 +118,14 @@ def similarity(metric: str, tokenizer: Tokenizer = _WESTERN) -> Callable[[str, s
     return lambda hypothesis, reference: scorer.sentence_score(hypothesis, [reference]).score
 
 
-def per_token(hypothesis: Hypothesis, lenpen: float, unnormalized: bool) -> float:
-    """The teacher's mean log-probability per symbol, end of sentence included, in nats."""
-    length = len(databin.words(hypothesis.subwords)) + 1
-    return hypothesis.score * (1 / length if unnormalized else length ** (lenpen - 1))
+def per_token(score: float, symbols: int, lenpen: float, unnormalized: bool) -> float:
+    """The teacher's mean log-probability per symbol, end of sentence included, in nats.
+
+    Args:
+        score: of a hypothesis with so many symbols.
+    """
+    length = symbols + 1
+    return score * (1 / length if unnormalized else length ** (lenpen - 1))
 
 
 class Choice(NamedTuple):
@@ -168,7 +171,8 @@ class Chosen(NamedTuple):
     Attributes:
         which: int32 (sentences,).
         dropped: how many sentences, by reason.
-        means: over what is kept: ``score_per_token`` in nats, ``closeness`` from 0 to 100.
+        means: over what is kept: ``score_per_token`` in nats, ``closeness`` from 0 to 100; None
+            where nothing has one.
     """
 
     which: np.ndarray
@@ -178,13 +182,14 @@ class Chosen(NamedTuple):
 
 def choose(
     corpus: Corpus,
-    nbest: Iterable[Tuple[int, Sequence[Hypothesis]]],
+    nbest: Iterable[Tuple[int, Sequence[AnyHypothesis]]],
     student: Student,
     choice: Choice,
     *,
     tokenizer: Tokenizer = _WESTERN,
     lenpen: float = 1.0,
     unnormalized: bool = False,
+    missing: str = "longer_than_the_teacher_reads",
 ) -> Chosen:
     """Choose a hypothesis of each sentence, and drop what the filters drop.
 
@@ -192,9 +197,10 @@ def choose(
         nbest: sentences with their lists, in the order of the corpus.
         tokenizer: of BLEU.
         lenpen, unnormalized: how the scores were normalised; fairseq's flags.
+        missing: the reason, one of ``REASONS``, why a sentence has no list.
 
     Raises:
-        FileError: the lists are of other sentences.
+        FileError: the lists are of other sentences, or lack scores that are needed.
     """
     sentences = len(corpus.source)
     which = np.full(sentences, -1, dtype=np.int32)
@@ -219,16 +225,16 @@ def choose(
             if corpus.references is not None:
                 target = databin.decode(corpus.data.target, corpus.references[i].tolist())
                 reference = student.to_text(target)
-            candidates = Candidates(hypotheses, student.to_text, reference, measure)
+            candidates = Candidates(hypotheses, student.text, reference, measure)
             best = highest(choice.selector.values(candidates))
             if choice.needs_references:
                 closeness[i] = candidates.closeness(best)
             texts = student.to_text(source), candidates.text(best), reference
-            reason = choice.filters.reason(source, hypotheses[best], texts)
-            if reason is None and student.recode is not None:
-                subwords = databin.words(source) + databin.words(hypotheses[best].subwords)
-                if unknown in subwords:  # whose text nobody knows
-                    reason = "unknown_symbol"
+            taken, seen = hypotheses[best], databin.words(source)
+            symbols = student.symbols(taken)
+            reason = choice.filters.reason(seen, symbols, taken.finished, texts)
+            if reason is None and student.cannot_read(unknown, seen, taken):
+                reason = "unknown_symbol"
             if reason is None and choice.min_closeness is not None:
                 if closeness[i] < choice.min_closeness:
                     reason = "far_from_reference"
@@ -236,9 +242,11 @@ def choose(
                 dropped[reason] += 1
                 continue
             which[i] = best
-            scores[i] = per_token(hypotheses[best], lenpen, unnormalized)
-    dropped["longer_than_the_teacher_reads"] = sentences - decoded
+            scores[i] = per_token(taken.score, len(symbols), lenpen, unnormalized)
+    dropped[missing] = sentences - decoded
     if choice.min_score_quantile > 0 and (which >= 0).any():
+        if np.isnan(scores[which >= 0]).any():
+            raise FileError("--min-score-quantile: some hypotheses have no score")
         least = np.quantile(scores[which >= 0], choice.min_score_quantile)
         low = (which >= 0) & (scores < least)
         which[low] = -1
@@ -246,7 +254,8 @@ def choose(
     kept = which >= 0
     means: Dict[str, Optional[float]] = {"score_per_token": None, "closeness": None}
     if kept.any():
-        means["score_per_token"] = float(scores[kept].mean())
+        scored = scores[kept & ~np.isnan(scores)]
+        means["score_per_token"] = float(scored.mean()) if len(scored) else None
         if choice.needs_references:
             means["closeness"] = float(closeness[kept].mean())
     return Chosen(which, dropped, means)

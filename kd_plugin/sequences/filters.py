@@ -1,14 +1,12 @@
 """Which sentences are dropped."""
 
 from collections import Counter
-from typing import Dict, List, NamedTuple, Optional, Tuple
-
-from ..decoding.databin import words
-from ..decoding.engines import Hypothesis
+from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 
 # Why a sentence is dropped, in the order in which that is asked
 REASONS = (
     "longer_than_the_teacher_reads",
+    "without_translation",
     "empty",
     "unfinished",
     "too_long",
@@ -48,19 +46,23 @@ class Filters(NamedTuple):
         return cls(None, None, False, None, False, False)
 
     def reason(
-        self, source: str, hypothesis: Hypothesis, texts: Tuple[str, str, Optional[str]]
+        self,
+        source: Sequence[str],
+        target: Sequence[str],
+        finished: bool,
+        texts: Tuple[str, str, Optional[str]],
     ) -> Optional[str]:
         """One of ``REASONS`` to drop a sentence, or None.
 
         Args:
-            source: its subwords.
+            source, target: subwords of the source and of the hypothesis.
+            finished: whether that has ended by itself.
             texts: source, hypothesis and reference as running text.
         """
-        target_words, source_words = words(hypothesis.subwords), words(source)
-        n, m = len(target_words), len(source_words)
-        if self.empty and not target_words:
+        n, m = len(target), len(source)
+        if self.empty and not target:
             return "empty"
-        if self.unfinished and not hypothesis.finished:
+        if self.unfinished and not finished:
             return "unfinished"
         if self.max_length is not None and max(n, m) > self.max_length:
             return "too_long"
@@ -71,14 +73,15 @@ class Filters(NamedTuple):
         if self.copies and text == source_text != reference:
             return "copy_of_source"
         if self.max_repeats is not None:
-            if _commonest(target_words) - _commonest(source_words) > self.max_repeats:
+            repeats = _commonest(target)
+            if repeats > self.max_repeats and repeats - _commonest(source) > self.max_repeats:
                 return "repetition"
         return None
 
 
-def _commonest(symbols: List[str]) -> int:
+def _commonest(symbols: Sequence[str]) -> int:
     """How often the commonest 4-gram occurs."""
-    ngrams = Counter(tuple(symbols[i : i + _NGRAM]) for i in range(len(symbols) - _NGRAM + 1))
+    ngrams = Counter(zip(*(symbols[i:] for i in range(_NGRAM))))
     return max(ngrams.values(), default=0)
 
 

@@ -6,32 +6,40 @@ They lie in a folder::
     plan.npz            the batches: planned once, so that all shards and resumptions repeat them
     hypotheses.jsonl    a line for each sentence that was decoded, in the order of the data:
                         {"id": 7, "nbest": [{"score": -0.4, "finished": true, "subwords": "a b"}]}
+                        or with "text" for "subwords", where the header has "written": "text"
     shards/             until then: a folder for each shard, with lines in the order of its batches
     source-*            a text's sentences in the teacher's indices
     ctranslate2-*       the teacher as CTranslate2 reads it
 
 The likeliest hypothesis is the first one. A score is fairseq's: the sum of the log-probabilities in
-nats, divided by the length (end of sentence included) to the power of ``--lenpen``.
+nats, divided by the length (end of sentence included) to the power of ``--lenpen``; null where
+nobody gave one.
+
+Subwords are those of the data's target dictionary, as a fairseq teacher writes them. Text is what
+any other translator writes: running text in one line; ``Student`` says how it becomes subwords.
 """
 
 import hashlib
 import io
 import json
+import math
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..checkpoints.torchfile import check_stored
-from ..decoding.engines import Hypothesis
+from ..decoding.engines import Hypothesis, TextHypothesis
 from ..files import FileError, all_or_nothing
 from ..shards import ShardedStore, line_ends
+from .student import SUBWORDS, TEXT, AnyHypothesis
 
 _PLAN, _LINES = "plan.npz", "hypotheses.jsonl"
 _KINDS = ("source", "ctranslate2")
 _VERSION = 1
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class HypothesisStore(ShardedStore):
@@ -39,7 +47,8 @@ class HypothesisStore(ShardedStore):
 
     Args:
         folder: where they lie.
-        header: all that the lists depend on, as plain types.
+        header: all that the lists depend on, as plain types. With ``"written": "text"`` they are
+            lists of ``TextHypothesis``, else of ``Hypothesis``.
     """
 
     HEADER, SHARDS, RESULT = "header.json", "shards", _LINES
@@ -57,6 +66,10 @@ class HypothesisStore(ShardedStore):
             shard_id=shard_id,
         )
         self._kept: List[str] = []
+        self.kind: Any = TextHypothesis if header.get("written") == TEXT else Hypothesis
+
+    def comparable(self, header: Dict[str, Any]) -> Dict[str, Any]:
+        return {"written": SUBWORDS, **header}
 
     @property
     def planned(self) -> bool:
@@ -89,12 +102,12 @@ class HypothesisStore(ShardedStore):
         self._kept.append(name)
         return self.folder / name
 
-    def append(self, nbest: Dict[int, List[Hypothesis]]) -> None:
+    def append(self, nbest: Mapping[int, Sequence[AnyHypothesis]]) -> None:
         """Write the lists of this shard's next batch, by sentence."""
         lines = [_line(int(i), nbest[int(i)]) for i in self.batches[self.done]]
         self.write({_LINES: b"".join(lines)})
 
-    def __iter__(self) -> Iterator[Tuple[int, List[Hypothesis]]]:
+    def __iter__(self) -> Iterator[Tuple[int, List[AnyHypothesis]]]:
         """Sentences with their lists, in the order of the data.
 
         Raises:
@@ -103,7 +116,7 @@ class HypothesisStore(ShardedStore):
         with open(self.folder / _LINES, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    yield _read_line(line)
+                    yield _read_line(line, self.kind)
                 except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
                     raise FileError(
                         f"{file.name}: line {number} is damaged. Delete {self.folder} and decode "
@@ -153,22 +166,28 @@ class HypothesisStore(ShardedStore):
                 file.close()
 
 
-def _line(sentence: int, nbest: Sequence[Hypothesis]) -> bytes:
-    content = {"id": sentence, "nbest": [dict(one._asdict()) for one in nbest]}
-    return json.dumps(content, ensure_ascii=False).encode("utf-8") + b"\n"
-
-
-def _read_line(line: bytes) -> Tuple[int, List[Hypothesis]]:
-    found = json.loads(line.decode("utf-8"))
-    nbest = [
-        Hypothesis(one["subwords"], float(one["score"]), one["finished"]) for one in found["nbest"]
-    ]
+def _line(sentence: int, nbest: Sequence[AnyHypothesis]) -> bytes:
+    lists = []
     for one in nbest:
-        if not isinstance(one.subwords, str) or "\n" in one.subwords:
-            raise ValueError("no subwords")
-        if not isinstance(one.finished, bool):
+        content, score, finished = one
+        known = None if math.isnan(score) else score
+        lists.append({one._fields[0]: content, "score": known, "finished": finished})
+    return (_ENCODE({"id": sentence, "nbest": lists}) + "\n").encode("utf-8")
+
+
+def _read_line(line: bytes, kind: Any) -> Tuple[int, List[AnyHypothesis]]:
+    found = json.loads(line.decode("utf-8"))
+    written, nbest = kind._fields[0], []
+    escaped = b"\\u" in line  # which alone can spell what is no text
+    for one in found["nbest"]:
+        content, score, finished = one[written], one["score"], one["finished"]
+        if not isinstance(content, str) or "\n" in content:
+            raise ValueError(f"no {written}")
+        if not isinstance(finished, bool):
             raise ValueError("neither finished nor not")
-        one.subwords.encode("utf-8")
+        if escaped:
+            content.encode("utf-8")
+        nbest.append(kind(content, math.nan if score is None else float(score), finished))
     if type(found["id"]) is not int or found["id"] < 0 or not nbest:
         raise ValueError("no list of a sentence")
     return found["id"], nbest

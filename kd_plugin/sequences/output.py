@@ -13,7 +13,6 @@ from fairseq.data import Dictionary
 
 from ..decoding import databin
 from ..decoding.corpus import Corpus
-from ..decoding.text import split_tags
 from ..files import (
     FileError,
     differences,
@@ -29,7 +28,7 @@ from ..timing import progress_bar
 from .choice import Chosen
 from .filters import in_words
 from .hypotheses import HypothesisStore
-from .student import Student
+from .student import Sentence, Student
 
 logger = logging.getLogger(__name__)
 
@@ -230,32 +229,20 @@ class Output:
             ]
             for lang in pair
         ]
-        unknown = [0, 0]
+        unknown, unks = [0, 0], [dictionary.unk() for dictionary in dictionaries]
         tags: List[Set[str]] = [set(), set()]
         total = int((chosen.which >= 0).sum()) + (originals.sentences if originals else 0)
         try:
             with progress_bar(total, "writing", "sentences") as progress:
-                for sentence in self._pairs(corpus, nbest, chosen, originals):
-                    for side in (0, 1):
-                        subwords = sentence[side]
-                        running = student.to_text(subwords)
-                        if student.recode is not None:
-                            before, _, after = split_tags(databin.words(subwords))
-                            tags[side].update(before, after)
-                            # those that the student knows stay what they are
-                            known = dictionaries[side].indices
-                            subwords = " ".join(
-                                [
-                                    *(tag for tag in before if tag in known),
-                                    *databin.words(student.recode(running)),
-                                    *(tag for tag in after if tag in known),
-                                ]
-                            )
-                        tokens = databin.encode(dictionaries[side], subwords)
-                        unknown[side] += int(tokens.eq(dictionaries[side].unk()).sum())
+                for pair_ in self._pairs(corpus, nbest, chosen, student, originals=originals):
+                    for side, sentence in enumerate(pair_):
+                        if sentence.tags:
+                            tags[side].update(sentence.tags)
+                        tokens = databin.encode(dictionaries[side], sentence.subwords)
+                        unknown[side] += int((tokens.numpy() == unks[side]).sum())
                         sides[side].add(tokens)
-                        files[side][0].write(running + "\n")
-                        files[side][1].write(subwords + "\n")
+                        files[side][0].write(sentence.text + "\n")
+                        files[side][1].write(sentence.subwords + "\n")
                     progress.update(1)
         finally:
             for file in [*files[0], *files[1]]:
@@ -281,21 +268,25 @@ class Output:
         corpus: Corpus,
         nbest: HypothesisStore,
         chosen: Chosen,
+        student: Student,
+        *,
         originals: Optional[Originals],
-    ) -> Iterator[Tuple[str, str]]:
+    ) -> Iterator[Tuple[Sentence, Sentence]]:
         source, target = corpus.data.source, corpus.data.target
         if originals is not None:
             for _ in range(originals.repeat):
                 for i in range(len(originals.source)):
                     yield (
-                        databin.decode(source, originals.source[i].tolist()),
-                        databin.decode(target, originals.target[i].tolist()),
+                        student.sentence(databin.decode(source, originals.source[i].tolist())),
+                        student.sentence(
+                            databin.decode(target, originals.target[i].tolist()), target=True
+                        ),
                     )
         for i, hypotheses in nbest:
             if chosen.which[i] >= 0:
                 yield (
-                    databin.decode(source, corpus.source[i].tolist()),
-                    hypotheses[chosen.which[i]].subwords,
+                    student.sentence(databin.decode(source, corpus.source[i].tolist())),
+                    student.hypothesis(hypotheses[chosen.which[i]]),
                 )
 
 
@@ -306,13 +297,15 @@ def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
     original = f" and {counts['original']} original ones" if counts["original"] else ""
     unknown = f" ({counts['unknown_tokens']} unknown)" if counts["unknown_tokens"] else ""
     reasons = f": {in_words(counts['dropped'])}" if dropped else ""
-    closeness = ""
+    found = []
+    if means["score_per_token"] is not None:
+        bits = means["score_per_token"] / math.log(2)
+        found.append(f"teacher's log-probability per token {bits:.3f} bits")
     if means["closeness"] is not None:
-        closeness = f", mean closeness to the references {means['closeness']:.1f}"
+        found.append(f"mean closeness to the references {means['closeness']:.1f}")
     return [
         f"{folder}: {counts['distilled']} distilled sentences{original}, "
         f"{counts['source_tokens']} source and {counts['target_tokens']} target tokens{unknown}",
         f"  of {counts['sentences']} sentences {dropped} were dropped{reasons}",
-        "  teacher's log-probability per token "
-        f"{means['score_per_token'] / math.log(2):.3f} bits{closeness}",
+        *(["  " + ", ".join(found)] if found else []),
     ]

@@ -17,13 +17,15 @@ from omegaconf import OmegaConf, open_dict
 from .. import decoding
 from ..checkpoints import Checkpoint, Role, parse_overrides
 from ..decoding import Corpus, DataBin, Tokenizer, databin
+from ..decoding.text import MARKS
 from ..export import ExportError, export_ctranslate2
 from ..files import Busy, FileError, digest, temporary
 from ..timing import progress_bar
+from . import exchange
 from .choice import Choice, choose
 from .hypotheses import HypothesisStore
 from .output import HYPOTHESES, Originals, Output
-from .student import Student, open_student
+from .student import SUBWORDS, Student, open_student
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,13 @@ class Asked(NamedTuple):
         compute_type: CTranslate2's precision; None is int8 on a CPU and float16 on a GPU.
         trust: open checkpoints with the full pickle machinery.
         overwrite: replace what other settings made in ``output``.
+        imported: files of translations made elsewhere, instead of a teacher; "-" is standard input.
+        import_format: of ``exchange.FORMATS``; None to recognise it.
+        import_as: "text" or "subwords" of the target's dictionary; None to find out.
+        import_source: what the files' own sources are for: ``exchange.CHECK``, ``USE`` as the
+            source text, or ``IGNORE``; None is ``USE`` if there is nothing else, else ``CHECK``.
+        import_incomplete: whether sentences may lack a translation.
+        write_nbest: file for the lists, to be scored or translated elsewhere.
         num_shards, shard_id: this process decodes every ``num_shards``-th batch.
         device_id: the GPU.
     """
@@ -69,6 +78,12 @@ class Asked(NamedTuple):
     compute_type: Optional[str] = None
     trust: bool = False
     overwrite: bool = False
+    imported: Sequence[str] = ()
+    import_format: Optional[str] = None
+    import_as: Optional[str] = None
+    import_source: Optional[str] = None
+    import_incomplete: bool = False
+    write_nbest: Optional[str] = None
     num_shards: int = 1
     shard_id: int = 0
     device_id: int = 0
@@ -85,6 +100,11 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         UserError: data, teacher and settings do not go together, or folders hold something else.
             Busy: another process decodes this shard.
     """
+    with exchange.readable_twice(asked.imported) as files:
+        return _make(asked, files)
+
+
+def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
     cfg = copy.deepcopy(asked.cfg)
     utils.import_user_module(cfg.common)
     with open_dict(cfg):
@@ -95,32 +115,49 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
     to_text, to_subwords = decoding.text_functions(task, cfg, data)
     _refuse_subwords(asked, cfg, data, to_text)
     tokenizer = Tokenizer.of(cfg.task.target_lang, asked.choice.tokenize)
+    imported = _open_imported(asked, cfg, data, files) if files else None
     student = open_student(
-        data, to_text, asked.student_data, asked.student_spm, asked.student_langs
+        *(data, to_text, asked.student_data, asked.student_spm, asked.student_langs),
+        encode=to_subwords if cfg.bpe else None,
+        written=imported.translations.written if imported else SUBWORDS,
     )
-    teacher = _Teacher(
-        utils.split_paths(cfg.common_eval.path),
-        parse_overrides(cfg.common_eval.model_overrides, "--model-overrides"),
-        device,
-        dtype,
-        asked.compute_type or ("float16" if device.type == "cuda" else "int8"),
-    )
-    if not asked.task_given and cfg.task._name == "translation":
-        task = decoding.own_task(cfg, task, teacher.paths, ROLE, asked.trust)
-    header = _header(asked, cfg, data, teacher)
+    if imported:
+        header = _header_of_imported(asked, cfg, data, imported)
+    else:
+        teacher = _Teacher(
+            utils.split_paths(cfg.common_eval.path),
+            parse_overrides(cfg.common_eval.model_overrides, "--model-overrides"),
+            device,
+            dtype,
+            asked.compute_type or ("float16" if device.type == "cuda" else "int8"),
+        )
+        if not asked.task_given and cfg.task._name == "translation":
+            task = decoding.own_task(cfg, task, teacher.paths, ROLE, asked.trust)
+        header = _header(asked, cfg, data, teacher)
     output = Output(asked.output, _settings(asked, cfg, header, student, tokenizer))
     folder = Path(asked.hypotheses or output.folder / HYPOTHESES)
     store = HypothesisStore(folder, header, asked.num_shards, asked.shard_id)
     _refuse_others(asked, output, store)
-    if output.complete:
+    _refuse_file(asked, output, store)
+    if output.complete and not asked.write_nbest:
         output.clean_up()
         return output.record()
-    corpus = _corpus(asked, cfg, task, data, to_subwords=to_subwords, store=store)
+    checked = None
+    if imported and not store.complete:
+        checked = _check(asked, cfg, task, data, imported, to_text, to_subwords)
+    corpus = _corpus(
+        asked, cfg, task, data, to_subwords=to_subwords, store=store, imported=imported
+    )
     originals = _originals(asked, cfg, data)
     if asked.choice.uses_bleu and corpus.references is not None:
         _warn_of_words(tokenizer, corpus, to_text)
     if store.complete:
         store.clean_up()
+    elif imported:
+        assert checked is not None
+        if asked.overwrite:  # by now all has been checked
+            clear_others(output, store)
+        exchange.fill(store, imported.translations, checked)
     elif not _translate(asked, cfg, task, corpus, teacher=teacher, store=store, output=output):
         print(
             f"{folder}: shard {asked.shard_id} of {asked.num_shards} is done; the last one to "
@@ -142,11 +179,86 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
                 tokenizer=tokenizer,
                 lenpen=cfg.generation.lenpen,
                 unnormalized=cfg.generation.unnormalized,
+                missing="without_translation" if imported else "longer_than_the_teacher_reads",
             )
             if output.differences():
                 print(f"replacing {output.contents()}", flush=True)
             output.write(corpus, store, chosen, student, originals=originals)
+        if asked.write_nbest:
+            _write_nbest(asked, corpus, store, student)
     return output.record()
+
+
+class _Imported(NamedTuple):
+    """Translations made elsewhere.
+
+    Attributes:
+        translations: they.
+        source: what the files' own sources are for.
+        source_in_subwords: whether these are subwords, where they are used.
+    """
+
+    translations: exchange.Translations
+    source: str
+    source_in_subwords: bool = True
+
+
+def _open_imported(asked: Asked, cfg: Any, data: DataBin, files: Sequence[Any]) -> _Imported:
+    translations = exchange.Translations(
+        *(files, asked.import_format, asked.import_as),
+        dictionary=data.target,
+        encodes=bool(cfg.bpe or asked.student_spm),
+    )
+    subset, lang = cfg.dataset.gen_subset, cfg.task.source_lang
+    source = asked.import_source
+    if source is None:
+        alone = not asked.source_text and data.side(subset, lang) is None
+        source = exchange.USE if alone else exchange.CHECK
+        if alone:
+            logger.info(f"{data.folder} has no {subset}: the source is that of --import")
+    if source != exchange.USE:
+        return _Imported(translations, source)
+    own = (item.source for item in translations if item.source)
+    subwords = exchange.are_subwords(own, data.source, bool(cfg.bpe))
+    if not (subwords or cfg.bpe):
+        raise FileError(
+            f"{translations.names}: the sources are text, and nothing says how they become "
+            "subwords: give --bpe sentencepiece --sentencepiece-model MODEL"
+        )
+    return _Imported(translations, source, subwords)
+
+
+def _check(
+    asked: Asked,
+    cfg: Any,
+    task: Any,
+    data: DataBin,
+    imported: _Imported,
+    to_text: Callable[[str], str],
+    to_subwords: Callable[[str], str],
+) -> exchange.Checked:
+    """Compare what is imported with what it should be of; nothing is written."""
+    sources: Optional[exchange.Sources] = None
+    how = to_text, to_subwords
+    if asked.source_text:
+        raw = bool(cfg.bpe or cfg.tokenizer)
+        sources = exchange.TextSources(asked.source_text, data.source, *how, raw=raw)
+    elif imported.source != exchange.USE:
+        subset = cfg.dataset.gen_subset
+        corpus = Corpus.of_subset(task, data, subset)
+        name = f"{data.folder}, {subset}"
+        sources = exchange.Sources(name, data.source, corpus.source, *how)
+    checked = exchange.check(
+        *(imported.translations, sources),
+        compare=imported.source == exchange.CHECK,
+        incomplete=asked.import_incomplete,
+    )
+    if asked.choice.min_score_quantile and not checked.scored:
+        raise FileError(
+            f"--min-score-quantile: some translations of {imported.translations.names} have no "
+            "score"
+        )
+    return checked
 
 
 class _Teacher(NamedTuple):
@@ -180,6 +292,23 @@ def _header(asked: Asked, cfg: Any, data: DataBin, teacher: _Teacher) -> Dict[st
         "max_tokens": cfg.dataset.max_tokens,
         "batch_size": cfg.dataset.batch_size,
         "required_batch_size_multiple": cfg.dataset.required_batch_size_multiple,
+    }
+
+
+def _header_of_imported(
+    asked: Asked, cfg: Any, data: DataBin, imported: _Imported
+) -> Dict[str, Any]:
+    """Likewise, of translations made elsewhere."""
+    own = imported.source == exchange.USE
+    subset = None if own or asked.source_text else cfg.dataset.gen_subset
+    return {
+        **imported.translations.describe(),
+        **decoding.describe(data, subset or "", asked.source_text, cfg.task),
+        "subset": subset,
+        "own_source": own,
+        "source_text_encoding": decoding.describe_text(cfg) if own or asked.source_text else None,
+        # how the scores are normalised
+        "generation": {name: cfg.generation[name] for name in ("lenpen", "unnormalized")},
     }
 
 
@@ -225,7 +354,7 @@ def _refuse_subwords(asked: Asked, cfg: Any, data: DataBin, to_text: Callable[[s
     if cfg.bpe or cfg.tokenizer:
         return
     symbols, removed = data.target.symbols, cfg.common_eval.post_process
-    for mark, how in (("\u2581", "--remove-bpe sentencepiece"), ("@@", "--remove-bpe")):
+    for mark, how in MARKS.items():
         marked = [symbol for symbol in symbols if mark in symbol]
         if removed and 20 * len(marked) < len(symbols):
             continue  # some that are text
@@ -253,6 +382,22 @@ def _refuse_others(asked: Asked, output: Output, store: HypothesisStore) -> None
     store.refuse_others("Choose another folder; --overwrite would remove them")
 
 
+def _refuse_file(asked: Asked, output: Output, store: HypothesisStore) -> None:
+    """--write-nbest that would replace something, or has nothing to write from."""
+    if not asked.write_nbest:
+        return
+    if output.complete and not store.complete:
+        raise FileError(
+            f"--write-nbest {asked.write_nbest}: {store.folder} no longer has the hypotheses of "
+            f"{output.folder}; decode them again in another --output"
+        )
+    if os.path.exists(asked.write_nbest) and not (output.complete or asked.overwrite):
+        raise FileError(
+            f"--write-nbest {asked.write_nbest}: there is such a file; choose another name, or "
+            "--overwrite"
+        )
+
+
 # Reading
 
 
@@ -264,27 +409,41 @@ def _corpus(
     *,
     to_subwords: Callable[[str], str],
     store: HypothesisStore,
+    imported: Optional[_Imported],
 ) -> Corpus:
     """What is translated, with references if they are needed."""
+    own = imported is not None and imported.source == exchange.USE
+    references = None
+    if own or asked.source_text:
+        where = imported.translations.names if imported and own else asked.source_text
+    else:
+        where = f"{cfg.task.data}, {cfg.dataset.gen_subset}"
+        corpus = Corpus.of_subset(task, data, cfg.dataset.gen_subset)
+        references = corpus.references
+    if asked.choice.needs_references and references is None:
+        raise FileError(
+            f"--select {asked.choice.select} and --min-closeness need references, and {where} has "
+            "none"
+        )
+    if imported and own:
+        keys = "imported", "format", "files", "source_text_encoding", "truncate_source"
+        return Corpus.of_text(
+            *(task, data, imported.translations.names),
+            to_subwords=str if imported.source_in_subwords else to_subwords,
+            prefix=store.beside("source", *keys),
+            lines=(item.source or "" for item in imported.translations),
+        )
     if asked.source_text:
         prefix = store.beside("source", "files", "source_text_encoding", "truncate_source")
-        corpus = Corpus.of_text(
-            task, data, asked.source_text, to_subwords=to_subwords, prefix=prefix
-        )
-    else:
-        corpus = Corpus.of_subset(task, data, cfg.dataset.gen_subset)
-    if asked.choice.needs_references and corpus.references is None:
-        raise FileError(
-            f"--select {asked.choice.select} and --min-closeness need references, and "
-            f"{asked.source_text or f'{cfg.task.data}, {cfg.dataset.gen_subset}'} has none"
-        )
+        return Corpus.of_text(task, data, asked.source_text, to_subwords=to_subwords, prefix=prefix)
     return corpus
 
 
 def _originals(asked: Asked, cfg: Any, data: DataBin) -> Optional[Originals]:
     if not asked.repeat_original:
         return None
-    subset = "train" if asked.source_text else cfg.dataset.gen_subset
+    of_text = asked.source_text or asked.import_source == exchange.USE
+    subset = "train" if of_text else cfg.dataset.gen_subset
     source, target = [data.side(subset, lang) for lang in data.langs]
     if source is None or target is None:
         raise FileError(f"--mix original: {data.folder} has no {subset} of both languages")
@@ -301,6 +460,17 @@ def _warn_of_words(tokenizer: Tokenizer, corpus: Corpus, to_text: Callable[[str]
 
 
 # Decoding
+
+
+def _write_nbest(asked: Asked, corpus: Corpus, store: HypothesisStore, student: Student) -> None:
+    assert asked.write_nbest
+    old = asked.write_nbest if os.path.exists(asked.write_nbest) and not asked.overwrite else None
+
+    def source(i: int) -> str:
+        return student.to_text(databin.decode(corpus.data.source, corpus.source[i].tolist()))
+
+    exchange.write_nbest(asked.write_nbest, store, source, student.text, same_as=old)
+    print(f"{asked.write_nbest}: the hypotheses, for scoring or translating elsewhere", flush=True)
 
 
 def _translate(
@@ -447,6 +617,7 @@ def decode(
     with progress_bar(total, "decoding", "sentences", before) as progress:
         for nbest in engine.decode(loader):
             store.append(nbest)
-            subwords += sum(len(databin.words(n[0].subwords)) + 1 for n in nbest.values())
+            # of text: its words
+            subwords += sum(len(databin.words(n[0][0])) + 1 for n in nbest.values())
             progress.update(len(nbest))
     return total - before, subwords

@@ -4,6 +4,7 @@ Each opens a changed file, or says in a sentence that names it what is wrong: al
 No file makes it run anything or take much memory. Seeded, so that a failure can be had again.
 """
 
+import gzip
 import io
 import json
 import math
@@ -47,7 +48,8 @@ from kd_plugin.export.ctranslate2 import read_record, symbols_of
 from kd_plugin.files import FileError
 from kd_plugin.report.curves import read_curves
 from kd_plugin.report.decode import Measured
-from kd_plugin.sequences import Output
+from kd_plugin.sequences import Output, exchange
+from kd_plugin.sequences.exchange.formats import FORMATS, recognise
 from kd_plugin.vocabulary import SubwordModel
 from kd_plugin.vocabulary import read_record as read_record_of_vocabulary
 
@@ -360,8 +362,56 @@ def one_file(name: str, inputs: int, file: str, good: Any, look: Callable[[Path]
     )
 
 
+TRANSLATIONS = {
+    "x.txt": b"a b\n\nc\n",
+    "x.tsv": b"id\tsource\ttranslation\tscore\n0\ta\tb\t-0.5\n0\ta\tc\t\n2\td\te\t-1e-3\n",
+    "x.out": b"S-1\ta\nH-1\t-0.5\tb\nD-1\t-0.5\tb\nS-0\tc\nH-0\t-1\td\nD-0\t-1\td\n",
+    "x.nbest": b"0 ||| a b ||| F0= -1 ||| -0.5\n0 ||| c ||| F0= 1 ||| -2\n1 ||| d ||| F= 1 ||| 0\n",
+    "x.jsonl": b'{"id": 0, "source": "a", "translations": [{"text": "b", "score": -0.5}]}\n'
+    b'{"src": "c", "hypotheses": ["d", "\\u00e9"], "scores": [1, null]}\n',
+}
+
+
+def write_translations(folder: Path) -> None:
+    for name, content in TRANSLATIONS.items():
+        (folder / name).write_bytes(content)
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
+
+
+def change_translations(rng: random.Random, folder: Path) -> None:
+    """One of them stays there."""
+    path = folder / rng.choice(sorted(TRANSLATIONS))
+    path = path if rng.random() < 0.7 else path.with_name(f"{path.name}.gz")
+    pieces = [b"\t", b"\n", b" ||| ", b"9" * 5000, b"nan", b"1e999", b"\\ud800", b"\xff", b"\0"]
+    content = any_bytes(rng, path.read_bytes(), pieces)
+    if path.suffix == ".jsonl" and rng.random() < 0.6:
+        line = json.loads(TRANSLATIONS["x.jsonl"].splitlines()[rng.randrange(2)])
+        content = json.dumps(any_value(rng, line)).encode()
+    for other in folder.iterdir():
+        other.unlink()
+    path.write_bytes(content)
+
+
+def look_at_translations(folder: Path) -> None:
+    for path in folder.iterdir():
+        with exchange.readable_twice([str(path)]) as files:
+            read = FORMATS[recognise(files[0])]
+            for item in (*read(files[0], True), *read(files[0], False)):
+                assert item.sentence is None or item.sentence >= 0
+                for text, score in item.translations:
+                    assert "\0" not in text and text.encode("utf-8") is not None
+                    assert math.isfinite(score) or math.isnan(score)
+
+
 def readers() -> List[Reader]:
     return [
+        Reader(
+            "translations made elsewhere",
+            30000,
+            write_translations,
+            change_translations,
+            look_at_translations,
+        ),
         *checkpoint_readers(),
         Reader("caches", 15000, finish_cache, change_cache, look_at_cache),
         Reader("caches that were begun", 4000, begun_cache, change_begun_cache, begin_cache),
