@@ -355,7 +355,7 @@ def test_a_transformer_by_another_name(data, tmp_path, caplog):
     changed(path, arch="transformer_18_18")
     caplog.set_level("INFO")
     assert_same(by_us(data, path)[0], expected)
-    assert "nothing here is called transformer_18_18, and its options are a trans" in caplog.text
+    assert "no architecture 'transformer_18_18'; its options are a transformer's" in caplog.text
     checkpoint = Checkpoint.open(str(path), TRAINING)
     assert (checkpoint.architecture, checkpoint.foreign) == ("transformer", "transformer_18_18")
 

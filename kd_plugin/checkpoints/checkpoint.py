@@ -504,8 +504,8 @@ class Checkpoint:
             )
         if self.foreign:
             logger.info(
-                f"{self}: nothing here is called {self.foreign}, and its options are a "
-                "transformer's: it is built as one"
+                f"{self}: this fairseq has no architecture {self.foreign!r}; its options are a "
+                "transformer's, so it is built as one"
             )
         changed = {key: value for key, value in overrides.items() if key in self.options}
         try:
