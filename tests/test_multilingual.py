@@ -158,6 +158,25 @@ def test_flags_stand_for_a_task_that_says_nothing(data, tmp_path):
     assert read["prev_output_tokens"].tolist() == [[2, 4]] * 2
 
 
+def test_a_family_has_its_own_names_of_languages(data, tmp_path):
+    """Beside those that the checkpoint of ``translation`` and the data have."""
+    path = tmp_path / "teacher.pt"
+    write_model(path, data, "transformer", TAGGED["both"])
+    expected, _ = by_us(data, path)
+    changed(path, task="translation", source_lang="aa", target_lang="bb")
+    own = tmp_path / "own"
+    own.mkdir()
+    for lang in ("aa", "bb"):
+        dictionary = copy.deepcopy(data.source)
+        for tag in ("[aa_XX]", "[bb_BB]"):
+            dictionary.add_symbol(tag)
+        dictionary.save(str(own / f"dict.{lang}.txt"))
+    for languages in (("aa_XX", "bb_BB"), None):
+        asked = AskedTags(family="mbart50", languages=languages)
+        teacher = TeacherSettings([str(path)], data=[str(own)], tags=asked)
+        assert_same(says(Teacher.open(teacher, student(data)), data), expected)
+
+
 def test_an_ensemble_of_one_with_tags_and_one_without(data, tmp_path):
     paths = [str(tmp_path / name) for name in ("tagged.pt", "plain.pt")]
     for path, flags in zip(paths, (TAGGED["both"], ())):

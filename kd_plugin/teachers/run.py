@@ -191,7 +191,7 @@ class _Model:
         self.path, self.overrides = checkpoint.path, settings.overrides
         languages = (student.source_lang, student.target_lang)
         named = settings.tags.languages or languages
-        _check_task(checkpoint, named, self.overrides)
+        _check_task(checkpoint, languages, named, self.overrides)
         checkpoint = checkpoint.for_direction(named, data)
         found = checkpoint.dictionaries(
             languages,
@@ -288,8 +288,16 @@ def _said(tags: Tags) -> Dict[str, Any]:
 
 
 def _check_task(
-    checkpoint: Checkpoint, languages: Tuple[str, str], overrides: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    ours: Tuple[str, str],
+    named: Tuple[str, str],
+    overrides: Mapping[str, Any],
 ) -> None:
+    """Refuse what cannot teach at word level, or translates between other languages.
+
+    Args:
+        ours: what the data call the languages; ``named``: what flags say that the teacher does.
+    """
     arch = str(checkpoint.architecture)
     if checkpoint.task == "language_modeling" or arch.endswith("_lm") or "_lm_" in arch:
         raise TeacherError(
@@ -303,17 +311,17 @@ def _check_task(
             f"{checkpoint.advise_task()}"
         )
     theirs = checkpoint.languages_with(overrides)
-    if all(theirs) and theirs != languages:
+    if all(theirs) and theirs not in (ours, named):
         advice = ""
         if checkpoint.role.overrides:
-            names = dict(zip(("source_lang", "target_lang"), languages))
+            names = dict(zip(("source_lang", "target_lang"), ours))
             advice = (
                 " If these are only other names for the same languages, say so: "
                 f'{checkpoint.role.overrides} "{names}"'
             )
         raise TeacherError(
             f"{checkpoint} translates {'-'.join(map(str, theirs))}, the student "
-            f"{'-'.join(languages)}.{advice}"
+            f"{'-'.join(ours)}.{advice}"
         )
 
 
