@@ -11,6 +11,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
+from .checkpoints import FAMILIES
 from .objective import Parameter, divergences, selection, topk
 
 CRITERION = "kd_label_smoothed_cross_entropy"
@@ -55,6 +56,52 @@ class TeacherConfig(FairseqDataclass):
         metadata={
             "help": "task that the teacher was trained for: 'translation' where a fork of fairseq "
             "has another name for it (default: what its checkpoint says)"
+        },
+    )
+    teacher_tags: Optional[ChoiceEnum(FAMILIES)] = field(  # type: ignore
+        default=None,
+        metadata={
+            "help": "family of multilingual models whose tags of languages the teacher reads, for "
+            "a checkpoint whose task does not say it: M2M-100, NLLB-200, mBART-50. All have the "
+            "source's tag before the source and the target's behind the decoder's </s>"
+        },
+    )
+    teacher_langs: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "what a multilingual teacher calls the source and the target language, as in "
+            "deu_Latn,eng_Latn (default: as the data do, or by its only name that begins so, de_DE "
+            "for de)"
+        },
+    )
+    teacher_source_prefix: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "symbols of the teacher's dictionary that it reads before each source, spaces "
+            "or commas between; instead of what its task or --teacher-tags say. M2M-100's from "
+            "German: __de__"
+        },
+    )
+    teacher_source_suffix: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "likewise those that it reads behind each source, the end of sentence included "
+            "where it is read. M2M-100's: </s>"
+        },
+    )
+    teacher_target_prefix: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "likewise those that its decoder begins with, before each target, the end of "
+            "sentence included where it is the first. M2M-100's into English: '</s> __en__'"
+        },
+    )
+    teacher_user_dir: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "folder whose Python code is imported, and so executed, before the teacher is "
+            "opened, for architectures or tasks that it registers; beside --user-dir, of which "
+            "fairseq takes one"
         },
     )
     teacher_dtype: ChoiceEnum(["same", "fp32", "fp16", "bf16"]) = field(  # type: ignore

@@ -1,11 +1,11 @@
 """The flags of task and criterion, read once into one ``Plan``, or refused, every fault at once."""
 
 import math
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq import utils
 
-from .checkpoints import parse_overrides
+from .checkpoints import AskedTags, parse_overrides, parse_symbols
 from .errors import Faults, UserError
 from .flags import RUN_TEACHER, TEMPERATURE, WEIGHT, TeacherConfig
 from .objective import (
@@ -227,6 +227,15 @@ def read_teacher(task: Any) -> Optional[TeacherSettings]:
         f"--teacher-device cpu runs the teacher in fp32; --teacher-dtype {dtype} is not "
         "available there",
     )
+    langs = None
+    with faults.collecting():
+        langs = _two_languages(task.teacher_langs)
+    before_target = parse_symbols(task.teacher_target_prefix)
+    faults.check(
+        before_target is None or before_target,
+        "--teacher-target-prefix: expected one symbol or more, because a decoder has to begin with "
+        "something; got none",
+    )
     faults.raise_if_any()
     if not paths:
         return None
@@ -239,6 +248,14 @@ def read_teacher(task: Any) -> Optional[TeacherSettings]:
         on_cpu=on_cpu,
         trust=task.teacher_trust_checkpoint,
         task=task.teacher_task,
+        tags=AskedTags(
+            family=choice_value(task.teacher_tags) if task.teacher_tags else None,
+            languages=langs,
+            before_source=parse_symbols(task.teacher_source_prefix),
+            after_source=parse_symbols(task.teacher_source_suffix),
+            before_target=before_target,
+        ),
+        user_dir=task.teacher_user_dir,
     )
 
 
@@ -305,6 +322,18 @@ def _scheduled(
     with faults.collecting():
         return schedules.parse(text, flag + "-schedule", valid, expected)
     return schedules.constant(default)
+
+
+def _two_languages(text: Optional[str]) -> Optional[Tuple[str, str]]:
+    """``--teacher-langs``: a source and a target language, or None."""
+    found = [part.strip() for part in (text or "").split(",")]
+    if text is None:
+        return None
+    if len(found) != 2 or not all(found):
+        raise UserError(
+            f"--teacher-langs: expected two languages as in deu_Latn,eng_Latn; got {text!r}"
+        )
+    return found[0], found[1]
 
 
 def _weights(text: Optional[str], teachers: int) -> Optional[List[float]]:

@@ -4,11 +4,10 @@ from argparse import Namespace
 
 import pytest
 import torch
-from fairseq import models, options, tasks
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq import tasks
 from fairseq.tasks import TASK_REGISTRY, register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from letters import write_letters
+from letters import changed, configuration, write_letters, write_model
 from trainer import arguments
 
 from kd_plugin import decoding
@@ -57,39 +56,6 @@ OTHERS = {
 @pytest.fixture
 def data(tmp_path):
     return write_letters(tmp_path / "data")
-
-
-def configuration(data, *flags):
-    """Of fairseq-generate."""
-    parser = options.get_generation_parser(default_task="translation")
-    given = [str(data.folder), "--cpu", "-s", "aa", "-t", "bb", "--max-len-b", "8", *flags]
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, given))
-
-
-def write_model(path, data, arch, flags):
-    """A model as it was initialised, which fairseq-train with these flags could have saved."""
-    cfg = configuration(data, *flags)
-    task = tasks.setup_task(cfg.task)
-    args = arguments(arch)
-    task_options = cfg.task if isinstance(cfg.task, Namespace) else Namespace(**cfg.task)
-    for name, value in vars(task_options).items():
-        if name != "_name":
-            vars(args).setdefault(name, value)
-    args.task, args.left_pad_source = cfg.task._name, "print('evaluated')"
-    torch.manual_seed(1)
-    model = models.build_model(args, task).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.5)
-    for name in ("embed_length", "embed_mask_ins"):  # five or six symbols
-        if hasattr(model.decoder, name):
-            lengths = getattr(model.decoder, name).weight.data
-            likely = lengths[5].clone()
-            lengths.zero_()
-            lengths[5], lengths[6] = likely, -likely
-            model.decoder.output_projection.weight.data[:4] = 0  # letters, mostly
-    del args.source_lang, args.target_lang, args.data
-    torch.save({"args": args, "model": model.state_dict()}, str(path))
-    return model
 
 
 def by_stock(data, model, flags):
@@ -217,12 +183,6 @@ def test_a_model_is_never_decoded_the_other_way(arch, data, tmp_path):
             list(engine.decode([batch]))
 
 
-def changed(path, **values):
-    state = torch.load(str(path), **({"weights_only": False} if torch.__version__ >= "2" else {}))
-    vars(state["args"]).update(values)
-    torch.save(state, str(path))
-
-
 @pytest.mark.parametrize(
     "values, words",
     [
@@ -340,7 +300,7 @@ def test_it_teaches_if_it_is_registered_or_said(forked, data, tmp_path):
 
 def test_an_architecture_of_ones_own_is_named(data, tmp_path):
     path = tmp_path / "model.pt"
-    write_model(path, data, "transformer", ())
+    write_model(path, data, "lstm", ())
     changed(path, arch="mine")
     checkpoint = Checkpoint.open(str(path), ROLE)
     for work in (

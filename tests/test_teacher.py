@@ -189,7 +189,7 @@ def test_an_mbart_of_languages_that_nothing_names(tmp_path):
     state = torch.load(teacher)
     vars(state["args"]).update(source_lang=None, langs="bb,xx,yy")
     torch.save(state, teacher)
-    with pytest.raises(UserError, match=r"languages \(bb, xx, yy\) .* data's aa is none of them"):
+    with pytest.raises(UserError, match=r"aa is none of the languages of .* \(bb, xx, yy\): name"):
         logits(teacher)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fairseq import utils
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.tasks.translation import TranslationTask
@@ -174,7 +175,11 @@ class Steps:
                 sample = _on_device(trainer, dataset.collater([dataset[i] for i in batch]))
                 for member in trainer.task.source.teacher.members:
                     inputs = member.inputs(sample["net_input"])
-                    stock.valid_step({**sample, "net_input": inputs}, member.model, criterion)
+                    # tags before the target are no words to predict
+                    padding = (member.view.longer[1], 0)
+                    target = F.pad(sample["target"], padding, value=stock.tgt_dict.pad())
+                    own = {**sample, "net_input": inputs, "target": target}
+                    stock.valid_step(own, member.model, criterion)
 
         return work
 

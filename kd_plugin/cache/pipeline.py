@@ -15,7 +15,9 @@ from .layout import CacheError, Describe
 from .reader import CachedSubset
 
 ROLE = Role(
-    "teacher", "--trust-checkpoint", "--teacher-data", "--model-overrides", "--teacher-task"
+    "teacher",
+    *("--trust-checkpoint", "--teacher-data", "--model-overrides", "--teacher-task"),
+    languages="--teacher-langs",
 )
 
 

@@ -80,7 +80,9 @@ class CachedSubset:
         return self._made_with() == other._made_with()
 
     def _made_with(self) -> Any:
-        teachers = [(one["sha256"], one.get("weight")) for one in self.manifest["teachers"]]
+        teachers = [
+            (one["sha256"], one.get("weight"), one.get("tags")) for one in self.manifest["teachers"]
+        ]
         return self.k, self.temperatures, self.samples, teachers
 
     def __len__(self) -> int:

@@ -5,7 +5,14 @@ Everything that a checkpoint is asked is a member of ``Checkpoint``.
 
 from ..files import digest
 from .average import average
-from .build import DTYPES, build_model, is_autoregressive, parse_overrides, translation_task
+from .build import (
+    DTYPES,
+    build_model,
+    import_user_dir,
+    is_autoregressive,
+    parse_overrides,
+    translation_task,
+)
 from .checkpoint import (
     SECOND_COPIES,
     Checkpoint,
@@ -15,16 +22,18 @@ from .checkpoint import (
 )
 from .dictionaries import MISSING, Dictionaries, VocabularyError, index_map, is_padding, lacking
 from .roles import Role
-from .tags import PRETRAINED_BART, Tags
+from .tags import FAMILIES, MULTILINGUAL, AskedTags, Tags, family_tags, parse_symbols
 from .tasks import STOCK_OTHERS, reads_as_translation, translates_otherwise
 from .torchfile import allow_fairseq_globals
 
 __all__ = [
     "DTYPES",
+    "FAMILIES",
     "MISSING",
-    "PRETRAINED_BART",
+    "MULTILINGUAL",
     "SECOND_COPIES",
     "STOCK_OTHERS",
+    "AskedTags",
     "Checkpoint",
     "CheckpointError",
     "Dictionaries",
@@ -36,11 +45,14 @@ __all__ = [
     "build_model",
     "count_parameters",
     "digest",
+    "family_tags",
+    "import_user_dir",
     "index_map",
     "is_autoregressive",
     "is_padding",
     "lacking",
     "parse_overrides",
+    "parse_symbols",
     "reads_as_translation",
     "refuse_cut_short",
     "translates_otherwise",

@@ -1,11 +1,12 @@
 """The one place where a checkpoint's model is built."""
 
 import ast
+import os
 from argparse import ArgumentParser, Namespace
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
-from fairseq import models
+from fairseq import models, utils
 from fairseq.data import Dictionary
 from fairseq.models.nat import FairseqNATModel
 from fairseq.models.transformer import TransformerModel
@@ -28,7 +29,59 @@ _SECTIONS = {
     "quant_noise": QuantNoiseConfig,
 }
 
+# What tells a transformer from another model, and one transformer from another
+_OF_EACH_SIDE = ("embed_dim", "ffn_embed_dim", "layers", "attention_heads", "normalize_before")
+_TRANSFORMERS = (
+    *(f"{side}_{option}" for side in ("encoder", "decoder") for option in _OF_EACH_SIDE),
+    *("encoder_learned_pos", "decoder_learned_pos", "no_token_positional_embeddings"),
+    *("activation_fn", "share_all_embeddings", "share_decoder_input_output_embed"),
+)
+TRANSFORMER = "transformer"  # the architecture that takes all its sizes from options
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def import_user_dir(folder: str, flag: str) -> None:
+    """Import a folder that registers architectures or tasks, as fairseq does for ``--user-dir``.
+
+    Args:
+        flag: that names it, for messages.
+
+    Raises:
+        UserError: there is no such folder, or it cannot be imported.
+    """
+    absolute = os.path.abspath(folder)
+    if os.path.basename(absolute) == "kd_plugin":
+        # any copy of this plugin is taken; fairseq refuses a second folder of the same name
+        imported: Any = getattr(utils.import_user_module, "memo", set())
+        utils.import_user_module.memo = imported | {absolute}
+    try:
+        utils.import_user_module(Namespace(user_dir=folder))
+    except FileNotFoundError as error:  # fairseq's has the path alone
+        raise UserError(f"{flag}: no such folder: {error}") from error
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{flag} {folder} cannot be imported: {error}") from error
+
+
+def is_known(architecture: Optional[str]) -> bool:
+    """Whether this fairseq, with what --user-dir has imported, knows an architecture."""
+    return architecture in models.ARCH_MODEL_REGISTRY or architecture in models.MODEL_REGISTRY
+
+
+def as_transformer(options: Mapping[str, Any], is_namespace: bool) -> Optional[Dict[str, Any]]:
+    """Options under which fairseq's own transformer is built: what a name that is nobody's here
+    stands for, if its options are a transformer's. An architecture is mostly no more than sizes
+    under a name, and they were saved; loading the weights will tell.
+
+    Args:
+        is_namespace: whether they were saved as the command line has them.
+
+    Returns:
+        None if they are not.
+    """
+    named = {**options, "_name": TRANSFORMER, "arch": TRANSFORMER}
+    flat = named if is_namespace else flat_options(named)
+    return flat if all(flat.get(name) is not None for name in _TRANSFORMERS) else None
 
 
 def parse_overrides(text: str, flag: str) -> Dict[str, Any]:

@@ -14,17 +14,13 @@ import os
 import re
 import zipfile
 from argparse import Namespace
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary
-from fairseq.models import (
-    ARCH_MODEL_REGISTRY,
-    MODEL_REGISTRY,
-    FairseqEncoderDecoderModel,
-    FairseqMultiModel,
-)
+from fairseq.models import ARCH_MODEL_REGISTRY, FairseqEncoderDecoderModel, FairseqMultiModel
+from fairseq.models.multilingual_transformer import MultilingualTransformerModel
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
@@ -42,7 +38,9 @@ logger = logging.getLogger(__name__)
 SECOND_COPIES = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)$")
 
 _MOST_NAMES = 8  # of a weight that is tied
+_LONGEST_LIST = 1 << 16  # bytes of a list of languages
 _LANGUAGES = ("source_lang", "target_lang")
+_DICTIONARIES = ("source_dict", "target_dict")
 _POSITIONS = ("max_source_positions", "max_target_positions")
 _DIRECTION = re.compile(r"^models\.[^.]+\.")
 _NO_PARAMETERS = re.compile(r"_float_tensor$|coder\.version$")
@@ -67,6 +65,8 @@ class Checkpoint:
         task_options: the task's configuration.
         symbols: the source and target symbols that a student of ours saved in it; None in others.
         updates: how many updates its training had done.
+        foreign: the name of its architecture, where that is nobody's here and its options are a
+            transformer's, which is built then; None mostly.
     """
 
     path: str
@@ -77,6 +77,7 @@ class Checkpoint:
     symbols: Optional[Tuple[List[str], List[str]]]
     updates: int
     _is_namespace: bool  # how fairseq keeps the options of architectures without a dataclass
+    foreign: Optional[str] = None
 
     @classmethod
     def open(cls, path: str, role: Role, trust: bool = False) -> "Checkpoint":
@@ -135,11 +136,17 @@ class Checkpoint:
             )
         model, task = _configurations(named, state)
         is_namespace = isinstance(model, Namespace)
+        options = dict(vars(model)) if is_namespace else build.flat_options(model)
+        name, foreign = options.get("_name") or options.get("arch"), None
+        if isinstance(name, str) and not build.is_known(name):
+            transformer = build.as_transformer(options, is_namespace)
+            options, foreign = (transformer, name) if transformer else (options, None)
         opened = cls(
             path=path,
             role=role,
             weights=_checked_weights(named, path, state["model"]),
-            options=dict(vars(model)) if is_namespace else build.flat_options(model),
+            options=options,
+            foreign=foreign,
             task_options=dict(vars(task)) if isinstance(task, Namespace) else task,
             symbols=_checked_symbols(state.get("task_state") or {}),
             updates=_checked_updates(state.get("optimizer_history") or []),
@@ -275,11 +282,13 @@ class Checkpoint:
         otherwise: Optional[Tuple[str, Dictionary, Dictionary]],
     ) -> Optional[Dictionaries]:
         langs = self.languages_or(languages)
-        files = allowed = dictionaries.files(langs)
+        files = allowed = " or ".join(
+            [*sorted(set(self._named_dictionaries())), dictionaries.files(langs)]
+        )
         if langs != tuple(languages):
             allowed += " or " + dictionaries.files(languages)
         if data is not None:
-            found = dictionaries.read_folder(data, langs, languages)
+            found = self._read_folder(data, langs, languages)
             if found is None:
                 raise VocabularyError(f"{self.role.data or self} {data}: expected {allowed} there")
             return Dictionaries(*found, "from " + data)
@@ -293,10 +302,10 @@ class Checkpoint:
                 ) from None
             return Dictionaries(source, target, "from its checkpoint")
         beside = os.path.dirname(os.path.abspath(self.path))
-        found = dictionaries.read_folder(beside, langs)
+        found = self._read_folder(beside, langs)
         if found is not None:
             return Dictionaries(*found, "from beside it")
-        found = dictionaries.read_folder(self.data, langs) if self.data else None
+        found = self._read_folder(self.data, langs) if self.data else None
         if found is not None and self.data:
             if not os.path.isabs(self.data):
                 sure = f"; {self.role.data} says for sure" if self.role.data else ""
@@ -323,9 +332,28 @@ class Checkpoint:
         )
         return Dictionaries(source, target, f"taken from the {owner}")
 
+    def _named_dictionaries(self) -> List[str]:
+        """The source and target dictionary's files that its task names instead of those of the
+        languages: names without folders. None otherwise."""
+        if self.task != tags.SIMPLE_EPOCH:
+            return []
+        given = self.task_options
+        both = [given.get(key) or given.get("fixed_dictionary") for key in _DICTIONARIES]
+        return [os.path.basename(str(name)) for name in both] if all(both) else []
+
+    def _read_folder(
+        self, folder: str, *names: Sequence[Optional[str]]
+    ) -> Optional[Tuple[Dictionary, Dictionary]]:
+        files = [os.path.join(folder, name) for name in self._named_dictionaries()]
+        if files and all(map(os.path.isfile, files)):
+            source, target = map(dictionaries.read, files)
+            return source, target
+        return dictionaries.read_folder(folder, *names)
+
     def _with_added_symbols(self, found: Dictionaries) -> Dictionaries:
         """Dictionaries with what its task adds to those of the files."""
-        added = tags.added_symbols(self.task, self.task_options)
+        with self._understanding_tags():
+            added = tags.added_symbols(self.task, self.task_options)
         if not added:
             return found
         sides = copy.deepcopy((found.source, found.target))  # which may be the data's own
@@ -334,23 +362,99 @@ class Checkpoint:
                 side.add_symbol(symbol)
         return Dictionaries(*sides, found.origin)
 
+    def for_direction(self, languages: Sequence[str], data: Optional[str] = None) -> "Checkpoint":
+        """The same, to translate from one language to another of those that its task knows: with
+        its names of them; of a model for each direction, that one alone.
+
+        Args:
+            languages: what the data at hand, or it, calls them.
+            data: folder that the role's flag names, where a list of its languages may lie.
+
+        Raises:
+            CheckpointError: nothing says which of its languages they are, or it holds no model for
+                them.
+        """
+        if self.task not in tags.MULTILINGUAL:
+            return self
+        options = dict(self.task_options)
+        with self._understanding_tags():
+            if options.get("lang_dict") and not options.get("langs"):
+                options["langs"] = self._language_list(os.path.basename(options["lang_dict"]), data)
+            known = tags.languages(self.task, options)
+            whose = f"the languages of {self}"
+            for key, own, other in zip(_LANGUAGES, self.languages, languages):
+                options[key] = own or tags.name_of(other, known, whose)
+            trained = tags.listed(options.get("lang_pairs"))
+        found = dataclasses.replace(self, task_options=options)
+        direction = "-".join(map(str, found.languages))
+        if self.task == tags.EACH_DIRECTION:
+            return found._model_of(direction, trained)
+        if trained and direction not in trained:
+            logger.warning(f"{self} WAS TRAINED FOR {', '.join(trained[:8])}, not for {direction}")
+        return found
+
+    def _model_of(self, direction: str, trained: Sequence[str]) -> "Checkpoint":
+        start = f"models.{direction}."
+        weights = {
+            name[len(start) :]: weight
+            for name, weight in self.weights.items()
+            if name.startswith(start)
+        }
+        if not weights:
+            raise CheckpointError(
+                f"{self} translates {', '.join(trained)}, each with a model of its own, and not "
+                f"{direction}"
+            )
+        if ARCH_MODEL_REGISTRY.get(self.architecture) is not MultilingualTransformerModel:
+            raise CheckpointError(
+                f"{self} holds a {self.architecture}, of which no model of one direction can be "
+                "taken; expected a multilingual_transformer"
+            )
+        options = {**self.options, "_name": build.TRANSFORMER, "arch": build.TRANSFORMER}
+        return dataclasses.replace(self, weights=weights, options=options)
+
+    def _language_list(self, name: str, data: Optional[str]) -> List[str]:
+        """The languages in a file that its task names; it may lie where dictionaries do."""
+        folders = [data, os.path.dirname(os.path.abspath(self.path)), self.data]
+        for folder in filter(None, folders):
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                with open(path, encoding="utf-8") as file:
+                    return [line.strip() for line in file.read(_LONGEST_LIST).splitlines() if line]
+        advice = f", or into the folder of {self.role.data}" if self.role.data else ""
+        raise CheckpointError(
+            f"{self}: its languages are listed in a file {name}: put it beside the "
+            f"checkpoint{advice}"
+        )
+
+    @contextlib.contextmanager
+    def _understanding_tags(self) -> Iterator[None]:
+        """While its task's options are read: they may hold anything."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except VocabularyError as error:
+            flag = self.role.languages
+            advice = f" ({flag} SOURCE,TARGET says what it calls them)" if flag else ""
+            raise CheckpointError(f"{error}{advice}") from None
+        except Exception as error:
+            raise CheckpointError(
+                f"{self}: its task's options for tags of languages cannot be understood "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
     def tags(self, languages: Sequence[str]) -> Tags:
-        """What it reads beside the sentences of the data.
+        """What it reads beside the sentences of the data, as its task says.
 
         Args:
             languages: of the data at hand.
 
         Raises:
-            CheckpointError: nothing says which languages it reads and writes.
+            CheckpointError: what its task says of it cannot be understood.
         """
-        for own, other in zip(self.languages, languages):
-            known = tags.languages(self.task_options)
-            if self.task == tags.PRETRAINED_BART and not own and other not in known:
-                raise CheckpointError(
-                    f"{self} does not say which of its languages ({', '.join(known)}) it reads "
-                    f"and writes, and the data's {other} is none of them"
-                )
-        return tags.tags(self.task, self.task_options, self.languages_or(languages))
+        with self._understanding_tags():
+            return tags.tags(self.task, self.task_options, self.languages_or(languages))
 
     def _advise_data(self, names: str = "") -> str:
         own = "the dict.*.txt it was trained with"
@@ -398,6 +502,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{flag}the model of {self} has no option {', '.join(sorted(map(repr, unknown)))}"
             )
+        if self.foreign:
+            logger.info(
+                f"{self}: this fairseq has no architecture {self.foreign!r}; its options are a "
+                "transformer's, so it is built as one"
+            )
         changed = {key: value for key, value in overrides.items() if key in self.options}
         try:
             options: Any
@@ -414,6 +523,11 @@ class Checkpoint:
                 advice = (
                     " Options that changed since it was trained can be set with "
                     f"{self.role.overrides}."
+                )
+            if self.foreign:
+                advice += (
+                    f" Its architecture {self.foreign} was taken for a transformer; --user-dir, or "
+                    "for a teacher --teacher-user-dir, imports what registers it."
                 )
             raise CheckpointError(
                 f"{self}: its model cannot be rebuilt with this fairseq "
@@ -441,10 +555,11 @@ class Checkpoint:
             ) from error
 
     def _check_architecture(self) -> None:
-        if self.architecture not in ARCH_MODEL_REGISTRY and self.architecture not in MODEL_REGISTRY:
+        if not build.is_known(self.architecture):
             raise CheckpointError(
-                f"{self}: this fairseq has no architecture {self.architecture!r}; if it is one of "
-                "your own, --user-dir must import it"
+                f"{self}: this fairseq has no architecture {self.architecture!r}, and its options "
+                "are not a transformer's; if it is one of your own, --user-dir (for a teacher "
+                "also --teacher-user-dir) must import it"
             )
 
 

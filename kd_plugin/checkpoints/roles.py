@@ -12,6 +12,7 @@ class Role(NamedTuple):
         data: the flag that names a folder with its dictionaries.
         overrides: the flag that changes options of its model.
         task: the flag that says which task it was trained for, whatever name its checkpoint has.
+        languages: the flag that says what a multilingual model calls the languages of the data.
 
     None where the command has no such flag: messages then advise none.
     """
@@ -21,3 +22,4 @@ class Role(NamedTuple):
     data: Optional[str] = None
     overrides: Optional[str] = None
     task: Optional[str] = None
+    languages: Optional[str] = None

@@ -8,7 +8,7 @@ from fairseq.tasks.multilingual_translation import MultilingualTranslationTask
 from fairseq.tasks.translation import TranslationTask
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
-from .tags import PRETRAINED_BART
+from .tags import EACH_DIRECTION, PRETRAINED_BART, SIMPLE_EPOCH
 
 # Tasks whose models translate from one of our dictionaries to another, and add no symbols to them
 TRANSLATION_TASKS = ("translation", "kd_translation")
@@ -25,12 +25,7 @@ _DECODING = (
 )
 _OTHERS = (TranslationTask, MultilingualTranslationTask, TranslationMultiSimpleEpochTask)
 # fairseq's own among the subclasses of these; more would run or open what a checkpoint says
-STOCK_OTHERS = (
-    "multilingual_translation",
-    PRETRAINED_BART,
-    "translation_lev",
-    "translation_multi_simple_epoch",
-)
+STOCK_OTHERS = (EACH_DIRECTION, PRETRAINED_BART, "translation_lev", SIMPLE_EPOCH)
 
 
 def is_translation(name: Optional[str]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from fairseq import options as fairseq_options
 from fairseq import utils
 
+from .. import checkpoints
 from ..errors import Faults, UserError, out_of_memory, printable
 
 INTERRUPTED = 130  # exit code, as of shells
@@ -87,24 +88,14 @@ def parse_like_fairseq(parser: argparse.ArgumentParser, arguments: List[str]) ->
 def import_user_dir(arguments: List[str]) -> None:
     """Import --user-dir before fairseq does, which happens as soon as a parser is made.
 
-    It may name any copy of this plugin; fairseq refuses a second folder of the same name.
-
     Raises:
         UserError: there is no such folder, or it cannot be imported.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--user-dir")
     user_dir = parser.parse_known_args(arguments)[0].user_dir
-    folder = os.path.abspath(user_dir or "")
-    if user_dir and os.path.basename(folder) == "kd_plugin":
-        imported: Any = getattr(utils.import_user_module, "memo", set())
-        utils.import_user_module.memo = imported | {folder}
-    try:
-        utils.import_user_module(argparse.Namespace(user_dir=user_dir))
-    except FileNotFoundError as error:  # fairseq's has the path alone
-        raise UserError(f"--user-dir: no such folder: {error}") from error
-    except (ImportError, ValueError) as error:
-        raise UserError(f"--user-dir {user_dir} cannot be imported: {error}") from error
+    if user_dir is not None:
+        checkpoints.import_user_dir(user_dir, "--user-dir")
 
 
 def add_trust(add: Callable[..., Any], **options: Any) -> None:

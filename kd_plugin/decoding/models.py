@@ -21,6 +21,7 @@ from ..checkpoints import (
     translates_otherwise,
 )
 from ..checkpoints.dictionaries import difference
+from ..checkpoints.tags import listed
 from ..files import FileError
 from .databin import infer_languages
 
@@ -89,8 +90,8 @@ def _refuse_unknown_languages(cfg: Any, langs: Sequence[Optional[str]]) -> None:
     if cfg._name not in STOCK_OTHERS or getattr(cfg, "lang_dict", None):
         return
     known = {
-        *_listed(getattr(cfg, "langs", None)),
-        *(lang for pair in _listed(getattr(cfg, "lang_pairs", None)) for lang in pair.split("-")),
+        *listed(getattr(cfg, "langs", None)),
+        *(lang for pair in listed(getattr(cfg, "lang_pairs", None)) for lang in pair.split("-")),
     }
     unknown = [lang for lang in langs if lang is not None and lang not in known]
     if known and unknown:
@@ -99,11 +100,6 @@ def _refuse_unknown_languages(cfg: Any, langs: Sequence[Optional[str]]) -> None:
             f"{cfg._name} knows {', '.join(sorted(known))}: give the files of the data-bin "
             "the model's names for its languages"
         )
-
-
-def _listed(names: Any) -> List[str]:
-    """What a flag of fairseq's lists; some are split when they are read, others later."""
-    return names.split(",") if isinstance(names, str) else [*(names or ())]
 
 
 def own_task(cfg: Any, task: Any, paths: Sequence[str], role: Role, trust: bool = False) -> Any:
@@ -174,7 +170,7 @@ def _task_configuration(name: str, cfg: Any, checkpoint: Checkpoint, trust: bool
         for key in sorted(names - set(TranslationConfig.__dataclass_fields__))
         if key in checkpoint.task_options
     }
-    pairs, pair = _listed(own.get("lang_pairs")), "{source_lang}-{target_lang}".format(**shared)
+    pairs, pair = listed(own.get("lang_pairs")), "{source_lang}-{target_lang}".format(**shared)
     if pairs and pair not in pairs:
         logger.warning(f"{checkpoint} WAS TRAINED FOR {', '.join(pairs)}, not for {pair}")
     files = [f"{key} {own[key]}" for key in _FILES if own.get(key)]

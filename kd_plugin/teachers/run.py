@@ -13,10 +13,15 @@ from torch import Tensor
 
 from ..checkpoints import (
     DTYPES,
-    PRETRAINED_BART,
+    MULTILINGUAL,
+    AskedTags,
     Checkpoint,
+    Dictionaries,
     Role,
+    Tags,
     digest,
+    family_tags,
+    import_user_dir,
     is_autoregressive,
     translates_otherwise,
 )
@@ -32,6 +37,7 @@ TRAINING = Role(
     "--teacher-data",
     "--teacher-overrides",
     "--teacher-task",
+    languages="--teacher-langs",
 )
 
 
@@ -53,6 +59,8 @@ class TeacherSettings(NamedTuple):
         trust: open the checkpoints with the full pickle machinery.
         role: what messages call it, and the flags that they name.
         task: what it was trained for, whatever its checkpoint says; None is what that says.
+        tags: what it reads beside the sentences, where its task does not say so.
+        user_dir: a folder to import for architectures and tasks that are not fairseq's.
     """
 
     paths: Sequence[str]
@@ -64,6 +72,8 @@ class TeacherSettings(NamedTuple):
     trust: bool = False
     role: Role = TRAINING
     task: Optional[str] = None
+    tags: AskedTags = AskedTags()
+    user_dir: Optional[str] = None
 
     def placement(
         self, device: torch.device, dtype: torch.dtype
@@ -96,6 +106,8 @@ class Teacher:
         Raises:
             UserError: a file cannot be used, or does not fit.
         """
+        if settings.user_dir:
+            import_user_dir(settings.user_dir, "--teacher-user-dir")
         paths, data = settings.paths, settings.data
         if len(data) not in (0, 1, len(paths)):
             raise TeacherError(
@@ -135,6 +147,7 @@ class Teacher:
                     "sha256": digest(member.path),
                     "weight": math.exp(log_weight),
                     "overrides": {str(k): repr(v) for k, v in member.overrides.items()},
+                    **_said(member.view.tags),
                 }
                 for member, log_weight in zip(self.members, self.log_weights)
             ],
@@ -145,6 +158,12 @@ class Teacher:
         """Longest source and target, in tokens, that every member can read."""
         source, target = zip(*(member.max_positions() for member in self.members))
         return int(min(source)), int(min(target))
+
+    @property
+    def longer(self) -> Tuple[int, int]:
+        """By how many tokens any member's source and target are longer than the student's."""
+        source, target = zip(*(member.view.longer for member in self.members))
+        return max(source), max(target)
 
     @torch.no_grad()
     def __call__(self, net_input: Dict[str, Tensor], amp: bool = False) -> RunningAnswer:
@@ -170,15 +189,19 @@ class _Model:
         settings: TeacherSettings,
     ) -> None:
         self.path, self.overrides = checkpoint.path, settings.overrides
-        _check_task(checkpoint, student, self.overrides)
+        languages = (student.source_lang, student.target_lang)
+        named = settings.tags.languages or languages
+        _check_task(checkpoint, languages, named, self.overrides)
+        checkpoint = checkpoint.for_direction(named, data)
         found = checkpoint.dictionaries(
-            (student.source_lang, student.target_lang),
+            languages,
             data,
             otherwise=("student", student.source, student.target),
         )
         assert found is not None  # there are the student's
         checkpoint.check_sizes(found)
-        self.view = TeacherView(student, found, checkpoint)
+        tags = _tags(checkpoint, settings.tags, named, found)
+        self.view = TeacherView(student, found, checkpoint, tags)
         self.model = checkpoint.build(checkpoint.translation_task(found), self.overrides)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -235,27 +258,60 @@ class _Model:
 
 _WHAT_TEACHES = (
     "word-level distillation learns from distributions over the next symbol, and asks "
-    f"autoregressive models of the tasks 'translation' and {PRETRAINED_BART!r} for them."
+    f"autoregressive models of the tasks translation, {', '.join(MULTILINGUAL)} for them."
 )
 _SEQUENCES = " Sequence-level distillation (fairseq-kd-sequences) takes it."
 
 
-def _check_task(checkpoint: Checkpoint, student: Student, overrides: Mapping[str, Any]) -> None:
+def _tags(
+    checkpoint: Checkpoint, asked: AskedTags, languages: Tuple[str, str], found: Dictionaries
+) -> Tags:
+    """What a teacher reads: as flags say, or else as its task says.
+
+    Raises:
+        UserError: the family of the flags has no tags of these languages.
+    """
+    if asked.family is None:
+        return asked.instead_of(checkpoint.tags(languages))
+    try:
+        symbols = found.source.symbols, found.target.symbols
+        return asked.instead_of(family_tags(asked.family, languages, *symbols))
+    except UserError as error:
+        flag = checkpoint.role.languages
+        advice = f" ({flag} SOURCE,TARGET names both)" if flag else ""
+        raise TeacherError(f"{checkpoint}: {error}{advice}") from None
+
+
+def _said(tags: Tags) -> Dict[str, Any]:
+    """What a description says of tags: nothing where there are none, as before there were any."""
+    return {} if tags == Tags() else {"tags": {k: list(v) for k, v in tags._asdict().items()}}
+
+
+def _check_task(
+    checkpoint: Checkpoint,
+    ours: Tuple[str, str],
+    named: Tuple[str, str],
+    overrides: Mapping[str, Any],
+) -> None:
+    """Refuse what cannot teach at word level, or translates between other languages.
+
+    Args:
+        ours: what the data call the languages; ``named``: what flags say that the teacher does.
+    """
     arch = str(checkpoint.architecture)
     if checkpoint.task == "language_modeling" or arch.endswith("_lm") or "_lm_" in arch:
         raise TeacherError(
             f"{checkpoint} is a decoder-only language model ({arch}); a translation student needs "
             "an encoder-decoder teacher"
         )
-    if not (checkpoint.task in (None, PRETRAINED_BART) or checkpoint.is_translation):
+    if not (checkpoint.task in (None, *MULTILINGUAL) or checkpoint.is_translation):
         raise TeacherError(
             f"{checkpoint} was trained for the task {checkpoint.task!r}: {_WHAT_TEACHES}"
             f"{_SEQUENCES if translates_otherwise(checkpoint.task) else ''}"
             f"{checkpoint.advise_task()}"
         )
     theirs = checkpoint.languages_with(overrides)
-    ours = (student.source_lang, student.target_lang)
-    if all(theirs) and theirs != ours:
+    if all(theirs) and theirs not in (ours, named):
         advice = ""
         if checkpoint.role.overrides:
             names = dict(zip(("source_lang", "target_lang"), ours))

@@ -219,13 +219,14 @@ class RunningTeacher(Source):
 
     def _check_lengths(self) -> None:
         assert self.teacher is not None
-        limits = self.teacher.max_positions()
+        limits, tags = self.teacher.max_positions(), self.teacher.longer
         if (self._longest > limits).any():
+            beside = f" beside its tags, which take {tags[0]} and {tags[1]}" if any(tags) else ""
             raise TeacherError(
                 f"the data holds sentences of up to {self._longest[0]} source and "
                 f"{self._longest[1]} target tokens, the teacher reads at most {limits[0]} and "
-                f"{limits[1]}. Leave the longer ones out with --max-source-positions {limits[0]} "
-                f"--max-target-positions {limits[1]} (for validation data also "
+                f"{limits[1]}{beside}. Leave the longer ones out with --max-source-positions "
+                f"{limits[0]} --max-target-positions {limits[1]} (for validation data also "
                 "--skip-invalid-size-inputs-valid-test), or cut sources with --truncate-source."
             )
 

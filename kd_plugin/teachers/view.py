@@ -31,12 +31,15 @@ class TeacherView:
         student: the student's dictionaries.
         own: the teacher's.
         checkpoint: its, for messages.
+        tags: what it reads beside the sentences.
 
     Raises:
-        VocabularyError: the teacher lacks a symbol of the student.
+        VocabularyError: the teacher lacks a symbol of the student, or one of the tags.
     """
 
-    def __init__(self, student: Student, own: Dictionaries, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, student: Student, own: Dictionaries, checkpoint: Checkpoint, tags: Tags
+    ) -> None:
         source, target, role = own.source, own.target, checkpoint.role
         try:
             source_map = index_map(student.source.symbols, source.symbols, "source", role)
@@ -51,21 +54,18 @@ class TeacherView:
         if self._missing is not None and not self._missing.any():
             self._missing = None
         self._projection: Optional[Tuple[Tensor, Optional[Tensor]]] = None
-        tags = checkpoint.tags((student.source_lang, student.target_lang))
+        tags.refuse_lacking(source.symbols, target.symbols, str(checkpoint))
+        self.tags, self.longer = tags, tags.longer
         self._pad = source.pad()
         self._before_source = [source.index(symbol) for symbol in tags.before_source]
         self._after_source = [source.index(symbol) for symbol in tags.after_source]
         self._before_target = [target.index(symbol) for symbol in tags.before_target]
-        self._tagged, self.longer = tags != Tags(), tags.longer
         self.description = (
             f"source vocabulary {_fit(source_map, student.source, source)}, "
             f"target vocabulary {_fit(target_map, student.target, target)}"
         )
-        if self._tagged:
-            self.description += (
-                f"; reads {' '.join((*tags.before_source, '...', *tags.after_source))}, "
-                f"writes after {' '.join(tags.before_target)}"
-            )
+        if tags != Tags():
+            self.description += f"; {tags}"
 
     def to(self, device: torch.device) -> "TeacherView":
         for name in ("_read_source", "_read_target", "_target_map", "_missing"):
@@ -78,10 +78,10 @@ class TeacherView:
         """The student's ``net_input`` as the teacher's forward pass takes it."""
         source = _look_up(self._read_source, net_input["src_tokens"].to(device))
         target = _look_up(self._read_target, net_input["prev_output_tokens"].to(device))
-        if self._tagged:
-            source = _around(source, self._before_source, self._after_source, self._pad)
-            # the student's begins with the end of sentence
-            target = _around(target, self._before_target, [], self._pad, replaced=1)
+        if self.tags != Tags():
+            # the student's source ends with the end of sentence, and its target begins with it
+            source = _around(source, self._before_source, self._after_source, self._pad, last=1)
+            target = _around(target, self._before_target, [], self._pad, first=1)
         return {
             "src_tokens": source,
             "src_lengths": net_input["src_lengths"].to(device) + self.longer[0],
@@ -110,9 +110,11 @@ class TeacherView:
         if self._projection is None:
             # the projection's rows in the student's order: nothing to reorder in each batch
             index, bias = self._target_map.clamp(min=0), getattr(layer, "bias", None)
+            same = torch.equal(index, torch.arange(len(index), device=index.device))
+            rows: Any = slice(len(index)) if same else index  # those of tags lie behind: no copy
             self._projection = (
-                layer.weight.detach()[index],
-                None if bias is None else bias.detach()[index],
+                layer.weight.detach()[rows],
+                None if bias is None else bias.detach()[rows],
             )
         return self._without_missing(F.linear(features, *self._projection))
 
@@ -131,22 +133,27 @@ def _look_up(index: Optional[Tensor], tokens: Tensor) -> Tensor:
 
 
 def _around(
-    tokens: Tensor, before: Sequence[int], after: Sequence[int], pad: int, replaced: int = 0
+    tokens: Tensor,
+    before: Sequence[int],
+    after: Sequence[int],
+    pad: int,
+    first: int = 0,
+    last: int = 0,
 ) -> Tensor:
     """Sentences (B, T), padded on either side, with symbols before and after each.
 
     Args:
-        replaced: how many of a sentence's own first tokens those before it replace.
+        first, last: how many of a sentence's own tokens, on either side, these replace.
     """
-    (sentences, width), more = tokens.shape, len(before) - replaced
-    found = tokens.new_full((sentences, width + more + len(after)), pad)
+    (sentences, width), more = tokens.shape, len(before) - first
+    found = tokens.new_full((sentences, width + more + max(len(after) - last, 0)), pad)
     found[:, more : more + width] = tokens
     real, each = tokens.ne(pad).int(), torch.arange(sentences, device=tokens.device)
-    first, end = real.argmax(1), more + width - real.flip(1).argmax(1)
+    start, end = real.argmax(1), more + width - real.flip(1).argmax(1) - last
     for i, symbol in enumerate(before):
-        found[each, first + i] = symbol
-    for i, symbol in enumerate(after):
-        found[each, end + i] = symbol
+        found[each, start + i] = symbol
+    for i in range(max(len(after), last)):
+        found[each, end + i] = after[i] if i < len(after) else pad
     return found
 
 
