@@ -45,6 +45,10 @@ setup(
         "ctranslate2": ["ctranslate2>=4.0,<5"],
         # fairseq-kd-sequences --import of .zst files. 0.19: decompressors that know the end.
         "zstd": ["zstandard>=0.19,<1"],
+        # Of fairseq-kd-sequences: chrF of all pairs of hypotheses, equal to sacreBLEU's; and which
+        # language a text is in. The oldest are the last ones for Python 3.8.
+        "mbr": ["fastchrf>=0.1,<0.3"],
+        "languages": ["py3langid>=0.3,<0.5"],
         # What recipes/corpus.py phrases its sentences with. 2.12: format_compact_decimal for all
         # locales; 0.5.12: number words of all its languages on Python 3.8 and later.
         "recipes": ["Babel>=2.12,<3", "num2words>=0.5.12,<0.6", "ctranslate2>=4.0,<5"],
@@ -58,6 +62,8 @@ setup(
             "mypy>=1.11,<1.15",
             # 2.6: earlier ones break fairseq's import beside today's protobuf.
             "tensorboardX>=2.6,<3",
+            "fastchrf>=0.1,<0.3",
+            "py3langid>=0.3,<0.5",
         ],
     },
     entry_points={

@@ -8,27 +8,45 @@ from letters import LINES, LISTS, LetterCorpus, letters
 from sacrebleu import sentence_bleu, sentence_chrf
 
 from kd_plugin.decoding import Hypothesis, TextHypothesis, databin
-from kd_plugin.sequences import SELECTORS, Choice, Filters, Student, choose
+from kd_plugin.errors import UserError
+from kd_plugin.files import FileError
+from kd_plugin.sequences import Choice, Filters, Student, backward, choose, language, values
 from kd_plugin.sequences import choice as select
 
 
 @pytest.mark.parametrize(
-    "scores, expected",
-    [([1.0], 0), ([1.0, 2.0], 1), ([2.0, 2.0], 0), ([1.0, 3.0, 3.0, 2.0], 1), ([0.0, 0.0, 0.0], 0)],
+    "worth, expected",
+    [
+        ([1.0], [0]),
+        ([1.0, 2.0], [1, 0]),
+        ([2.0, 2.0], [0, 1]),
+        ([1.0, 3.0, 3.0, 2.0], [1, 2, 3, 0]),
+    ],
 )
-def test_of_equally_close_hypotheses_the_likeliest_is_taken(scores, expected):
-    assert select.highest(scores) == expected
+def test_of_equally_good_hypotheses_the_likeliest_comes_first(worth, expected):
+    assert select.in_order(worth) == expected
 
 
 @pytest.mark.parametrize("metric, reference", [("bleu", sentence_bleu), ("chrf", sentence_chrf)])
 def test_closeness_is_sacrebleus(metric, reference):
-    measure = select.similarity(metric)
-    pairs = [("The cat sat.", "The cat sat."), ("a b", "c d"), ("Hi!", "Hi there!"), ("", "a")]
-    for hypothesis, gold in pairs:
-        expected = reference(hypothesis, [gold]).score
-        assert measure(hypothesis, gold) == expected
-    assert measure("The cat sat.", "The cat sat.") == pytest.approx(100)
-    assert measure("a b", "c d") == 0
+    measure = values.pairwise(metric)
+    texts = [
+        "The cat sat.",
+        "a b",
+        "Hi!",
+        "Hi there!",
+        "",
+        "\u3000 \u00e4 x",
+        "a",
+        "c d",
+        "\U0001f600",
+    ]
+    lists = [texts, texts[::-1], texts[:1]], [texts, texts[2:5], []]
+    assert measure(*lists) == [
+        [[reference(text, [other]).score for other in others] for text in own]
+        for own, others in zip(*lists)
+    ]
+    assert measure([["The cat sat."]], [["The cat sat."]])[0][0][0] == pytest.approx(100)
 
 
 def test_a_score_per_token():
@@ -55,18 +73,18 @@ def toy():
 
 def test_best_and_closest(toy):
     best = choose(*(toy[0], LISTS, toy[1], Choice()))
-    assert best.which.tolist() == [0, 0, 0, -1, 0]
+    assert best.which[:, 0].tolist() == [0, 0, 0, -1, 0]
     assert best.dropped["longer_than_the_teacher_reads"] == 1 and sum(best.dropped.values()) == 1
     assert best.means["score_per_token"] == pytest.approx(-(0.1 + 0.3 + 0.5 + 0.9) / 4)
     assert best.means["closeness"] is None
     for metric in ("bleu", "chrf"):
         closest = choose(toy[0], LISTS, toy[1], Choice("closest", metric))
-        assert closest.which.tolist() == [1, 0, 0, -1, 1]
+        assert closest.which[:, 0].tolist() == [1, 0, 0, -1, 1]
 
 
 def test_far_from_the_reference(toy):
     chosen = choose(toy[0], LISTS, toy[1], Choice(min_closeness=99.0))
-    assert chosen.which.tolist() == [-1, 0, -1, -1, -1]
+    assert chosen.which[:, 0].tolist() == [-1, 0, -1, -1, -1]
     assert chosen.dropped["far_from_reference"] == 3
     assert chosen.means["closeness"] == pytest.approx(100)
 
@@ -78,7 +96,7 @@ def test_far_from_the_reference(toy):
 def test_the_share_with_the_lowest_scores(toy, quantile, which):
     choice = Choice(min_score_quantile=quantile)
     chosen = choose(toy[0], LISTS, toy[1], choice)
-    assert chosen.which.tolist() == which
+    assert chosen.which[:, 0].tolist() == which
     assert chosen.dropped["low_score"] == 4 - sum(i == 0 for i in which)
 
 
@@ -97,38 +115,218 @@ def test_what_cannot_be_encoded_anew_is_dropped(toy):
         assert chosen.dropped["unknown_symbol"] == dropped
 
 
-def test_a_selector_is_its_entry_in_the_table(toy, monkeypatch):
-    """Whatever gives each hypothesis a value: here the longest text."""
-
-    def length(candidates):
-        return [len(candidates.text(i)) for i in range(len(candidates))]
-
-    monkeypatch.setitem(SELECTORS, "longest", select.Selector("longest", "the longest", length))
-    chosen = choose(toy[0], LISTS, toy[1], Choice("longest"))
-    assert chosen.which.tolist() == [0, 0, 0, -1, 0]
-    shortest = select.Selector("shortest", "the shortest", lambda c: [-x for x in length(c)])
-    monkeypatch.setitem(SELECTORS, "shortest", shortest)
-    filters = Filters.off()
-    chosen = choose(toy[0], LISTS, toy[1], Choice("shortest", filters=filters))
-    assert chosen.which.tolist() == [0, 0, 1, -1, 1] and chosen.dropped["empty"] == 0
-    chosen = choose(toy[0], LISTS, toy[1], Choice("shortest"))
-    assert chosen.which.tolist() == [0, 0, -1, -1, 1] and chosen.dropped["empty"] == 1
-    assert not Choice("longest").needs_references and Choice("closest").needs_references
-
-
-def test_a_hypothesis_is_measured_once(toy):
+def test_a_hypothesis_is_measured_once():
     measured = []
 
-    def similarity(hypothesis, reference):
-        measured.append(hypothesis)
-        return 1.0
+    def pairwise(texts, others):
+        measured.extend(texts)
+        return [[[1.0]]]
 
     def text(hypothesis):
         return hypothesis.subwords.upper()
 
-    candidates = select.Candidates(LISTS[0][1], text, "A B C", similarity)
+    candidates = values.Candidates(LISTS[0][1], [], text, "A B C", pairwise)
     assert [candidates.closeness(i) for i in (0, 1, 1, 0)] == [1.0] * 4
-    assert measured == ["A B D", "A B C"]
+    assert measured == [["A B D"], ["A B C"]]
+
+
+# several, and other values
+
+
+def nbest(*texts):
+    return [Hypothesis(text, -0.1 * i, True) for i, text in enumerate(texts, 1)]
+
+
+def test_the_best_few_with_duplicates_once(toy):
+    lists = [
+        (0, nbest("a b c", "a b c", "a b", "c b a")),
+        (1, nbest("b c d", "", "b b")),
+        (3, nbest("d")),
+    ]
+    chosen = choose(toy[0], lists, toy[1], Choice(keep=2))
+    # what a filter drops is not replaced by a worse one
+    assert chosen.which.tolist() == [[0, 2], [0, -1], [-1, -1], [0, -1], [-1, -1]]
+    assert chosen.duplicates == 1 and chosen.dropped["empty"] == 1
+    assert chosen.dropped["longer_than_the_teacher_reads"] == 2
+    assert chosen.means["score_per_token"] == pytest.approx(-(0.1 + 0.3 + 0.1 + 0.1) / 4)
+    assert choose(toy[0], lists, toy[1], Choice()).duplicates == 0  # which nobody looked at
+    low = choose(toy[0], lists, toy[1], Choice(keep=2, min_score_quantile=0.25))
+    assert low.which.tolist() == [[0, -1], [0, -1], [-1, -1], [0, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize("metric, score", [("bleu", sentence_bleu), ("chrf", sentence_chrf)])
+def test_minimum_bayes_risk(toy, metric, score):
+    """The mean similarity to all hypotheses, by sacreBLEU's own sentence-level scores."""
+    texts = ["a b c d e", "h g", "a b c d g", "a b c", "a b c d e"]
+    means = [sum(score(text, [other]).score for other in texts) / len(texts) for text in texts]
+    expected = sorted({text: -mean for text, mean in zip(texts, means)}.items(), key=lambda p: p[1])
+    chosen = choose(
+        toy[0], [(0, nbest(*texts))], toy[1], Choice("mbr", metric, Filters.off(), keep=5)
+    )
+    found = [texts[j] for j in chosen.which[0] if j >= 0]
+    assert found == [text for text, _ in expected] and chosen.duplicates == 1
+
+
+def measures(choice, **changed):
+    return values.plain_measures("best", choice.metric)._replace(**changed)
+
+
+def test_values_of_a_file(toy, tmp_path):
+    path = tmp_path / "values"
+    path.write_text("1\n2\n3e0\n-1\n0\n0.5\n7\n8\n")
+    given = values.Given(str(path))
+    choice = Choice("scores", filters=Filters.off())
+    chosen = choose(toy[0], LISTS, toy[1], choice, measures=measures(choice, order=given))
+    assert chosen.which[:, 0].tolist() == [1, 0, 1, -1, 1]
+    given.end()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("1\n2\n3\n", "it has 3 lines, and there are more hypotheses"),
+        ("1\n" * 9, "it has 9 lines, and there are 8 hypotheses"),
+        ("1\n2\nx\n" + "1\n" * 5, "line 3: expected a number, got 'x'"),
+        ("1\nnan\n" + "1\n" * 6, "line 2: expected a number, got 'nan'"),
+    ],
+)
+def test_values_of_a_wrong_file(toy, tmp_path, content, message):
+    path = tmp_path / "values"
+    path.write_text(content)
+    given = values.Given(str(path))
+    choice = Choice("scores")
+    with pytest.raises(FileError, match=message):
+        choose(toy[0], LISTS, toy[1], choice, measures=measures(choice, order=given))
+        given.end()
+
+
+def test_a_score_beside_the_teachers(toy):
+    """Per token -0.1 and -0.2: the second wins with a weight above 0.1."""
+    back = [[-3.0, -2.0], [-1.0, -1.5], [-1.0, -9.0], [-1.0, -1.0]]
+
+    def backward(block):
+        return back
+
+    for weight, expected in ((0.0, 0), (0.09, 0), (0.11, 1)):
+        choice = Choice(backward_weight=weight)
+        how = measures(choice, backward=backward)
+        chosen = choose(toy[0], LISTS, toy[1], choice, measures=how)
+        assert chosen.which[:, 0].tolist() == [expected, 0, 0, -1, 0]
+    assert chosen.means["backward"] == pytest.approx(-(2.0 + 1.0 + 1.0 + 1.0) / 4)
+    choice = Choice(min_backward_quantile=0.25)
+    chosen = choose(toy[0], LISTS, toy[1], choice, measures=measures(choice, backward=backward))
+    assert chosen.which[:, 0].tolist() == [-1, 0, 0, -1, 0]
+    assert chosen.dropped["low_backward_score"] == 1
+
+
+def test_duplicates_of_other_sentences(toy):
+    """Of sentences with the same text the first one stays."""
+    corpus, student = toy
+    source = [corpus.source[i] for i in (0, 0, 1, 1, 2)]
+    corpus = corpus._replace(source=source)
+    lists = [(i, nbest(text)) for i, text in enumerate(("a", "b", "b", "b", "a"))]
+    for kind, expected in (
+        (None, [0, 0, 0, 0, 0]),
+        ("pairs", [0, 0, 0, -1, 0]),
+        ("source", [0, -1, 0, -1, 0]),
+        ("target", [0, 0, -1, -1, -1]),
+    ):
+        chosen = choose(corpus, lists, student, Choice(deduplicate=kind, filters=Filters.off()))
+        assert chosen.which[:, 0].tolist() == expected
+        assert chosen.dropped["duplicate"] == expected.count(-1)
+
+
+def test_languages():
+    pytest.importorskip("py3langid")
+    german = "Das Haus steht am Ende der Stra\u00dfe."
+    english = "The house is at the end of the road."
+    right = language.Languages(("de_DE", "en"))
+    assert not right.wrong((german, english))
+    assert right.wrong((english, english)) and right.wrong((german, german))
+    assert not right.wrong(("Ja!", "Hallo, Peter!"))  # too short to be told
+    assert language.Languages(("nb", "en")).codes == ["no", "en"]
+    with pytest.raises(UserError, match="does not know deu_Latn; expected two of "):
+        language.Languages(("deu_Latn", "en"))
+
+
+def test_another_language_is_dropped(toy, monkeypatch):
+    monkeypatch.setattr(select, "Languages", lambda codes: Wrong())
+
+    class Wrong:
+        def wrong(self, texts):
+            return texts == ("h b c d", "b c d")
+
+    chosen = choose(toy[0], LISTS, toy[1], Choice(languages=("aa", "bb")))
+    assert chosen.which[:, 0].tolist() == [0, -1, 0, -1, 0]
+    assert chosen.dropped["wrong_language"] == 1
+
+
+class Sized(NamedTuple):
+    """A sentence of which only the number of hypotheses matters."""
+
+    hypotheses: int
+
+    def __len__(self):
+        return self.hypotheses
+
+
+def test_kept_values_go_on_where_they_were(tmp_path):
+    blocks = [[Sized(2), Sized(1)], [Sized(3)], [Sized(1), Sized(2)]]
+    computed = []
+
+    def compute(block):
+        computed.append(block)
+        start = 10.0 * blocks.index(block)
+        return [[start + i for i in range(len(one))] for one in block]
+
+    def read(stop=3):
+        kept = values.Kept(compute, tmp_path / "values")
+        found = [[list(own) for own in kept(block)] for block in blocks[:stop]]
+        kept.close()
+        return found
+
+    expected = [[[0, 1], [0]], [[10, 11, 12]], [[20], [20, 21]]]
+    assert read(2) == expected[:2] and computed == blocks[:2]
+    assert read() == expected and computed == blocks
+    assert read() == expected and computed == blocks
+    # what a kill leaves: a part of a block, and of a number
+    path = tmp_path / "values"
+    path.write_bytes(path.read_bytes()[: 8 * 4 + 5])
+    assert read() == expected and computed == [*blocks, *blocks[1:]]
+    assert path.stat().st_size == 8 * 9
+
+
+def test_values_that_another_process_writes_are_computed(tmp_path):
+    def compute(block):
+        return [[1.0] * len(one) for one in block]
+
+    first, second = [values.Kept(compute, tmp_path / "values") for _ in range(2)]
+    assert first([Sized(2)]) == second([Sized(2)]) == [[1.0, 1.0]]
+    first.close()
+    second.close()
+    assert (tmp_path / "values").stat().st_size == 16
+
+
+def test_sources_scored_given_translations():
+    """Each pair once; what is too long gets the least."""
+    seen = []
+
+    def score(sources, targets):
+        seen.extend(zip(sources, targets))
+        return [-float(len(source)) for source in sources]
+
+    direction = backward.Direction("back.pt", ("en", "de"), score, (4, 6), -5.0)
+    how = backward.Backward(direction, lambda hypothesis: hypothesis.subwords.split())
+
+    def candidates(source, *texts):
+        return values.Candidates(nbest(*texts), source, None, None, None)
+
+    block = [candidates(["x", "y"], "a", "a b"), candidates(["z"], "a b c d", "a b c")]
+    assert how(block) == [[-1, -2], [backward.TOO_LONG, -3]]
+    assert seen == [(["a"], ["x", "y"]), (["a", "b"], ["x", "y"]), (["a", "b", "c"], ["z"])]
+    direction = direction._replace(guess=-1.0)
+    with pytest.raises(UserError, match="expected a model that translates from en to de"):
+        backward.Backward(direction, lambda hypothesis: hypothesis.subwords.split())(block)
 
 
 # hypotheses that are text
@@ -155,7 +353,7 @@ def test_text_is_chosen_as_its_subwords_would_be(toy, texts, choice):
     """The letters of a text are here the symbols of the dictionary."""
     expected = choose(toy[0], LISTS, texts[2], choice)
     found = choose(*texts[:2], texts[2], choice)
-    assert found.which.tolist() == expected.which.tolist()
+    assert found.which[:, 0].tolist() == expected.which[:, 0].tolist()
     assert found.dropped == expected.dropped and found.means == pytest.approx(expected.means)
 
 

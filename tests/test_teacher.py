@@ -120,7 +120,7 @@ def test_what_is_advised_for_other_names_of_languages_leads_to_the_same_teacher(
     renamed(teacher, tmp_path)
     save_dictionaries(tmp_path, dictionary(SOURCE), dictionary(TARGET))  # the student's, beside it
     for data in ([], [str(tmp_path)]):
-        with pytest.raises(TeacherError, match="translates a_A-b_B, the student aa-bb") as error:
+        with pytest.raises(TeacherError, match="translates a_A-b_B, expected was aa-bb") as error:
             logits(teacher, data=data)
         assert torch.equal(logits(teacher, overrides=advised_overrides(error), data=data), expected)
     assert not torch.equal(expected, logits(write_teacher(tmp_path)))

@@ -16,7 +16,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from .. import sequences
 from ..checkpoints import parse_overrides
-from ..decoding import Tokenizer, parse_languages
+from ..decoding import parse_languages
 from ..errors import Faults
 from ..export import QUANTIZATIONS
 from ..files import FileError
@@ -24,12 +24,12 @@ from ..sequences import exchange
 from ..sequences.student import SUBWORDS, TEXT
 from .arguments import (
     Help,
-    add_bleu_tokenize,
     add_trust,
     refuse_unsupported,
     run_like_fairseq,
     shard_of_process,
 )
+from .choice import add_choice, read_choice, refuse_choice
 
 PROG = "fairseq-kd-sequences"
 
@@ -42,20 +42,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(gen_subset="train", required_batch_size_multiple=1)
     add = parser.add_argument_group("sequence-level distillation").add_argument
     add("--output", required=True, metavar="DIR", help="data-bin to write")
-    add(
-        "--select",
-        default="best",
-        choices=tuple(sequences.SELECTORS),
-        help="which of the n best: "
-        + "; ".join(f"{one.name}, {one.description}" for one in sequences.SELECTORS.values()),
-    )
-    add(
-        "--metric",
-        default="bleu",
-        choices=sequences.METRICS,
-        help="measure of closeness: sacreBLEU's sentence-level score, on text without subwords",
-    )
-    add_bleu_tokenize(add)
     add(
         "--hypotheses",
         metavar="DIR",
@@ -146,57 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="in files with ids: drop sentences without a translation instead of refusing",
     )
-    add = parser.add_argument_group("filters: which sentences are dropped").add_argument
-    defaults = sequences.Filters()
-    add("--no-filters", action="store_true", help="switch off all filters but those given as flags")
-    add(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help=f"drop if either side has more than N subwords (default: {defaults.max_length})",
-    )
-    add(
-        "--max-length-ratio",
-        type=float,
-        metavar="R",
-        help=(
-            "drop if one side is more than R times as long as the other, in subwords and the end "
-            "of sentence "
-            f"(default: {defaults.max_length_ratio})"
-        ),
-    )
-    add(
-        "--max-repeats",
-        type=int,
-        metavar="N",
-        help=(
-            "drop if the hypothesis repeats its most frequent 4-gram more than N times more often "
-            f"than the source repeats its own (default: {defaults.max_repeats})"
-        ),
-    )
-    add(
-        "--keep-copies",
-        action="store_true",
-        help="keep copies of the source, which are dropped otherwise",
-    )
-    add(
-        "--keep-unfinished",
-        action="store_true",
-        help="keep hypotheses that the length limit has cut off, which are dropped otherwise",
-    )
-    add(
-        "--min-closeness",
-        type=float,
-        metavar="X",
-        help="drop if the --metric against the reference is below X, 0 to 100",
-    )
-    add(
-        "--min-score-quantile",
-        type=float,
-        default=0.0,
-        metavar="Q",
-        help="drop this share of the sentences: those with the teacher's lowest score per token",
-    )
+    add_choice(parser)
     return parser
 
 
@@ -211,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
         sequences.Asked(
             cfg=convert_namespace_to_omegaconf(options),
             output=options.output,
-            choice=_choice(options),
+            choice=read_choice(options),
             hypotheses=options.hypotheses,
             source_text=options.source_text,
             repeat_original=options.repeat_original if options.mix else 0,
@@ -243,7 +179,6 @@ def _refuse(options: argparse.Namespace) -> None:
     faults = Faults()
     refuse_unsupported(options, faults)
     check = faults.check
-    selector = sequences.SELECTORS[options.select]
     if options.imported:
         _refuse_for_import(options, faults)
     else:
@@ -254,25 +189,17 @@ def _refuse(options: argparse.Namespace) -> None:
         check(
             options.nbest <= options.beam, f"--nbest {options.nbest} needs --beam {options.nbest}"
         )
-        check(
-            options.nbest > 1 or not selector.needs_several,
-            f"--select {options.select} needs --nbest 2 or more, and --beam at least as large",
-        )
         for name in ("import_format", "import_as", "import_source", "import_incomplete"):
             check(not getattr(options, name), f"--{name.replace('_', '-')} needs --import")
     check(
         options.write_nbest is None or options.write_nbest.endswith(exchange.ENDINGS),
         f"--write-nbest {options.write_nbest}: expected a name with {', '.join(exchange.ENDINGS)}",
     )
-    if options.source_text:
-        check(
-            not selector.needs_references and options.min_closeness is None,
-            f"--source-text has no references for --select {options.select} or --min-closeness",
-        )
-        check(
-            os.path.isfile(options.source_text),
-            f"--source-text {options.source_text}: no such file",
-        )
+    refuse_choice(options, faults, None if options.imported else options.nbest)
+    check(
+        options.source_text is None or os.path.isfile(options.source_text),
+        f"--source-text {options.source_text}: no such file",
+    )
     check(
         options.student_data or not options.student_spm,
         "--student-spm needs --student-data, with the dictionaries that go with it",
@@ -285,18 +212,6 @@ def _refuse(options: argparse.Namespace) -> None:
         _student_langs(options)
     check(options.mix or options.repeat_original == 1, "--repeat-original needs --mix original")
     check(options.repeat_original >= 1, "--repeat-original must be 1 or more")
-    check(0 <= options.min_score_quantile < 1, "--min-score-quantile must be from 0 to below 1")
-    check(
-        options.min_closeness is None or 0 <= options.min_closeness <= 100,
-        "--min-closeness must be from 0 to 100",
-    )
-    if options.bleu_tokenize:
-        check(
-            _choice(options).uses_bleu,
-            "--bleu-tokenize needs --metric bleu, and --select closest or --min-closeness",
-        )
-        with faults.collecting():
-            Tokenizer.of("", options.bleu_tokenize)
     with faults.collecting():
         parse_overrides(options.model_overrides, "--model-overrides")
     if options.engine == "ctranslate2":
@@ -344,27 +259,6 @@ def _student_langs(options: argparse.Namespace) -> Optional[Tuple[str, str]]:
     if options.student_langs is None:
         return None
     return parse_languages(options.student_langs, "--student-langs")
-
-
-def _choice(options: argparse.Namespace) -> sequences.Choice:
-    base = sequences.Filters.off() if options.no_filters else sequences.Filters()
-    named = {
-        name: getattr(options, name)
-        for name in ("max_length", "max_length_ratio", "max_repeats")
-        if getattr(options, name) is not None
-    }
-    return sequences.Choice(
-        options.select,
-        options.metric,
-        base._replace(
-            copies=base.copies and not options.keep_copies,
-            unfinished=base.unfinished and not options.keep_unfinished,
-            **named,
-        ),
-        options.min_closeness,
-        options.min_score_quantile,
-        options.bleu_tokenize,
-    )
 
 
 if __name__ == "__main__":

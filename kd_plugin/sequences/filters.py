@@ -14,8 +14,11 @@ REASONS = (
     "copy_of_source",
     "repetition",
     "unknown_symbol",
+    "wrong_language",
     "far_from_reference",
+    "duplicate",
     "low_score",
+    "low_backward_score",
 )
 _NGRAM = 4
 
@@ -83,10 +86,6 @@ def _commonest(symbols: Sequence[str]) -> int:
     """How often the commonest 4-gram occurs."""
     ngrams = Counter(zip(*(symbols[i:] for i in range(_NGRAM))))
     return max(ngrams.values(), default=0)
-
-
-def new_counts() -> Dict[str, int]:
-    return {reason: 0 for reason in REASONS}
 
 
 def in_words(dropped: Dict[str, int]) -> str:

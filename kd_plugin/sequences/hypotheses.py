@@ -10,6 +10,7 @@ They lie in a folder::
     shards/             until then: a folder for each shard, with lines in the order of its batches
     source-*            a text's sentences in the teacher's indices
     ctranslate2-*       the teacher as CTranslate2 reads it
+    values-*            what each hypothesis is worth by some measure, 8 bytes each in their order
 
 The likeliest hypothesis is the first one. A score is fairseq's: the sum of the log-probabilities in
 nats, divided by the length (end of sentence included) to the power of ``--lenpen``; null where
@@ -38,6 +39,7 @@ from .student import SUBWORDS, TEXT, AnyHypothesis
 
 _PLAN, _LINES = "plan.npz", "hypotheses.jsonl"
 _KINDS = ("source", "ctranslate2")
+_VALUES = "values-"
 _VERSION = 1
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -66,7 +68,8 @@ class HypothesisStore(ShardedStore):
             shard_id=shard_id,
         )
         self._kept: List[str] = []
-        self.kind: Any = TextHypothesis if header.get("written") == TEXT else Hypothesis
+        self.written = header.get("written", SUBWORDS)
+        self.kind: Any = TextHypothesis if self.written == TEXT else Hypothesis
 
     def comparable(self, header: Dict[str, Any]) -> Dict[str, Any]:
         return {"written": SUBWORDS, **header}
@@ -78,7 +81,7 @@ class HypothesisStore(ShardedStore):
 
     def clear(self) -> None:
         """Remove what lies there of this class, but not what ``beside`` has named."""
-        kinds = [kind + "-*" for kind in _KINDS]
+        kinds = [kind + "-*" for kind in _KINDS] + [_VALUES + "*"]
         # the header last: what a kill leaves must not pass for something else's
         for pattern in (_LINES, _PLAN, self.SHARDS, *kinds, self.HEADER):
             for path in self.folder.glob(pattern):
@@ -101,6 +104,15 @@ class HypothesisStore(ShardedStore):
         name = f"{kind}-{hashlib.sha256(made_from.encode('utf-8')).hexdigest()[:12]}"
         self._kept.append(name)
         return self.folder / name
+
+    def values(self, depends_on: Dict[str, Any]) -> Path:
+        """Where values of these hypotheses are kept.
+
+        Args:
+            depends_on: all that they depend on beside the lists, as plain types.
+        """
+        made_from = json.dumps(depends_on, sort_keys=True).encode("utf-8")
+        return self.folder / f"{_VALUES}{hashlib.sha256(made_from).hexdigest()[:12]}"
 
     def append(self, nbest: Mapping[int, Sequence[AnyHypothesis]]) -> None:
         """Write the lists of this shard's next batch, by sentence."""

@@ -159,6 +159,7 @@ class Output:
         counts = {
             "sentences": len(corpus.source),
             "dropped": chosen.dropped,
+            "duplicates": chosen.duplicates,
             "distilled": kept,
             "original": originals.sentences if originals else 0,
         }
@@ -283,11 +284,12 @@ class Output:
                         ),
                     )
         for i, hypotheses in nbest:
-            if chosen.which[i] >= 0:
-                yield (
-                    student.sentence(databin.decode(source, corpus.source[i].tolist())),
-                    student.hypothesis(hypotheses[chosen.which[i]]),
-                )
+            for j in chosen.which[i]:
+                if j >= 0:
+                    yield (
+                        student.sentence(databin.decode(source, corpus.source[i].tolist())),
+                        student.hypothesis(hypotheses[j]),
+                    )
 
 
 def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
@@ -303,9 +305,14 @@ def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
         found.append(f"teacher's log-probability per token {bits:.3f} bits")
     if means["closeness"] is not None:
         found.append(f"mean closeness to the references {means['closeness']:.1f}")
+    if means.get("backward") is not None:
+        bits = means["backward"] / math.log(2)
+        found.append(f"log-probability of the source per token {bits:.3f} bits")
+    duplicates = counts.get("duplicates", 0)  # records from before several were kept have none
+    passed = f"; {duplicates} duplicates were passed over" if duplicates else ""
     return [
         f"{folder}: {counts['distilled']} distilled sentences{original}, "
         f"{counts['source_tokens']} source and {counts['target_tokens']} target tokens{unknown}",
-        f"  of {counts['sentences']} sentences {dropped} were dropped{reasons}",
+        f"  of {counts['sentences']} sentences {dropped} were dropped{reasons}{passed}",
         *(["  " + ", ".join(found)] if found else []),
     ]

@@ -21,11 +21,12 @@ from ..decoding.text import MARKS
 from ..export import ExportError, export_ctranslate2
 from ..files import Busy, FileError, digest, temporary
 from ..timing import progress_bar
-from . import exchange
+from . import exchange, measures
 from .choice import Choice, choose
 from .hypotheses import HypothesisStore
+from .language import OWN_LANGUAGES
 from .output import HYPOTHESES, Originals, Output
-from .student import SUBWORDS, Student, open_student
+from .student import SUBWORDS, TEXT, Student, open_student
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
     data = DataBin(cfg.task.data, cfg.task.source_lang, cfg.task.target_lang)
     to_text, to_subwords = decoding.text_functions(task, cfg, data)
     _refuse_subwords(asked, cfg, data, to_text)
+    if asked.choice.languages == OWN_LANGUAGES:
+        asked = asked._replace(choice=asked.choice._replace(languages=data.langs))
     tokenizer = Tokenizer.of(cfg.task.target_lang, asked.choice.tokenize)
     imported = _open_imported(asked, cfg, data, files) if files else None
     student = open_student(
@@ -149,6 +152,9 @@ def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
         asked, cfg, task, data, to_subwords=to_subwords, store=store, imported=imported
     )
     originals = _originals(asked, cfg, data)
+    read = student.data if store.written == TEXT else data
+    how = measures.Running(device, dtype, asked.trust)
+    measures.check(asked.choice, corpus, read, how)
     if asked.choice.uses_bleu and corpus.references is not None:
         _warn_of_words(tokenizer, corpus, to_text)
     if store.complete:
@@ -174,13 +180,20 @@ def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
         output.refresh()  # another process may have written it
         _refuse_others(asked, output, store)
         if not output.complete:
-            chosen = choose(
-                *(corpus, store, student, asked.choice),
+            with measures.opened(
+                *(asked.choice, read, student),
+                store=store,
+                text=decoding.describe_text(cfg),
                 tokenizer=tokenizer,
-                lenpen=cfg.generation.lenpen,
-                unnormalized=cfg.generation.unnormalized,
-                missing="without_translation" if imported else "longer_than_the_teacher_reads",
-            )
+                how=how,
+            ) as found:
+                chosen = choose(
+                    *(corpus, store, student, asked.choice),
+                    measures=found,
+                    lenpen=cfg.generation.lenpen,
+                    unnormalized=cfg.generation.unnormalized,
+                    missing="without_translation" if imported else "longer_than_the_teacher_reads",
+                )
             if output.differences():
                 print(f"replacing {output.contents()}", flush=True)
             output.write(corpus, store, chosen, student, originals=originals)
@@ -328,6 +341,12 @@ def _settings(
         "filters": filters,
         "min_closeness": choice.min_closeness,
         "min_score_quantile": choice.min_score_quantile,
+        # None where records of before would have nothing
+        "keep": choice.keep if choice.keep > 1 else None,
+        "scores": digest(choice.scores) if choice.scores else None,
+        "backward": _backward(choice),
+        "languages": list(choice.languages) if choice.languages else None,
+        "deduplicate": choice.deduplicate,
         "text": decoding.describe_text(cfg),
         "original": asked.repeat_original,
         "student_spm": digest(asked.student_spm) if asked.student_spm else None,
@@ -335,6 +354,16 @@ def _settings(
         "student_files": {
             name: digest(str(path)) for name, path in student.data.carried_files().items()
         },
+    }
+
+
+def _backward(choice: Choice) -> Optional[Dict[str, Any]]:
+    if choice.backward_path is None:
+        return None
+    return {
+        "models": [digest(path) for path in utils.split_paths(choice.backward_path)],
+        "weight": choice.backward_weight,
+        "min_quantile": choice.min_backward_quantile,
     }
 
 

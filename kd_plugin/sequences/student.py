@@ -4,7 +4,7 @@ Whatever a hypothesis holds, subwords of the data's dictionary or running text, 
 its text and its subwords; nothing else asks which of the two it is.
 """
 
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import sentencepiece
 
@@ -59,7 +59,7 @@ class Student(NamedTuple):
             return words(self._encode(hypothesis.text))
         return words(hypothesis.subwords)
 
-    def cannot_read(self, unknown: str, source: List[str], hypothesis: AnyHypothesis) -> bool:
+    def cannot_read(self, unknown: str, source: Sequence[str], hypothesis: AnyHypothesis) -> bool:
         """Whether a pair holds a symbol whose text nobody knows, and needs that text.
 
         Args:

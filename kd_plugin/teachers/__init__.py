@@ -1,6 +1,6 @@
 """Teachers: run, checked against the student, and asked about every batch of a training."""
 
-from .probe import probe
+from .probe import probe, token_losses
 from .run import TRAINING, Teacher, TeacherError, TeacherSettings
 from .source import CachedTeacher, Needs, NoTeacher, RunningTeacher, Source, Step
 from .view import Student, TeacherView
@@ -19,4 +19,5 @@ __all__ = [
     "TeacherSettings",
     "TeacherView",
     "probe",
+    "token_losses",
 ]

@@ -39,7 +39,7 @@ def probe(teacher: Teacher, dataset: Any, student: Student, subset: str) -> None
         batch = dataset.collater([dataset[int(i)] for i in chosen[start : start + _BATCH]])
         refuse_unknown_numbers(batch["net_input"]["src_tokens"].flatten(), len(student.source))
         refuse_unknown_numbers(batch["target"].flatten(), len(student.target))
-        found = _nll(teacher, batch, student)
+        found = token_losses(teacher, batch, student)
         nll, count = nll + found.sum().item(), count + found.numel()
     bits, guess = nll / count / math.log(2), math.log2(len(student.target))
     logger.info(
@@ -56,8 +56,15 @@ def probe(teacher: Teacher, dataset: Any, student: Student, subset: str) -> None
         )
 
 
-def _nll(teacher: Teacher, batch: Any, student: Student) -> torch.Tensor:
-    """The teacher's nll of each reference token of a batch, in nats; a few rows at a time."""
+@torch.no_grad()
+def token_losses(teacher: Teacher, batch: Any, student: Student) -> torch.Tensor:
+    """The teacher's nll of each target token of a batch that is no padding, in nats, float64.
+
+    A few rows at a time.
+
+    Raises:
+        NotFiniteTeacherError: it gives NaN.
+    """
     target = batch["target"].flatten()
     rows = target.ne(student.target.pad()).nonzero().squeeze(-1)
     answer = teacher(batch["net_input"])

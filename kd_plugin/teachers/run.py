@@ -320,7 +320,7 @@ def _check_task(
                 f'{checkpoint.role.overrides} "{names}"'
             )
         raise TeacherError(
-            f"{checkpoint} translates {'-'.join(map(str, theirs))}, the student "
+            f"{checkpoint} translates {'-'.join(map(str, theirs))}, expected was "
             f"{'-'.join(ours)}.{advice}"
         )
 

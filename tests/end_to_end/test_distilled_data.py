@@ -1,6 +1,7 @@
 """fairseq-kd-sequences: the teacher's translations, as a data-bin that trains."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -152,6 +153,58 @@ def test_choosing_again_decodes_nothing(data, weak, made, tmp_path):
     assert "Translated" not in run.text and not (best / "hypotheses").exists()
     expected = [nbest[0][0] for _, nbest in sorted(lists(folder).items())]
     assert text_of(best, TARGET) == [said for said in expected if said]
+
+
+@pytest.fixture(scope="module")
+def backward(data, tmp_path_factory) -> Path:
+    """A model of the other direction."""
+    folder = tmp_path_factory.mktemp("backward")
+    return train_teacher(data, folder, transformer(32), 120, "-s", TARGET, "-t", SOURCE)
+
+
+def test_the_one_that_tells_most_of_its_source(data, weak, made, backward, tmp_path):
+    """Sources are scored as fairseq-generate scores references."""
+    kept = ("--hypotheses", made.output / "hypotheses")
+    how = ("--select", "backward", "--backward-path", backward, *BEAM, *kept, "--no-filters")
+
+    def score(output):
+        """Of each pair that was written, per token, in bits."""
+        run = fairseq(
+            *("fairseq-generate", output, *USER_DIR, "--path", backward, "--gen-subset", "train"),
+            *("-s", TARGET, "-t", SOURCE, "--score-reference", "--cpu"),
+            *("--required-batch-size-multiple", 1),
+        ).ok()
+        return dict(re.findall(r"^H-(\d+)\t(\S+)", run.text, re.MULTILINE))
+
+    best = tmp_path / "best"
+    write_sequences(data, weak, best, *how, "--keep", 1).ok()
+    scores = [float(value) for value in score(best).values()]
+    assert len(scores) == 640
+    mean = record(best)["means"]["backward"] / math.log(2)
+    assert mean == pytest.approx(sum(scores) / 640, abs=1e-4)
+    # all of them, in this order: each sentence's first is the one that was chosen above
+    every = tmp_path / "every"
+    write_sequences(data, weak, every, *how, "--keep", 4).ok()
+    assert record(every)["counts"]["distilled"] == 4 * 640
+    # kept once for both; and those of the closest
+    values = [*(made.output / "hypotheses").glob("values-*[0-9a-f]")]
+    assert [path.stat().st_size for path in values] == [8 * 4 * 640] * 2
+    scores = score(every)
+    sources = text_of(every, SOURCE)
+    ordered = [float(scores[str(i)]) for i in range(len(sources))]
+    by_source = {}
+    for source, value in zip(sources, ordered):
+        by_source.setdefault(source, []).append(value)
+    single = [own for source, own in by_source.items() if len(own) <= 4]
+    assert len(single) > 300
+    assert all(a >= b - 1e-4 for own in single for a, b in zip(own, own[1:]))
+
+
+def test_a_model_of_the_same_direction_is_no_backward_one(data, weak, made, tmp_path):
+    how = ("--min-backward-quantile", 0.1, "--backward-path", weak, *BEAM)
+    refusal = write_sequences(data, weak, tmp_path / "no", *how, tool=support.in_process).refusal
+    assert f"{weak} translates aa-bb, expected was bb-aa" in refusal
+    assert not (tmp_path / "no").exists()
 
 
 def test_languages_need_not_be_told(data, weak, tmp_path):
@@ -429,6 +482,24 @@ def test_bad_flags_are_named_together(data, weak, tmp_path):
         "--bleu-tokenize no: expected one of",
     ):
         assert part in message
+    message = refused(
+        *(data, weak, tmp_path, "--keep", 0, "--select", "closest", "--scores", tmp_path / "no"),
+        *("--backward-weight", 1, "--min-backward-quantile", -0.5, "--languages", "a"),
+        *("--nbest", 2, "--beam", 2),
+    )
+    for part in (
+        "--keep must be 1 or more",
+        "--select scores and --scores FILE go together",
+        "no: no such file",
+        "--backward-weight and --min-backward-quantile: needs --backward-path",
+        "--min-backward-quantile must be from 0",
+        "--backward-weight goes with --select best",
+        "--languages",
+    ):
+        assert part in message
+    message = refused(data, weak, tmp_path, "--keep", 3, "--backward-path", weak)
+    assert "--keep 3 needs --nbest 3 or more" in message
+    assert "--backward-path: say what for" in message
     message = refused(data, weak, tmp_path, "--select", "closest")
     assert "--select closest needs --nbest 2 or more" in message
     message = refused(data, weak, tmp_path, "--gen-subset", "nothing")
