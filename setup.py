@@ -49,6 +49,11 @@ setup(
         # language a text is in. The oldest are the last ones for Python 3.8.
         "mbr": ["fastchrf>=0.1,<0.3"],
         "languages": ["py3langid>=0.3,<0.5"],
+        # fairseq-kd-sequences with a tokenizer or a model of Hugging Face's. 4.46: the last for
+        # Python 3.8, with torch 1.12; 4.57: tried with torch 2.13. 5 imports torchaudio with every
+        # model, and ve-fairseq brings one that need not fit torch. safetensors: what weights are
+        # written in for the converter.
+        "transformers": ["transformers>=4.46,<5", "safetensors>=0.4,<1", "ctranslate2>=4.0,<5"],
         # What recipes/corpus.py phrases its sentences with. 2.12: format_compact_decimal for all
         # locales; 0.5.12: number words of all its languages on Python 3.8 and later.
         "recipes": ["Babel>=2.12,<3", "num2words>=0.5.12,<0.6", "ctranslate2>=4.0,<5"],

@@ -14,6 +14,7 @@ from kd_plugin.decoding import (
     CTranslate2Engine,
     DataBin,
     FairseqEngine,
+    SymbolReading,
     databin,
     placement,
 )
@@ -77,7 +78,8 @@ def test_flags_that_ctranslate2_refuses_are_the_users_mistake(task):
     task.src_dict.add_symbol("a")
     engine = engine_of(
         CTranslate2Engine,
-        **{"task": task, "generation": GenerationConfig(), "max_positions": 9, "workers": 1},
+        **{"reading": SymbolReading(task), "generation": GenerationConfig()},
+        **{"max_positions": 9, "workers": 1},
         **{"split": {}, "translator": Translator()},
     )
     with pytest.raises(UserError, match="CTranslate2 refuses.*min_decoding_length is greater"):
@@ -112,7 +114,8 @@ def test_ctranslate2_gets_and_gives_what_fairseq_does(task):
     task.src_dict.add_symbol("a")
     engine = engine_of(
         CTranslate2Engine,
-        **{"task": task, "generation": GenerationConfig(), "max_positions": 9, "workers": 1},
+        **{"reading": SymbolReading(task), "generation": GenerationConfig()},
+        **{"max_positions": 9, "workers": 1},
         **{"split": {}, "translator": Translator()},
     )
     # fairseq's encoder sees an end within a sentence, and no pads

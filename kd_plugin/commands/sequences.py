@@ -6,6 +6,7 @@ chooses one hypothesis for each sentence, and writes a complete data-bin (Kim & 
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import List, Optional, Tuple
@@ -16,7 +17,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from .. import sequences
 from ..checkpoints import parse_overrides
-from ..decoding import parse_languages
+from ..decoding import Around, parse_languages
 from ..errors import Faults
 from ..export import QUANTIZATIONS
 from ..files import FileError
@@ -32,6 +33,8 @@ from .arguments import (
 from .choice import add_choice, read_choice, refuse_choice
 
 PROG = "fairseq-kd-sequences"
+_AROUND = ("source_prefix", "source_suffix", "target_prefix")
+_OF_FOLDERS = ("teacher_spm", "teacher_tokenizer", *_AROUND)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -95,6 +98,24 @@ def make_parser() -> argparse.ArgumentParser:
         help="also write source, hypotheses and scores as text, for scoring or translating "
         f"elsewhere; the name says how: {', '.join(exchange.ENDINGS)}",
     )
+    folder = parser.add_argument_group("a teacher that is a folder, with --engine ctranslate2")
+    folder.add_argument(
+        "--teacher-spm",
+        metavar="SOURCE[:TARGET]",
+        help="SentencePiece models that cut text into the tokens of the CTranslate2 folder --path",
+    )
+    folder.add_argument(
+        "--teacher-tokenizer",
+        metavar="DIR",
+        help="folder with its tokenizer of Hugging Face's (default: --path, if that is a model of "
+        "transformers)",
+    )
+    for flag, what in (
+        ("--source-prefix", "its tokens before every source"),
+        ("--source-suffix", "its tokens behind every source (default: its end of sentence)"),
+        ("--target-prefix", "its tokens that every translation begins with"),
+    ):
+        folder.add_argument(flag, metavar="TOKENS", help=what + ", with spaces or commas between")
     add("--overwrite", action="store_true", help="replace what another command made in --output")
     add_trust(add)
     add = parser.add_argument_group("translations made elsewhere, instead of --path").add_argument
@@ -156,6 +177,9 @@ def run(options: argparse.Namespace) -> None:
             student_langs=_student_langs(options),
             task_given=options.task_given,
             engine=options.engine,
+            teacher_spm=utils.split_paths(options.teacher_spm) if options.teacher_spm else (),
+            teacher_tokenizer=options.teacher_tokenizer,
+            around=Around(*(_tokens(getattr(options, name)) for name in _AROUND)),
             compute_type=options.compute_type,
             trust=options.trust_checkpoint,
             overwrite=options.overwrite,
@@ -214,10 +238,20 @@ def _refuse(options: argparse.Namespace) -> None:
     check(options.repeat_original >= 1, "--repeat-original must be 1 or more")
     with faults.collecting():
         parse_overrides(options.model_overrides, "--model-overrides")
+    is_folder = os.path.isdir(options.path or "")
     if options.engine == "ctranslate2":
         _refuse_for_ctranslate2(options, faults)
     else:
         check(not options.compute_type, "--compute-type needs --engine ctranslate2")
+        check(not is_folder, f"--path {options.path} is a folder: give --engine ctranslate2, too")
+    if is_folder:
+        _refuse_for_folder(options, faults)
+    else:
+        given = [_flag(name) for name in _OF_FOLDERS if getattr(options, name) is not None]
+        check(
+            not given,
+            f"{', '.join(given)}: for a teacher that is a folder of CTranslate2's or transformers'",
+        )
     faults.raise_if_any(FileError)
 
 
@@ -245,7 +279,7 @@ def _refuse_for_ctranslate2(options: argparse.Namespace, faults: Faults) -> None
     for name in ("diverse_beam_groups", "diversity_rate", "match_source_len", "unkpen"):
         check(
             getattr(options, name) in (-1, -1.0, False, 0),
-            f"--engine ctranslate2 has no --{name.replace('_', '-')}",
+            f"--engine ctranslate2 has no {_flag(name)}",
         )
     if options.sampling:
         check(options.temperature > 0, "--temperature must be above 0")
@@ -253,6 +287,32 @@ def _refuse_for_ctranslate2(options: argparse.Namespace, faults: Faults) -> None
         check(
             options.temperature == 1, "--engine ctranslate2 has --temperature with --sampling alone"
         )
+
+
+def _refuse_for_folder(options: argparse.Namespace, faults: Faults) -> None:
+    for name in ("trust_checkpoint", "model_overrides"):
+        given = getattr(options, name)
+        faults.check(given in (False, "{}", None), f"{_flag(name)} is for checkpoints")
+    faults.check(
+        options.teacher_spm is None or options.teacher_tokenizer is None,
+        "--teacher-spm and --teacher-tokenizer: give one of them",
+    )
+    if options.teacher_spm is not None:
+        models = utils.split_paths(options.teacher_spm)
+        faults.check(
+            1 <= len(models) <= 2,
+            f"--teacher-spm {options.teacher_spm}: expected one model, or the source's and the "
+            "target's with ':' between",
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _tokens(text: Optional[str]) -> Optional[Tuple[str, ...]]:
+    """The tokens that a flag lists, with spaces or commas between; None of None."""
+    return None if text is None else tuple(part for part in re.split(r"[\s,]+", text) if part)
 
 
 def _student_langs(options: argparse.Namespace) -> Optional[Tuple[str, str]]:

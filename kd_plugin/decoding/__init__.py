@@ -1,6 +1,7 @@
 """Models that translate: data-bins, what is decoded in which batches, and what decodes it."""
 
 from .bleu import Tokenizer
+from .converted import Converted, vocabularies
 from .corpus import DEFAULT_MAX_TOKENS, Corpus, batch_limits, describe, plan
 from .databin import DataBin, infer_languages, parse_languages
 from .engines import (
@@ -10,10 +11,21 @@ from .engines import (
     TextHypothesis,
     refining_flags,
 )
+from .huggingface import TransformersTokens
 from .models import build_models, open_checkpoints, own_task, placement, set_up_task
+from .reading import Around, SymbolReading, TextReading
 from .text import describe_text, text_functions
+from .tokens import SentencePieceTokens, open_sentencepiece
 
 __all__ = [
+    "Around",
+    "Converted",
+    "SentencePieceTokens",
+    "SymbolReading",
+    "TextReading",
+    "TransformersTokens",
+    "open_sentencepiece",
+    "vocabularies",
     "DEFAULT_MAX_TOKENS",
     "CTranslate2Engine",
     "Corpus",

@@ -10,13 +10,17 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 import numpy as np
 import torch
 from fairseq import utils
+from fairseq.data import FairseqDataset
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import DictConfig
 
 from ..checkpoints import reads_as_translation
 from ..files import FileError, digest, read_whole, reading_binarised, remove, temporary
+from ..shards import line_ends
+from ..timing import progress_bar
 from . import databin
 from .databin import DataBin
+from .reading import TextReading
 
 # Of a batch, where neither --max-tokens nor --batch-size is given; as fairseq-generate
 DEFAULT_MAX_TOKENS = 12000
@@ -125,6 +129,89 @@ class Corpus(NamedTuple):
         with reading_binarised(prefix, "Delete both files and run the same command again"):
             source = databin.read(str(prefix))
         return cls(_for_inference(task, source), source, None, data)
+
+
+class SourceLines:
+    """The lines of ``--source-text``, without their ends; only where each ends is held in memory.
+
+    Processes may share it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self._ends = path, line_ends(Path(path))
+        size = os.path.getsize(path)
+        if (self._ends[-1] if len(self._ends) else 0) < size:
+            self._ends = np.append(self._ends, size)
+        self._content: Any = np.memmap(path, np.uint8, mode="r") if size else b""
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> str:
+        line = bytes(self._content[self._ends[i - 1] if i else 0 : self._ends[i]])
+        try:
+            return line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise FileError(
+                f"--source-text {self.path}, line {i + 1}: not UTF-8 ({error.reason})"
+            ) from None
+
+
+class TextDataset(FairseqDataset):
+    """Sentences in the tokens of a teacher that reads text.
+
+    Args:
+        reading: the teacher's.
+        text: the running text of a sentence.
+        sentences: how many there are.
+    """
+
+    def __init__(self, reading: TextReading, text: Callable[[int], str], sentences: int) -> None:
+        self._reading, self._text, self._sentences = reading, text, sentences
+        self._sizes: Optional[np.ndarray] = None
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """How many tokens the teacher reads of each sentence, int32; found when first asked."""
+        if self._sizes is None:
+            self._sizes = np.zeros(len(self), dtype=np.int32)
+            with progress_bar(len(self), "reading", "sentences") as progress:
+                for i in range(len(self)):
+                    self._sizes[i] = max(self._reading.length(self[i][1]), 1)
+                    progress.update(1)
+        return self._sizes
+
+    def __len__(self) -> int:
+        return self._sentences
+
+    def __getitem__(self, i: int) -> Tuple[int, List[str]]:
+        return int(i), self._reading.tokens(self._text(int(i)))
+
+    def collater(self, samples: Sequence[Tuple[int, List[str]]]) -> Dict[str, Any]:
+        return {
+            "id": torch.tensor([i for i, _ in samples]),
+            "tokens": [tokens for _, tokens in samples],
+        }
+
+    # for fairseq's batches
+
+    def num_tokens(self, index: int) -> int:
+        return int(self.sizes[index])
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return self.sizes[indices]
+
+    def size(self, index: int) -> int:
+        return self.num_tokens(index)
+
+    def ordered_indices(self) -> np.ndarray:
+        return np.argsort(self.sizes, kind="mergesort")
+
+    def filter_indices_by_size(
+        self, indices: np.ndarray, max_sizes: Any
+    ) -> Tuple[np.ndarray, List[int]]:
+        fits = self.sizes[indices] <= max_sizes[0]
+        return indices[fits], indices[~fits].tolist()
 
 
 def _for_inference(task: Any, source: Any, sizes: Any = None) -> Any:

@@ -11,6 +11,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -24,9 +25,8 @@ from fairseq.tasks.translation_lev import TranslationLevenshteinTask
 from torch import Tensor
 
 from ..checkpoints import is_autoregressive
-from ..errors import UserError
+from ..errors import UserError, out_of_memory
 from ..files import FileError
-from . import databin
 from .databin import DataBin
 from .text import added
 
@@ -184,17 +184,18 @@ class CTranslate2Engine:
     On a CPU there are as many workers as fairseq would have threads, so that speeds compare.
 
     Args:
-        task: a translation task with the teacher's dictionaries.
+        reading: what batches say to the model, and what it says: ``SymbolReading`` or
+            ``TextReading``.
         model: a folder with the converted teacher.
         generation: fairseq's ``GenerationConfig``.
         device: "cpu" or "cuda".
         compute_type: CTranslate2's name of the precision.
-        max_positions: symbols of the longest hypothesis.
+        max_positions: tokens of the longest hypothesis.
     """
 
     def __init__(
         self,
-        task: Any,
+        reading: Any,
         model: Path,
         generation: Any,
         *,
@@ -205,7 +206,7 @@ class CTranslate2Engine:
     ) -> None:
         import ctranslate2
 
-        self.task, self.generation, self.max_positions = task, generation, max_positions
+        self.reading, self.generation, self.max_positions = reading, generation, max_positions
         cpu = device == "cpu"
         # a CPU does more with a single-threaded worker per core, and with what fits its caches
         self.workers = threads() if cpu else 1
@@ -220,23 +221,23 @@ class CTranslate2Engine:
                 intra_threads=1,
                 max_queued_batches=-1,
             )
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, ValueError) as error:
             raise FileError(f"{model}: CTranslate2 cannot open it ({error})") from error
 
-    def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[NBest]:
+    def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[Mapping[int, List[Any]]]:
         """As ``FairseqEngine.decode``."""
         waiting: Deque[Tuple[List[int], Any]] = deque()
         for sample in batches:
-            waiting.append((sample["id"].tolist(), self._begin(sample["net_input"]["src_tokens"])))
+            waiting.append((sample["id"].tolist(), self._begin(sample)))
             if len(waiting) > 2 * self.workers:
                 yield self._end(*waiting.popleft())
         while waiting:
             yield self._end(*waiting.popleft())
 
-    def _begin(self, src_tokens: Tensor) -> Any:
-        g, dictionary = self.generation, self.task.source_dictionary
-        sources = [databin.symbols_seen(dictionary, row) for row in src_tokens.tolist()]
-        longest = min(int(g.max_len_a * src_tokens.size(1) + g.max_len_b), self.max_positions - 1)
+    def _begin(self, sample: Dict[str, Any]) -> Any:
+        g, prefix = self.generation, list(self.reading.target_prefix)
+        sources, width = self.reading.sources(sample)
+        longest = min(int(g.max_len_a * width + g.max_len_b), self.max_positions - 1 - len(prefix))
         how: Dict[str, Any] = {"beam_size": g.beam, "num_hypotheses": g.nbest}
         if g.sampling:
             how = {
@@ -246,6 +247,8 @@ class CTranslate2Engine:
                 "sampling_topp": g.sampling_topp if g.sampling_topp > 0 else 1.0,
                 "sampling_temperature": g.temperature,
             }
+        if prefix:
+            how["target_prefix"] = [prefix] * len(sources)
         try:
             return self.translator.translate_batch(
                 sources,
@@ -254,8 +257,9 @@ class CTranslate2Engine:
                 return_end_token=True,
                 length_penalty=0 if g.unnormalized else g.lenpen,
                 no_repeat_ngram_size=g.no_repeat_ngram_size,
-                max_decoding_length=longest + 1,
-                min_decoding_length=max(g.min_len, 1),
+                # the prefix is counted
+                max_decoding_length=longest + 1 + len(prefix),
+                min_decoding_length=max(g.min_len, 1) + len(prefix),
                 max_input_length=0,
                 **self.split,
                 **how,
@@ -263,24 +267,32 @@ class CTranslate2Engine:
         except ValueError as error:
             raise _refused("CTranslate2", error) from error
 
-    def _end(self, ids: List[int], results: Sequence[Any]) -> NBest:
-        dictionary = self.task.target_dictionary
-        begin, end = dictionary[dictionary.bos()], dictionary[dictionary.eos()]
+    def _end(self, ids: List[int], results: Sequence[Any]) -> Dict[int, List[Any]]:
         found = {}
         for i, waiting in zip(ids, results):
-            result = waiting.result()
-            found[i] = [
-                Hypothesis(
-                    " ".join(symbol for symbol in symbols if symbol not in (begin, end)),
-                    float(score),
-                    symbols[-1:] in ([end], []),  # nothing is its translation of nothing
-                )
-                for symbols, score in zip(result.hypotheses, result.scores)
-            ]
+            try:
+                result = waiting.result()
+            except RuntimeError as error:
+                if out_of_memory(error) is not None:
+                    raise
+                raise FileError(f"CTranslate2 cannot translate sentence {i}: {error}") from error
+            found[i] = [self._read(*one) for one in zip(result.hypotheses, result.scores)]
         improbable = [i for i, nbest in found.items() if not math.isfinite(nbest[0].score)]
         if improbable:
             raise _no_translation(improbable, "CTranslate2's scores are not finite")
+        if self.reading.target_prefix:
+            for nbest in found.values():  # as they rank without it
+                nbest.sort(key=lambda one: -one.score)
         return found
+
+    def _read(self, tokens: Sequence[str], score: float) -> Any:
+        # nothing is its translation of nothing
+        finished = tokens[-1:] in ([self.reading.end], [])
+        prefix = len(self.reading.target_prefix)
+        if 0 < prefix < len(tokens) and not self.generation.unnormalized:
+            # it has no probability, but CTranslate2 divides by its length, too
+            score *= (len(tokens) / (len(tokens) - prefix)) ** self.generation.lenpen
+        return self.reading.hypothesis(tokens[prefix:], float(score), finished)
 
 
 def _refused(engine: str, error: Exception) -> FileError:

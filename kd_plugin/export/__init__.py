@@ -4,7 +4,7 @@
 ``pipeline.FORMATS``.
 """
 
-from .ctranslate2 import QUANTIZATIONS, export_ctranslate2, read_record, symbols_of
+from .ctranslate2 import QUANTIZATIONS, export_ctranslate2, read_record
 from .formats import ExportError, Format, flag_name
 from .pipeline import FORMATS, Asked, make
 
@@ -18,5 +18,4 @@ __all__ = [
     "flag_name",
     "make",
     "read_record",
-    "symbols_of",
 ]

@@ -1,6 +1,5 @@
 """Models for CTranslate2: a folder with the model, its README and a record of what it is."""
 
-import json
 import logging
 import os
 import re
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from fairseq.data import Dictionary
-from sentencepiece import SentencePieceProcessor
 
 from .. import decoding
 from ..checkpoints import Checkpoint, digest
@@ -68,10 +66,9 @@ class CTranslate2Format(Format):
             found.append("--max-positions must be 2 or more")
         if spm:
             try:
-                SentencePieceProcessor(model_file=spm)
-            except (OSError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
-                found.append(f"--spm {spm}: not a SentencePiece model ({reason})")
+                decoding.open_sentencepiece(spm, "--spm")
+            except FileError as error:
+                found.append(str(error))
         return found
 
     def refuse(self, checkpoint: Checkpoint) -> None:
@@ -272,7 +269,7 @@ def compare(
     def engine(folder: Path) -> Any:
         settings, longest = verify.generation(proof.beam), model.max_positions[1]
         return decoding.CTranslate2Engine(
-            *(text.task, folder, settings),
+            *(decoding.SymbolReading(text.task), folder, settings),
             device="cpu",
             compute_type="default",
             max_positions=longest,
@@ -342,25 +339,6 @@ def read_record(folder: Path) -> Dict[str, Any]:
         if not isinstance(found.get(name), (kind, type(None))):
             raise FileError(f"{folder / RECORD}: {name} is not of the type {kind.__name__}")
     return found
-
-
-def symbols_of(folder: Path) -> Tuple[Set[str], Set[str]]:
-    """The source and target symbols that a CTranslate2 folder knows.
-
-    Raises:
-        FileError: its vocabularies cannot be read.
-    """
-    shared = folder / "shared_vocabulary.json"
-    files = [folder / "source_vocabulary.json", folder / "target_vocabulary.json"]
-    if shared.is_file():
-        files = [shared, shared]
-    try:
-        source, target = [set(json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise FileError(
-            f"{folder}: expected a model of CTranslate2 4 with its vocabularies ({error})"
-        ) from None
-    return source, target
 
 
 def _ctranslate2() -> Any:

@@ -29,7 +29,7 @@ from .. import decoding
 from ..checkpoints import Role, lacking
 from ..decoding.databin import words
 from ..errors import UserError, out_of_memory
-from ..export import read_record, symbols_of
+from ..export import read_record
 from ..files import FileError, read_json, write_json
 from ..timing import memory, peak_memory
 from .systems import CTRANSLATE2, FAIRSEQ, Model, System, role_of
@@ -443,7 +443,7 @@ class _Decoder:
             generation.beam, generation.nbest = beam, 1
         if isinstance(self.model, Path):
             return decoding.CTranslate2Engine(
-                self.task,
+                decoding.SymbolReading(self.task),
                 self.model,
                 generation,
                 device=self.device.type,
@@ -487,7 +487,7 @@ def check_vocabulary(model: Model, task: Any) -> None:
     for side, dictionary, theirs in zip(
         ("source", "target"),
         (task.source_dictionary, task.target_dictionary),
-        symbols_of(Path(model.path)),
+        decoding.vocabularies(Path(model.path)),
     ):
         pad = dictionary.pad_word
         unknown = lacking((symbol for symbol in dictionary.symbols if symbol != pad), theirs)

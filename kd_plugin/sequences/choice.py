@@ -181,6 +181,7 @@ def choose(
     lenpen: float = 1.0,
     unnormalized: bool = False,
     missing: str = "longer_than_the_teacher_reads",
+    spelled: bool = False,
 ) -> Chosen:
     """Choose hypotheses of each sentence, and drop what the filters drop.
 
@@ -188,6 +189,7 @@ def choose(
         nbest: sentences with their lists, in the order of the corpus.
         measures: what they are worth; ``plain_measures`` without.
         lenpen, unnormalized: how the scores were normalised; fairseq's flags.
+        spelled: whether a teacher of text read what the source's symbols spell.
         missing: the reason, one of ``REASONS``, why a sentence has no list.
 
     Raises:
@@ -201,7 +203,7 @@ def choose(
         name: np.full(tried.shape, np.nan) for name in ("score_per_token", "closeness", "backward")
     }
     duplicates, decoded = 0, 0
-    judge = _Judge(choice, student, corpus.data.source.unk_string())
+    judge = _Judge(choice, student, corpus.data.source.unk_string(), spelled)
 
     def score(hypothesis: AnyHypothesis) -> float:
         length = len(student.symbols(hypothesis))
@@ -297,8 +299,9 @@ def _blocks(
 class _Judge:
     """Says why a hypothesis is dropped."""
 
-    def __init__(self, choice: Choice, student: Student, unknown: str) -> None:
+    def __init__(self, choice: Choice, student: Student, unknown: str, spelled: bool) -> None:
         self._choice, self._student, self._unknown = choice, student, unknown
+        self._spelled = spelled
         self._languages = Languages(choice.languages) if choice.languages else None
         self._seen: Set[int] = set()
 
@@ -313,6 +316,8 @@ class _Judge:
         )
         if reason is not None:
             return reason
+        if self._spelled and self._unknown in seen:
+            return "unknown_symbol"
         if student.cannot_read(self._unknown, seen, taken):
             return "unknown_symbol"
         if self._languages is not None and self._languages.wrong(texts):

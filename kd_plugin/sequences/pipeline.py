@@ -4,7 +4,6 @@ import contextlib
 import copy
 import logging
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -16,10 +15,11 @@ from omegaconf import OmegaConf, open_dict
 
 from .. import decoding
 from ..checkpoints import Checkpoint, Role, parse_overrides
-from ..decoding import Corpus, DataBin, Tokenizer, databin
+from ..decoding import Around, Corpus, DataBin, Tokenizer, databin
+from ..decoding.corpus import SourceLines, TextDataset
 from ..decoding.text import MARKS
 from ..export import ExportError, export_ctranslate2
-from ..files import Busy, FileError, digest, temporary
+from ..files import Busy, FileError, digest
 from ..timing import progress_bar
 from . import exchange, measures
 from .choice import Choice, choose
@@ -27,6 +27,7 @@ from .hypotheses import HypothesisStore
 from .language import OWN_LANGUAGES
 from .output import HYPOTHESES, Originals, Output
 from .student import SUBWORDS, TEXT, Student, open_student
+from .translators import Translator, keep
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ class Asked(NamedTuple):
         task_given: decode with the task of ``cfg``, whatever the checkpoints were trained for.
             Without it, that holds for another task than ``translation`` alone.
         engine: what decodes, one of ``ENGINES``.
+        teacher_spm: SentencePiece models of a CTranslate2 folder that ``--path`` names: of both
+            sides, or of the source and the target.
+        teacher_tokenizer: or its tokenizer of Hugging Face's.
+        around: tokens that such a teacher reads and writes around sentences.
         compute_type: CTranslate2's precision; None is int8 on a CPU and float16 on a GPU.
         trust: open checkpoints with the full pickle machinery.
         overwrite: replace what other settings made in ``output``.
@@ -76,6 +81,9 @@ class Asked(NamedTuple):
     student_langs: Optional[Tuple[str, str]] = None
     task_given: bool = False
     engine: str = "fairseq"
+    teacher_spm: Sequence[str] = ()
+    teacher_tokenizer: Optional[str] = None
+    around: Around = Around()
     compute_type: Optional[str] = None
     trust: bool = False
     overwrite: bool = False
@@ -119,22 +127,25 @@ def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
         asked = asked._replace(choice=asked.choice._replace(languages=data.langs))
     tokenizer = Tokenizer.of(cfg.task.target_lang, asked.choice.tokenize)
     imported = _open_imported(asked, cfg, data, files) if files else None
+    teacher = _Teacher(
+        utils.split_paths(cfg.common_eval.path or ""),
+        parse_overrides(cfg.common_eval.model_overrides, "--model-overrides"),
+        device,
+        dtype,
+        asked.compute_type or ("float16" if device.type == "cuda" else "int8"),
+        None if imported else _open_translator(asked, cfg, task),
+    )
+    written = TEXT if teacher.reads_text else SUBWORDS
     student = open_student(
         *(data, to_text, asked.student_data, asked.student_spm, asked.student_langs),
         encode=to_subwords if cfg.bpe else None,
-        written=imported.translations.written if imported else SUBWORDS,
+        written=imported.translations.written if imported else written,
     )
     if imported:
         header = _header_of_imported(asked, cfg, data, imported)
     else:
-        teacher = _Teacher(
-            utils.split_paths(cfg.common_eval.path),
-            parse_overrides(cfg.common_eval.model_overrides, "--model-overrides"),
-            device,
-            dtype,
-            asked.compute_type or ("float16" if device.type == "cuda" else "int8"),
-        )
-        if not asked.task_given and cfg.task._name == "translation":
+        own = teacher.translator is None and cfg.task._name == "translation"
+        if own and not asked.task_given:
             task = decoding.own_task(cfg, task, teacher.paths, ROLE, asked.trust)
         header = _header(asked, cfg, data, teacher)
     output = Output(asked.output, _settings(asked, cfg, header, student, tokenizer))
@@ -164,7 +175,12 @@ def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
         if asked.overwrite:  # by now all has been checked
             clear_others(output, store)
         exchange.fill(store, imported.translations, checked)
-    elif not _translate(asked, cfg, task, corpus, teacher=teacher, store=store, output=output):
+    elif not _translate(
+        *(asked, cfg, task, corpus, _running_text(asked, cfg, corpus, to_text)),
+        teacher=teacher,
+        store=store,
+        output=output,
+    ):
         print(
             f"{folder}: shard {asked.shard_id} of {asked.num_shards} is done; the last one to "
             "finish writes the data",
@@ -192,6 +208,7 @@ def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
                     measures=found,
                     lenpen=cfg.generation.lenpen,
                     unnormalized=cfg.generation.unnormalized,
+                    spelled=teacher.reads_text and not _raw(asked, cfg),
                     missing="without_translation" if imported else "longer_than_the_teacher_reads",
                 )
             if output.differences():
@@ -254,7 +271,7 @@ def _check(
     sources: Optional[exchange.Sources] = None
     how = to_text, to_subwords
     if asked.source_text:
-        raw = bool(cfg.bpe or cfg.tokenizer)
+        raw = _raw(asked, cfg)
         sources = exchange.TextSources(asked.source_text, data.source, *how, raw=raw)
     elif imported.source != exchange.USE:
         subset = cfg.dataset.gen_subset
@@ -282,6 +299,24 @@ class _Teacher(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # fairseq's precision
     compute_type: str  # CTranslate2's
+    translator: Optional[Translator] = None  # what is no checkpoint
+
+    @property
+    def reads_text(self) -> bool:
+        return self.translator is not None and self.translator.reads_text
+
+
+def _open_translator(asked: Asked, cfg: Any, task: Any) -> Optional[Translator]:
+    """The teacher, if it is a folder."""
+    path = cfg.common_eval.path
+    if asked.engine != "ctranslate2" or not os.path.isdir(path):
+        return None
+    return Translator.open(
+        *(path, task),
+        spm=asked.teacher_spm,
+        tokenizer=asked.teacher_tokenizer,
+        around=asked.around,
+    )
 
 
 # What the result depends on
@@ -290,10 +325,14 @@ class _Teacher(NamedTuple):
 def _header(asked: Asked, cfg: Any, data: DataBin, teacher: _Teacher) -> Dict[str, Any]:
     """All that hypotheses depend on."""
     of_fairseq = asked.engine == "fairseq"
+    if teacher.translator is not None:
+        teachers = teacher.translator.describe()
+    else:
+        files = [{"sha256": digest(path), "bytes": os.path.getsize(path)} for path in teacher.paths]
+        teachers = {"teachers": files}
     return {
-        "teachers": [
-            {"sha256": digest(path), "bytes": os.path.getsize(path)} for path in teacher.paths
-        ],
+        **teachers,
+        **({"written": TEXT} if teacher.reads_text else {}),
         "overrides": {str(k): repr(v) for k, v in teacher.overrides.items()},
         "task": cfg.task._name,
         **decoding.describe(data, cfg.dataset.gen_subset, asked.source_text, cfg.task),
@@ -468,6 +507,20 @@ def _corpus(
     return corpus
 
 
+def _raw(asked: Asked, cfg: Any) -> bool:
+    """Whether the source is running text, and not symbols of the data."""
+    return bool(asked.source_text and (cfg.bpe or cfg.tokenizer))
+
+
+def _running_text(
+    asked: Asked, cfg: Any, corpus: Corpus, to_text: Callable[[str], str]
+) -> Callable[[int], str]:
+    """The running text of a sentence of the corpus."""
+    if _raw(asked, cfg):
+        return SourceLines(str(asked.source_text)).__getitem__
+    return lambda i: to_text(databin.decode(corpus.data.source, corpus.source[i].tolist()))
+
+
 def _originals(asked: Asked, cfg: Any, data: DataBin) -> Optional[Originals]:
     if not asked.repeat_original:
         return None
@@ -507,13 +560,23 @@ def _translate(
     cfg: Any,
     task: Any,
     corpus: Corpus,
+    text: Callable[[int], str],
     *,
     teacher: _Teacher,
     store: HypothesisStore,
     output: Output,
 ) -> bool:
-    """Decode this shard; True if the lists of all shards are complete."""
-    engine, positions = _engine(asked, cfg, task, corpus.data, teacher=teacher, store=store)
+    """Decode this shard; True if the lists of all shards are complete.
+
+    Args:
+        text: running text of a sentence of the corpus.
+    """
+    if teacher.translator is None:
+        engine, positions = _engine(asked, cfg, task, corpus.data, teacher=teacher, store=store)
+    else:
+        engine, positions, corpus = _translator_engine(
+            cfg, task, corpus, text, teacher=teacher, store=store
+        )
     plan = None
     if not store.planned:
         plan = decoding.plan(
@@ -560,20 +623,71 @@ def _engine(
         if unused:
             raise FileError(f"{', '.join(unused)}: for teachers that are not autoregressive")
         return engine, [model.max_positions() for model in models]
-    folder = store.beside("ctranslate2", "teachers", "files")
     langs = cfg.task.source_lang, cfg.task.target_lang
-    converted = convert_for_ctranslate2(checkpoints[0], task, langs, folder)
+    folder = store.beside("ctranslate2", "teachers", "files")
+    convert_for_ctranslate2(checkpoints[0], task, langs, folder)
     positions = checkpoints[0].max_positions
-    engine = decoding.CTranslate2Engine(
-        task,
-        converted,
+    return _ctranslate2(cfg, teacher, decoding.SymbolReading(task), folder, positions[1]), [
+        positions
+    ]
+
+
+def _ctranslate2(
+    cfg: Any, teacher: _Teacher, reading: Any, folder: Path, longest: int
+) -> decoding.CTranslate2Engine:
+    return decoding.CTranslate2Engine(
+        reading,
+        folder,
         cfg.generation,
         device=teacher.device.type,
         device_index=teacher.device.index or 0,
         compute_type=teacher.compute_type,
-        max_positions=positions[1],
+        max_positions=longest,
     )
-    return engine, [positions]
+
+
+def _translator_engine(
+    cfg: Any,
+    task: Any,
+    corpus: Corpus,
+    text: Callable[[int], str],
+    *,
+    teacher: _Teacher,
+    store: HypothesisStore,
+) -> Tuple[Any, List[Any], Corpus]:
+    """What decodes with a folder, its longest source and target, and what it reads.
+
+    Args:
+        text: running text of a sentence of the corpus.
+    """
+    assert teacher.translator is not None
+    translator = teacher.translator.converted(store.beside("ctranslate2", "teachers"))
+    assert translator.model is not None
+    reading, positions = translator.reading(task), translator.positions
+    if translator.reads_text:
+        corpus = corpus._replace(dataset=TextDataset(reading, text, len(corpus.source)))
+        logger.info(f"of the first sentence {reading.example(text(0))}")
+        if not store.planned:
+            _refuse_prefix(reading, corpus, task.max_positions()[0], positions[0])
+    longest = positions[1] or task.max_positions()[1]
+    engine = _ctranslate2(cfg, teacher, reading, translator.model.folder, longest)
+    return engine, [positions], corpus
+
+
+def _refuse_prefix(
+    reading: Any, corpus: Corpus, asked: Optional[int], longest: Optional[int]
+) -> None:
+    """Refuse tokens around a source that make it too long, unless that limit is asked for."""
+    if longest is None or (asked is not None and asked <= longest):
+        return
+    sizes, more = corpus.dataset.sizes, len(reading.source_prefix) + len(reading.source_suffix)
+    too_long = int(((sizes > longest) & (sizes - more <= longest)).sum())
+    if too_long:
+        raise FileError(
+            f"--source-prefix and --source-suffix: with these {more} tokens, {too_long} sentences "
+            f"have more than the {longest} tokens that the teacher reads; "
+            f"--max-source-positions {longest} leaves out all that are longer"
+        )
 
 
 def convert_for_ctranslate2(
@@ -587,21 +701,14 @@ def convert_for_ctranslate2(
     Raises:
         FileError: CTranslate2 is not installed, or takes no such model.
     """
-    if (folder / "model.bin").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = temporary(folder)
+    dictionaries = task.source_dictionary, task.target_dictionary
     try:
-        dictionaries = task.source_dictionary, task.target_dictionary
-        export_ctranslate2(checkpoint, *dictionaries, langs, folder=new)
-        with contextlib.suppress(OSError):  # another process was first
-            os.replace(new, folder)
+        return keep(
+            folder, lambda new: export_ctranslate2(checkpoint, *dictionaries, langs, folder=new)
+        )
     except ExportError as error:
         reason = str(error).rstrip(".")
         raise FileError(f"--engine ctranslate2: {reason}. --engine fairseq takes any.") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder
 
 
 def clear_others(output: Output, store: HypothesisStore) -> None:

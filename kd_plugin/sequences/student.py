@@ -4,14 +4,13 @@ Whatever a hypothesis holds, subwords of the data's dictionary or running text, 
 its text and its subwords; nothing else asks which of the two it is.
 """
 
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
-
-import sentencepiece
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..checkpoints import lacking
 from ..decoding.databin import DataBin, words
 from ..decoding.engines import Hypothesis, TextHypothesis
 from ..decoding.text import split_tags
+from ..decoding.tokens import open_sentencepiece
 from ..files import FileError
 
 AnyHypothesis = Union[Hypothesis, TextHypothesis]
@@ -155,10 +154,5 @@ def open_student(
 
 
 def _encoder(path: str) -> Callable[[str], str]:
-    try:
-        model: Any = sentencepiece.SentencePieceProcessor(model_file=path)
-    except (OSError, RuntimeError) as error:
-        raise FileError(
-            f"--student-spm {path}: cannot be read as a SentencePiece model ({error})"
-        ) from None
+    model = open_sentencepiece(path, "--student-spm")
     return lambda text: " ".join(model.encode(text, out_type=str))

@@ -44,7 +44,8 @@ from kd_plugin.cache import CachedSubset, layout
 from kd_plugin.cache.writer import CacheWriter
 from kd_plugin.checkpoints import Checkpoint, Role
 from kd_plugin.checkpoints import dictionaries as vocabulary
-from kd_plugin.export.ctranslate2 import read_record, symbols_of
+from kd_plugin.decoding import Converted, vocabularies
+from kd_plugin.export.ctranslate2 import read_record
 from kd_plugin.files import FileError
 from kd_plugin.report.curves import read_curves
 from kd_plugin.report.decode import Measured
@@ -292,13 +293,43 @@ LOG = (
 
 
 def look_at_converted(folder: Path) -> None:
-    record, symbols = read_record(folder), symbols_of(folder)
+    record, symbols = read_record(folder), vocabularies(folder)
     assert isinstance(record.get("parameters", 1), (int, type(None))) and len(symbols) == 2
+    model = Converted.open(folder)
+    assert all(longest is None or longest >= 0 for longest in model.positions)
+    assert model.special and all(isinstance(token, str) for token in model.special)
+
+
+def converted_weights() -> bytes:
+    """A file of CTranslate2's with two variables and another name for one of them."""
+
+    def text(name: str) -> bytes:
+        return struct.pack("<H", len(name) + 1) + name.encode() + b"\0"
+
+    variables = [
+        text(f"{side}/position_encodings/encodings") + struct.pack("<BIIBI", 2, 8, 2, 0, 64)
+        for side in ("encoder", "decoder")
+    ]
+    return b"".join(
+        [
+            struct.pack("<I", 6) + text("TransformerSpec") + struct.pack("<II", 7, 2),
+            *(variable + bytes(64) for variable in variables),
+            struct.pack("<I", 1) + text("other") + text("encoder/position_encodings/encodings"),
+        ]
+    )
+
+
+def change_converted(rng: random.Random, folder: Path) -> None:
+    path = rng.choice(sorted(folder.iterdir()))
+    change = any_json if path.suffix == ".json" else change_bytes
+    change(rng, path)
 
 
 def write_converted(folder: Path) -> None:
     (folder / "kd_export.json").write_text(json.dumps({"parameters": 5, "quantization": "int8"}))
     (folder / "shared_vocabulary.json").write_text(json.dumps(["<s>", "a"]))
+    (folder / "config.json").write_text(json.dumps({"eos_token": "</s>", "add_source_eos": True}))
+    (folder / "model.bin").write_bytes(converted_weights())
 
 
 def write_subword_models(folder: Path) -> None:
@@ -441,13 +472,7 @@ def readers() -> List[Reader]:
         one_file("measurements", 4000, "m.json", MEASURED, lambda p: Measured(p, {"beam": 1})),
         one_file("dictionaries", 4000, "dict.txt", "a 5\nb 3\n", lambda p: vocabulary.read(str(p))),
         one_file("logs", 4000, "train.log", LOG, lambda path: read_curves(str(path))),
-        Reader(
-            "CTranslate2's vocabularies",
-            2000,
-            write_converted,
-            lambda rng, folder: any_json(rng, rng.choice(sorted(folder.iterdir()))),
-            look_at_converted,
-        ),
+        Reader("CTranslate2's folders", 6000, write_converted, change_converted, look_at_converted),
     ]
 
 

@@ -3,21 +3,19 @@
 import contextlib
 import logging
 import math
-import os
 import unicodedata
 from array import array
 from itertools import islice
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 from fairseq.data import Dictionary
 
 from ...decoding import databin
+from ...decoding.corpus import SourceLines
 from ...decoding.engines import Hypothesis, TextHypothesis
 from ...decoding.text import marks
 from ...files import FileError, digest
-from ...shards import line_ends
 from ...timing import progress_bar
 from ..hypotheses import HypothesisStore
 from ..student import SUBWORDS, TEXT, AnyHypothesis
@@ -175,7 +173,7 @@ class Sources:
 
 
 class TextSources(Sources):
-    """Lines of a file, whose places are held in memory.
+    """Lines of a file.
 
     Args:
         name: the file.
@@ -192,27 +190,16 @@ class TextSources(Sources):
         raw: bool,
     ) -> None:
         super().__init__(name, dictionary, (), to_text, to_subwords)
-        self._raw, self._ends, self._file = raw, line_ends(Path(name)), open(name, "rb")
-        last = int(self._ends[-1]) if len(self._ends) else 0
-        self._count = len(self._ends) + (os.path.getsize(name) > last)
+        self._raw, self._lines = raw, SourceLines(name)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._lines)
 
     def text(self, i: int) -> str:
-        return self._line(i) if self._raw else self._to_text(self._line(i))
+        return self._lines[i] if self._raw else self._to_text(self._lines[i])
 
     def _ids(self, i: int) -> List[int]:
-        return databin.encode(self.dictionary, self._to_subwords(self._line(i))).tolist()
-
-    def _line(self, i: int) -> str:
-        self._file.seek(int(self._ends[i - 1]) if i else 0)
-        try:
-            return self._file.readline().decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise FileError(
-                f"--source-text {self.name}, line {i + 1}: not UTF-8 ({error.reason})"
-            ) from None
+        return databin.encode(self.dictionary, self._to_subwords(self._lines[i])).tolist()
 
 
 def _plain(text: str) -> str:

@@ -1,0 +1,179 @@
+"""Teachers that are folders and no checkpoints: CTranslate2's models, and those that become one.
+
+Such a folder has the tokens of its own training, so it reads text and writes text, unless its
+vocabularies are the data's.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
+
+from ..decoding import (
+    Around,
+    Converted,
+    SentencePieceTokens,
+    SymbolReading,
+    TextReading,
+    TransformersTokens,
+    huggingface,
+)
+from ..errors import Faults
+from ..export import read_record
+from ..files import FileError, temporary
+
+
+class Translator(NamedTuple):
+    """A folder that translates.
+
+    Attributes:
+        folder: it.
+        model: None of a model of transformers that is to be converted first.
+        pieces: its tokens of text; None if it reads the data's symbols.
+        around: what stands around its sentences.
+    """
+
+    folder: Path
+    model: Optional[Converted]
+    pieces: Any = None
+    around: Around = Around()
+
+    @classmethod
+    def open(
+        cls,
+        folder: str,
+        task: Any,
+        *,
+        spm: Sequence[str] = (),
+        tokenizer: Optional[str] = None,
+        around: Optional[Around] = None,
+    ) -> "Translator":
+        """Look at all that is small; nothing is converted, and no weights are read.
+
+        Args:
+            task: a translation task with the data's dictionaries.
+            spm, tokenizer: what cuts text into the teacher's tokens, if not what lies there.
+
+        Raises:
+            FileError: it cannot be used; every reason that is known before a conversion.
+        """
+        path, faults = Path(folder), Faults()
+        of_transformers = huggingface.is_model(path)
+        model: Optional[Converted] = None
+        pieces: Any = None
+        if of_transformers:
+            faults.messages += huggingface.model_faults(path)
+        else:
+            with faults.collecting():
+                model = Converted.open(path)
+        with faults.collecting():
+            if spm:
+                pieces = SentencePieceTokens(spm, "--teacher-spm")
+            elif tokenizer:
+                pieces = TransformersTokens(tokenizer, "--teacher-tokenizer")
+            elif of_transformers and not faults:
+                pieces = TransformersTokens(folder, "--path")
+            elif model is not None and not _has_symbols_of(model, task):
+                pieces = _own_pieces(path)
+        faults.raise_if_any(FileError)
+        found = cls(path, model, pieces, around or Around())
+        if model is not None:
+            found.reading(task)  # which refuses what the teacher does not know
+        elif isinstance(pieces, TransformersTokens):
+            faults.messages += pieces.lacking(found.around)
+            faults.raise_if_any(FileError)
+        return found
+
+    @property
+    def reads_text(self) -> bool:
+        return self.pieces is not None
+
+    def describe(self) -> Dict[str, Any]:
+        """All that translations depend on, by contents: for the header of hypotheses."""
+        files = huggingface.files(self.folder) if self.model is None else self.model.files()
+        found: Dict[str, Any] = {"teachers": [{"files": files}]}
+        if self.reads_text:
+            given = {k: v and list(v) for k, v in self.around._asdict().items()}
+            found["reading"] = {"tokens": self.pieces.files(), **given}
+        return found
+
+    def converted(self, kept: Path) -> "Translator":
+        """The same as CTranslate2 reads it, kept in a folder for the next time.
+
+        Raises:
+            FileError: it cannot be converted.
+        """
+        if self.model is not None:
+            return self
+        keep(kept, lambda new: huggingface.convert(self.folder, new))
+        return self._replace(model=Converted.open(kept))
+
+    def reading(self, task: Any) -> Any:
+        """What it reads and writes.
+
+        Raises:
+            FileError: it does not know what is to stand around its sentences.
+        """
+        assert self.model is not None
+        if self.pieces is None:
+            if any(self.around):
+                raise FileError(
+                    "--source-prefix, --source-suffix and --target-prefix need --teacher-spm or "
+                    "--teacher-tokenizer: this teacher reads the data's symbols as they are"
+                )
+            return SymbolReading(task)
+        return TextReading(self.pieces, self.model, self.around)
+
+    @property
+    def positions(self) -> Tuple[Optional[int], Optional[int]]:
+        """Tokens of its longest source and target."""
+        assert self.model is not None
+        record = read_record(self.model.folder)
+        source, target = self.model.positions
+        return (
+            record.get("max_source_positions", source),
+            record.get("max_target_positions", target),
+        )
+
+
+def _has_symbols_of(model: Converted, task: Any) -> bool:
+    """Whether a model's vocabularies are the data's dictionaries."""
+    for dictionary, known in (
+        (task.source_dictionary, model.source),
+        (task.target_dictionary, model.target),
+    ):
+        special = {*model.special, *dictionary.symbols[: dictionary.nspecial]}
+        if set(dictionary.symbols) - special != known - special:
+            return False
+    return True
+
+
+def _own_pieces(folder: Path) -> Any:
+    """The SentencePiece model that ``fairseq-kd-export`` has put beside a model."""
+    name = read_record(folder).get("sentencepiece")
+    if isinstance(name, str) and (folder / os.path.basename(name)).is_file():
+        return SentencePieceTokens([str(folder / os.path.basename(name))], "--path")
+    raise FileError(
+        f"--path {folder}: its vocabularies are not the data's dictionaries, and nothing says how "
+        "text becomes its tokens: give --teacher-spm SOURCE[:TARGET] or --teacher-tokenizer DIR"
+    )
+
+
+def keep(folder: Path, write: Callable[[Path], Any]) -> Path:
+    """A conversion that is kept for the next time, whole or not there.
+
+    Args:
+        write: makes it, in a new folder.
+    """
+    if (folder / "model.bin").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = temporary(folder)
+    try:
+        write(new)
+        with contextlib.suppress(OSError):  # another process was first
+            os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
