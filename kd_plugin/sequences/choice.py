@@ -153,6 +153,7 @@ class Chosen(NamedTuple):
         tried: int32 (sentences, keep), their numbers, the best first; -1 for none.
         why: int8 (sentences, keep), the number of the reason in ``REASONS`` to drop it; -1 for what
             is kept, and where there is none.
+        which: int32 (sentences, keep), the numbers of what is kept, or -1.
         dropped: how many, by reason; of sentences without a list, one each.
         duplicates: how many were passed over as equal to a better one of their sentence.
         means: over what is kept: ``score_per_token`` and ``backward`` in nats, ``closeness`` from 0
@@ -161,14 +162,10 @@ class Chosen(NamedTuple):
 
     tried: np.ndarray
     why: np.ndarray
+    which: np.ndarray
     dropped: Dict[str, int]
     duplicates: int
     means: Dict[str, Optional[float]]
-
-    @property
-    def which(self) -> np.ndarray:
-        """int32 (sentences, keep), the numbers of what is kept, or -1."""
-        return np.where(self.why < 0, self.tried, -1)
 
 
 def choose(
@@ -259,8 +256,8 @@ def choose(
             why[kept] = REASONS.index(reason)
     counts = np.bincount(why[why >= 0], minlength=len(REASONS)).tolist()
     dropped = {**dict(zip(REASONS, counts)), missing: sentences - decoded}
-    kept = (tried >= 0) & (why == _KEPT)
-    return Chosen(tried, why, dropped, duplicates, _means(values, kept))
+    which = np.where(why == _KEPT, tried, -1)
+    return Chosen(tried, why, which, dropped, duplicates, _means(values, which >= 0))
 
 
 def _blocks(
