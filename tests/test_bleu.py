@@ -7,7 +7,7 @@ from sacrebleu.tokenizers import tokenizer_ja_mecab
 from kd_plugin.decoding import Tokenizer
 from kd_plugin.errors import UserError
 from kd_plugin.report.score import score
-from kd_plugin.sequences.choice import similarity
+from kd_plugin.sequences.values import pairwise
 
 CHINESE = ["今天天气很好，我们一起去公园散步吧。", "他昨天买了一本新书，但是还没有看完。"]
 SEGMENTED = ["今天 天气 很 好 ， 我们 一起 去 公园 散步 吧 。"]
@@ -83,7 +83,7 @@ def test_good_chinese_is_not_worth_nothing():
 
 def test_of_chinese_hypotheses_the_closest_is_found():
     worse, better = CHINESE[0][:9], CHINESE[0][:-1]
-    by_words = similarity("bleu")
-    assert by_words(worse, CHINESE[0]) == by_words(better, CHINESE[0]) == 0
-    by_characters = similarity("bleu", Tokenizer.of("zho_Hans"))
-    assert by_characters(worse, CHINESE[0]) < 50 < by_characters(better, CHINESE[0])
+    lists = [[worse, better]], [[CHINESE[0]]]
+    assert pairwise("bleu")(*lists) == [[[0], [0]]]
+    ((far, near),) = pairwise("bleu", Tokenizer.of("zho_Hans"))(*lists)
+    assert far[0] < 50 < near[0]

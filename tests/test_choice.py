@@ -361,8 +361,8 @@ def test_a_student_of_its_own_encodes_text_by_its_own_model(toy, texts):
     one = TextHypothesis("A B", -0.1, True)
     mine = texts[2]._replace(recode=lambda text: text.replace(" ", "_"))
     assert mine.symbols(one) == ["A_B"] and texts[2].symbols(one) == ["a", "b"]
-    assert mine.hypothesis(one) == ("A B", "A_B", [])
-    assert texts[2].hypothesis(one) == ("A B", "a b", [])
+    assert mine.hypothesis(one) == ("A B", "A_B", [], None)
+    assert texts[2].hypothesis(one) == ("A B", "a b", [], None)
     # the source is recoded for such a student alone
     assert mine.sentence("a b").subwords == "A_B" and texts[2].sentence("a b").subwords == "a b"
 

@@ -30,7 +30,7 @@ from kd_plugin.files import Busy, FileError, temporary
 from kd_plugin.sequences import Choice, Filters, HypothesisStore, Output, Student, choose
 from kd_plugin.sequences import output as output_module
 from kd_plugin.sequences import pipeline as distil
-from kd_plugin.sequences.output import Originals
+from kd_plugin.sequences.mixing import ORIGINAL, Mix, Part, Wanted
 from kd_plugin.sequences.student import open_student
 
 
@@ -92,6 +92,10 @@ def test_subwords_of_another_model_are_said(data, tmp_path, caplog):
     assert output.record()["counts"]["unknown_tokens"] == 4
 
 
+def original(source, target, weight=1):
+    return Mix([Part(ORIGINAL, source, target, weight)])
+
+
 def rows(folder, lang):
     side = databin.DataBin(str(folder), "aa", "bb").side("train", lang)
     return [side[i].tolist() for i in range(len(side))]
@@ -105,7 +109,7 @@ def test_an_original_is_written_as_it_is(data, tmp_path):
     student = Student(data, lambda text: text, None)
     output = Output(str(tmp_path / "out"), {})
     chosen = choose(corpus, LISTS, student, Choice())
-    output.write(corpus, LISTS, chosen, student, originals=Originals(special, special))
+    output.write(corpus, LISTS, chosen, student, mix=original(special, special))
     for lang in ("aa", "bb"):
         assert rows(tmp_path / "out", lang)[:3] == [tokens.tolist() for tokens in special]
 
@@ -143,7 +147,7 @@ def test_killed_at_any_line_of_writing(data, tmp_path):
         if output.complete:
             output.clean_up()
         else:
-            output.write(corpus, LISTS, chosen, student, originals=Originals(*sides, 2))
+            output.write(corpus, LISTS, chosen, student, mix=original(*sides, weight=2))
 
     # another one that it replaces
     old = Output(str(tmp_path / "old"), {"beam": 4})
@@ -228,7 +232,7 @@ def test_data_that_are_to_be_replaced_stay_until_there_are_others(data, tmp_path
     with pytest.raises(FileError, match="nothing is left"):
         other.write(corpus, LISTS, none, student)
     assert tree(folder) == before
-    other.write(corpus, LISTS, kept, student, originals=Originals(*sides))
+    other.write(corpus, LISTS, kept, student, mix=original(*sides))
     assert other.complete and len(tree(folder)["text/train.bb"].splitlines()) == 9
 
 
@@ -307,8 +311,8 @@ def test_flags_become_what_is_asked(data, tmp_path, monkeypatch):
     )
     assert (given.num_shards, given.shard_id) == (8, 5)
     assert given.choice == Choice("closest", filters=Filters.off()._replace(max_length=7))
-    assert given.repeat_original == 3 and given.engine == "fairseq" and not given.overwrite
-    assert asked(data, "out").repeat_original == 0
+    assert given.mix == [Wanted(ORIGINAL, 3)] and given.engine == "fairseq" and not given.overwrite
+    assert asked(data, "out").mix == []
 
 
 # processes

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from fairseq import options as fairseq_options
 from fairseq import utils
@@ -25,6 +25,7 @@ from ..sequences import exchange
 from ..sequences.student import SUBWORDS, TEXT
 from .arguments import (
     Help,
+    NeedsNoOther,
     add_trust,
     refuse_unsupported,
     run_like_fairseq,
@@ -40,7 +41,11 @@ _OF_FOLDERS = ("teacher_spm", "teacher_tokenizer", *_AROUND)
 def make_parser() -> argparse.ArgumentParser:
     parser = fairseq_options.get_generation_parser(default_task="translation")
     parser.prog, parser.description, parser.formatter_class = PROG, __doc__, Help
-    parser.usage = "%(prog)s DATA --path TEACHER[:MORE] | --import FILE... --output DIR [options]"
+    parser.usage = (
+        "%(prog)s DATA --path TEACHER[:MORE] | --import FILE... --output DIR [options]\n"
+        "       %(prog)s DATA --mix DIR[:DIR...] --output DIR [options]\n"
+        "       %(prog)s --inspect DIR [--inspect-output FILE]"
+    )
     # without a multiple: newer fairseq would leave sentences out
     parser.set_defaults(gen_subset="train", required_batch_size_multiple=1)
     add = parser.add_argument_group("sequence-level distillation").add_argument
@@ -59,15 +64,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--mix",
-        choices=("original",),
-        help="put the original training set of DATA before the distilled one",
+        metavar="SET[=WEIGHT][:SET...]",
+        help="put training sets before the distilled one, or, without --path, nothing but these "
+        "together: original is that of DATA, other names are folders of data-bins in the student's "
+        "vocabulary; weight 2 writes a set twice, 0.5 a random half of it",
     )
     add(
         "--repeat-original",
         type=int,
-        default=1,
         metavar="N",
-        help="how many times --mix puts it there",
+        help="the weight of original in --mix (default: 1)",
+    )
+    add(
+        "--mix-order",
+        default=sequences.ORDERS[0],
+        choices=sequences.ORDERS,
+        help="of the whole training set; fairseq-train shuffles in each epoch by itself",
     )
     add(
         "--student-data",
@@ -154,6 +166,19 @@ def make_parser() -> argparse.ArgumentParser:
         help="in files with ids: drop sentences without a translation instead of refusing",
     )
     add_choice(parser)
+    add = parser.add_argument_group("looking at finished data, instead of making any").add_argument
+    add(
+        "--inspect",
+        action=NeedsNoOther,
+        metavar="DIR",
+        help="print what a person wants to see of this --output before training on it: counts, "
+        "lengths, what was dropped and why, examples",
+    )
+    add(
+        "--inspect-output",
+        metavar="FILE",
+        help="write that to a file whose name ends with .html or .md instead",
+    )
     return parser
 
 
@@ -162,6 +187,10 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.inspect:
+        page = sequences.inspect(options.inspect, options.inspect_output)
+        print(options.inspect_output if page is None else page, flush=True)
+        return
     _refuse(options)
     shard = shard_of_process(options)
     record = sequences.make(
@@ -171,7 +200,8 @@ def run(options: argparse.Namespace) -> None:
             choice=read_choice(options),
             hypotheses=options.hypotheses,
             source_text=options.source_text,
-            repeat_original=options.repeat_original if options.mix else 0,
+            mix=_mix(options),
+            mix_order=options.mix_order,
             student_data=options.student_data,
             student_spm=options.student_spm,
             student_langs=_student_langs(options),
@@ -203,13 +233,15 @@ def _refuse(options: argparse.Namespace) -> None:
     faults = Faults()
     refuse_unsupported(options, faults)
     check = faults.check
+    check(options.output, "--output: expected the folder to write")
+    wanted: List[sequences.Wanted] = []
+    with faults.collecting():
+        wanted = _mix(options)
     if options.imported:
         _refuse_for_import(options, faults)
     else:
-        check(
-            options.path,
-            "--path: expected the teacher's checkpoint, or several with ':' between; or --import",
-        )
+        if not options.path:
+            _refuse_for_mixture(options, faults, wanted)
         check(
             options.nbest <= options.beam, f"--nbest {options.nbest} needs --beam {options.nbest}"
         )
@@ -234,8 +266,8 @@ def _refuse(options: argparse.Namespace) -> None:
     )
     with faults.collecting():
         _student_langs(options)
-    check(options.mix or options.repeat_original == 1, "--repeat-original needs --mix original")
-    check(options.repeat_original >= 1, "--repeat-original must be 1 or more")
+    check(options.mix or options.mix_order == sequences.ORDERS[0], "--mix-order needs --mix")
+    check(not options.inspect_output, "--inspect-output needs --inspect")
     with faults.collecting():
         parse_overrides(options.model_overrides, "--model-overrides")
     is_folder = os.path.isdir(options.path or "")
@@ -270,6 +302,49 @@ def _refuse_for_import(options: argparse.Namespace, faults: Faults) -> None:
     if options.import_source == exchange.USE:
         check(not options.source_text, "--import-source use and --source-text: give one of them")
     check(options.imported.count("-") <= 1, "--import: standard input can be read once")
+
+
+def _refuse_for_mixture(
+    options: argparse.Namespace, faults: Faults, wanted: Sequence[sequences.Wanted]
+) -> None:
+    """Without a teacher there must be something else than what is in DATA."""
+    if not faults.check(
+        any(one.name != sequences.ORIGINAL for one in wanted),
+        "--path: expected the teacher's checkpoint, or several with ':' between; or --import; "
+        "or without either --mix with folders to put together",
+    ):
+        return
+    for name in ("source_text", "hypotheses", "write_nbest"):
+        faults.check(
+            not getattr(options, name), f"--{name.replace('_', '-')} needs a teacher: give --path"
+        )
+    with faults.collecting():
+        faults.check(
+            read_choice(options) == sequences.Choice(),
+            "flags of choice and filters need a teacher: give --path, or leave them out",
+        )
+
+
+def _mix(options: argparse.Namespace) -> List[sequences.Wanted]:
+    """What --mix and --repeat-original say together.
+
+    Raises:
+        FileError: something that cannot be.
+    """
+    wanted = sequences.parse_mix(options.mix) if options.mix else []
+    times = options.repeat_original
+    if times is None:
+        return wanted
+    originals = [one for one in wanted if one.name == sequences.ORIGINAL]
+    faults = Faults()
+    faults.check(originals, "--repeat-original needs --mix original")
+    faults.check(times >= 1, "--repeat-original must be 1 or more")
+    faults.check(
+        all(one.weight == 1 for one in originals),
+        "--repeat-original and a weight of original in --mix: give one of them",
+    )
+    faults.raise_if_any(FileError)
+    return [one._replace(weight=times) if one in originals else one for one in wanted]
 
 
 def _refuse_for_ctranslate2(options: argparse.Namespace, faults: Faults) -> None:

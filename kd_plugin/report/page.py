@@ -5,8 +5,9 @@ Both are functions of the content of ``report.json`` alone.
 
 import base64
 import html
-import re
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, Optional
+
+from ..pages import Table, html_document, html_section, markdown_table, markdown_text
 
 _NONE = "–"
 _OVERVIEW, _COST = "At a glance", "Cost"  # the tables that pictures follow
@@ -22,22 +23,6 @@ _CAPTIONS = {
     "differences.png": "Where students differ from the teacher: divergence (0 is best) and "
     "agreement (1 is best).",
 }
-
-
-class Table(NamedTuple):
-    """A table of the report, with the sentences below it.
-
-    Attributes:
-        notes: sentences; ``failures`` are those that a reader must not miss.
-        level: of its heading.
-    """
-
-    title: str
-    header: List[str]
-    rows: List[List[str]]
-    notes: List[str] = []
-    failures: List[str] = []
-    level: int = 2
 
 
 def _number(value: Optional[float], form: str) -> str:
@@ -213,30 +198,18 @@ def markdown(report: Dict[str, Any]) -> str:
     """The report's tables, with links to its pictures."""
     parts = ["# Teacher and students"]
     for table in _tables(report):
-        parts.append("## " + _md(table.title))
-        parts.append(_markdown_table(table))
-        parts += [_md(note) for note in (*table.failures, *table.notes)]
+        parts.append("## " + markdown_text(table.title))
+        parts.append(markdown_table(table))
+        parts += [markdown_text(note) for note in (*table.failures, *table.notes)]
         if table.title == _OVERVIEW:
             parts += [f"![{_CAPTIONS[name]}]({name})" for name in report["pictures"]]
-    parts += [_md(note) for note in _not_compared(report)]
+    parts += [markdown_text(note) for note in _not_compared(report)]
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
-    lines = ["| " + " | ".join(map(_md, row)) + " |" for row in (table.header, *table.rows)]
-    lines.insert(1, "|---|" + "---:|" * (len(table.header) - 1))
-    return "\n".join(lines)
 
 
 def summary(report: Dict[str, Any]) -> str:
     """The first table, to print on a terminal."""
-    return _markdown_table(_overview(report))
-
-
-def _md(text: str) -> str:
-    """Escape text so that it cannot end a table's cell, and is neither HTML nor a link."""
-    text = html.escape(text, quote=False)
-    return " ".join(re.sub(r"([|\[`])", r"\\\1", text).split())
+    return markdown_table(_overview(report))
 
 
 def _not_compared(report: Dict[str, Any]) -> List[str]:
@@ -244,36 +217,6 @@ def _not_compared(report: Dict[str, Any]) -> List[str]:
         f"{name} is not compared with the teacher token by token: {why}"
         for name, why in report["not_compared"].items()
     ]
-
-
-_STYLE = """
-:root { --ink: #1c2430; --pale: #5c6672; --line: #dde2e8; --accent: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink); background: #fff;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.6rem; margin: .5rem 0 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; color: var(--pale); font-weight: 600; }
-p { margin: .3rem 0; } .note { color: var(--pale); font-size: .87rem; overflow-wrap: anywhere; }
-.failed { color: #a40000; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } table { border-collapse: separate; border-spacing: 0;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th { font-weight: 600; font-size: .85rem; color: var(--pale); vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; }
-figcaption { color: var(--pale); font-size: .87rem; }
-details { border: 1px solid var(--line); border-radius: .4rem; margin: .6rem 0;
-  padding: .5rem .8rem; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; margin: .6rem 0; }
-dt { color: var(--pale); } dd { margin: 0; overflow-wrap: anywhere; }
-.tokens { display: flex; flex-wrap: wrap; gap: .25rem; margin: .6rem 0; }
-.token { border-radius: .25rem; padding: .1rem .35rem; text-align: center; max-width: 100%;
-  overflow-wrap: anywhere; border: 1px solid var(--line); }
-.token small { display: block; color: #333; font-size: .72rem; line-height: 1.25; }
-@media (max-width: 40rem) { body { padding: .7rem; } dl { grid-template-columns: 1fr; } }
-"""
 
 
 def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
@@ -284,18 +227,9 @@ def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
     """
     e = html.escape
     title = f"Teacher and students: {report['subset']} of {'-'.join(report['languages'])}"
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{e(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{e(title)}</h1>",
-    ]
+    parts = []
     for table in _tables(report):
-        parts.append(f"<h{table.level}>{e(table.title)}</h{table.level}>")
-        parts.append(_html_table(table))
-        parts += [f'<p class="failed">{e(failure)}</p>' for failure in table.failures]
-        parts += [f'<p class="note">{e(note)}</p>' for note in table.notes]
+        parts += html_section(table)
         # the first two belong to all models, the third to what follows
         if table.title == _OVERVIEW:
             parts += [_picture(*one) for one in pictures.items() if one[0] != "differences.png"]
@@ -313,18 +247,7 @@ def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
             for i, sentence in enumerate(difference["farthest"])
         ]
     parts += [f'<p class="note">{e(note)}</p>' for note in _not_compared(report)]
-    parts.append("</body></html>")
-    return "\n".join(parts) + "\n"
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    rows = "".join(
-        f"<tr>{''.join(('<td>{}</td>'.format(html.escape(cell)) for cell in row))}</tr>"
-        for row in table.rows
-    )
-    body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
-    return f'<div class="wide"><table>{body}</table></div>'
+    return html_document(title, parts)
 
 
 def _picture(name: str, png: bytes) -> str:

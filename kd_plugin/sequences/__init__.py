@@ -3,7 +3,9 @@
 from .choice import SELECTORS, Choice, choose
 from .filters import Filters
 from .hypotheses import HypothesisStore
+from .inspection import inspect
 from .language import OWN_LANGUAGES
+from .mixing import ORDERS, ORIGINAL, Wanted, parse_mix
 from .output import Output, summary_lines
 from .pipeline import ENGINES, Asked, make
 from .student import Student
@@ -13,6 +15,8 @@ __all__ = [
     "ENGINES",
     "METRICS",
     "OWN_LANGUAGES",
+    "ORDERS",
+    "ORIGINAL",
     "SELECTORS",
     "Asked",
     "Choice",
@@ -20,7 +24,10 @@ __all__ = [
     "HypothesisStore",
     "Output",
     "Student",
+    "Wanted",
     "choose",
+    "inspect",
     "make",
+    "parse_mix",
     "summary_lines",
 ]

@@ -196,10 +196,11 @@ def choose(
     sentences = len(corpus.source)
     tried = np.full((sentences, choice.keep), -1, dtype=np.int32)
     why = np.full(tried.shape, _KEPT, dtype=np.int8)
+    why[:, 0] = REASONS.index(missing)  # until there is a list
     values = {
         name: np.full(tried.shape, np.nan) for name in ("score_per_token", "closeness", "backward")
     }
-    duplicates, decoded = 0, 0
+    duplicates = 0
     judge = _Judge(choice, student, corpus.data.source.unk_string(), spelled)
 
     def score(hypothesis: AnyHypothesis) -> float:
@@ -209,7 +210,7 @@ def choose(
     with progress_bar(sentences, "choosing", "sentences") as progress:
         for ids, block in _blocks(corpus, nbest, student, measures.pairwise):
             progress.update(len(ids))
-            decoded += len(ids)
+            why[ids, 0] = _KEPT
             backward = measures.backward(block) if measures.backward else None
             if choice.select == "backward":
                 assert backward is not None
@@ -255,8 +256,8 @@ def choose(
             kept &= values[name] < np.quantile(values[name][kept], share)
             why[kept] = REASONS.index(reason)
     counts = np.bincount(why[why >= 0], minlength=len(REASONS)).tolist()
-    dropped = {**dict(zip(REASONS, counts)), missing: sentences - decoded}
     which = np.where(why == _KEPT, tried, -1)
+    dropped = dict(zip(REASONS, counts))
     return Chosen(tried, why, which, dropped, duplicates, _means(values, which >= 0))
 
 

@@ -6,13 +6,14 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple
 
 import torch
 from fairseq.data import Dictionary
 
 from ..decoding import databin
 from ..decoding.corpus import Corpus
+from ..decoding.databin import DataBin
 from ..files import (
     FileError,
     differences,
@@ -25,34 +26,20 @@ from ..files import (
     write_json,
 )
 from ..timing import progress_bar
+from . import dropped
 from .choice import Chosen
-from .filters import in_words
+from .filters import REASONS, in_words
 from .hypotheses import HypothesisStore
+from .mixing import RECORD, SHUFFLED, Mix, Pair, PairDigest, shuffled
 from .student import Sentence, Student
 
 logger = logging.getLogger(__name__)
 
-_RECORD, _TEXT, _LOCK = "record.json", "text", ".lock"
+TEXT_FOLDER = "text"
+_RECORD, _TEXT, _LOCK = RECORD, TEXT_FOLDER, ".lock"
 _DATA = "data"  # the folder in which the result is made
 HYPOTHESES = "hypotheses"  # unless they are to lie somewhere else
 _SPLIT = "train"
-
-
-class Originals(NamedTuple):
-    """A training set that is put before the distilled one.
-
-    Attributes:
-        source, target: sentences in the teacher's indices.
-        repeat: how many times.
-    """
-
-    source: Sequence[torch.Tensor]
-    target: Sequence[torch.Tensor]
-    repeat: int = 1
-
-    @property
-    def sentences(self) -> int:
-        return self.repeat * len(self.source)
 
 
 class Output:
@@ -84,16 +71,7 @@ class Output:
     def refresh(self) -> None:
         """Read the record, if by now there is one."""
         if (self.folder / _RECORD).is_file():
-            self.found = read_json(self.folder / _RECORD)
-            try:
-                known = isinstance(self.found["settings"], dict) and all(
-                    type(name) is str for name in self.found["files"]
-                )
-                summary_lines(self.found, self.folder)
-            except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-                known = False
-            if not known:
-                raise FileError(f"{self.folder / _RECORD} is not a record of this command")
+            self.found = read_record(self.folder)
 
     def lock(self, wait: bool = False) -> Any:
         """Hold the folder for this process until the result is closed.
@@ -144,24 +122,23 @@ class Output:
         chosen: Chosen,
         student: Student,
         *,
-        originals: Optional[Originals] = None,
+        mix: Optional[Mix] = None,
     ) -> None:
-        """Everything under another name first; then what is to be replaced goes, its record first;
-        the new record comes last.
+        """Write the sentences with their chosen hypotheses.
 
         Args:
-            originals: to be put before the distilled sentences.
+            mix: what comes before them.
 
         Raises:
             FileError: no sentence is left.
         """
+        mixed = mix or Mix()
         kept = int((chosen.which >= 0).sum())
         counts = {
             "sentences": len(corpus.source),
             "dropped": chosen.dropped,
             "duplicates": chosen.duplicates,
             "distilled": kept,
-            "original": originals.sentences if originals else 0,
         }
         if kept == 0:
             raise FileError(
@@ -169,20 +146,60 @@ class Output:
                 f"{in_words(chosen.dropped) or 'none was decoded'}. The hypotheses are kept; run "
                 "the same command with other filters, or --no-filters."
             )
+
+        def pairs(text: Path) -> Iterator[Pair]:
+            yield from mixed.read(corpus.data, student)
+            yield from _distilled(corpus, nbest, chosen, student, text / dropped.FILE)
+
+        self._write(pairs, student, mixed, counts, chosen.means)
+
+    def write_mixture(self, data: DataBin, student: Student, mix: Mix) -> None:
+        """Write nothing but what is mixed.
+
+        Args:
+            data: whose dictionaries the original training set is in.
+
+        Raises:
+            FileError: there is nothing in it.
+        """
+        if mix.originals + mix.others == 0:
+            raise FileError("--mix: of so few sentences such a share is none; give more weight")
+        counts = {"sentences": 0, "dropped": {}, "duplicates": 0, "distilled": 0}
+        means = dict.fromkeys(("score_per_token", "closeness", "backward"))
+        self._write(lambda text: mix.read(data, student), student, mix, counts, means)
+
+    def _write(
+        self,
+        pairs: Callable[[Path], Iterable[Pair]],
+        student: Student,
+        mix: Mix,
+        counts: Dict[str, Any],
+        means: Mapping[str, Optional[float]],
+    ) -> None:
+        """Everything under another name first; then what is to be replaced goes, its record first;
+        the new record comes last.
+
+        Args:
+            pairs: gives them; it may write into the folder of texts.
+        """
         for left in [*self._unfinished(), *self._unfinished(_RECORD)]:
             remove(left)
         new = temporary(self.folder / _DATA)
-        new.mkdir(parents=True)
+        (new / _TEXT).mkdir(parents=True)
+        total = counts["distilled"] + mix.originals + mix.others
         try:
             with naming(new):
                 databin.carry(student.data, new)
-                tokens = self._write_split(
-                    new, corpus, nbest, chosen, student=student, originals=originals
-                )
+                found = pairs(new / _TEXT)
+                if mix.order == SHUFFLED:
+                    found = shuffled(found, total, mix.seed, new)
+                tokens, digest = _write_split(new, found, total, student)
             record = {
                 "settings": self.settings,
-                "counts": {**counts, **tokens},
-                "means": chosen.means,
+                "counts": {**counts, "original": mix.originals, "mixed": mix.others, **tokens},
+                "means": means,
+                "mix": mix.describe() if mix.parts else None,
+                "pairs": digest,
                 "files": sorted(path.name for path in new.iterdir() if path.is_file()),
             }
         except BaseException:
@@ -205,100 +222,132 @@ class Output:
                     path.unlink()
         shutil.rmtree(self.folder / _TEXT, ignore_errors=True)
 
-    def _write_split(
-        self,
-        new: Path,
-        corpus: Corpus,
-        nbest: HypothesisStore,
-        chosen: Chosen,
-        *,
-        student: Student,
-        originals: Optional[Originals],
-    ) -> Dict[str, int]:
-        text = new / _TEXT
-        text.mkdir()
-        pair = student.data.langs
-        dictionaries: List[Dictionary] = [student.data.source, student.data.target]
-        sides = [
-            databin.Writer(new / "{}.{}-{}.{}".format(_SPLIT, *pair, lang), len(dictionary))
-            for lang, dictionary in zip(pair, dictionaries)
-        ]
-        files = [
-            [
-                open(str(text / f"{_SPLIT}{kind}.{lang}"), "w", encoding="utf-8")
-                for kind in ("", ".subwords")
-            ]
-            for lang in pair
-        ]
-        unknown, unks = [0, 0], [dictionary.unk() for dictionary in dictionaries]
-        tags: List[Set[str]] = [set(), set()]
-        total = int((chosen.which >= 0).sum()) + (originals.sentences if originals else 0)
-        try:
-            with progress_bar(total, "writing", "sentences") as progress:
-                for pair_ in self._pairs(corpus, nbest, chosen, student, originals=originals):
-                    for side, sentence in enumerate(pair_):
-                        if sentence.tags:
-                            tags[side].update(sentence.tags)
-                        tokens = databin.encode(dictionaries[side], sentence.subwords)
-                        unknown[side] += int((tokens.numpy() == unks[side]).sum())
-                        sides[side].add(tokens)
-                        files[side][0].write(sentence.text + "\n")
-                        files[side][1].write(sentence.subwords + "\n")
-                    progress.update(1)
-        finally:
-            for file in [*files[0], *files[1]]:
-                file.close()
-        for writer, lang, dictionary, count, seen in zip(sides, pair, dictionaries, unknown, tags):
-            writer.close()
-            left_out = sorted(tag for tag in seen if tag not in dictionary.indices)
-            if left_out:
-                logger.warning(
-                    f"{_SPLIT}.{lang} is written without tags of languages "
-                    f"({', '.join(left_out[:5])}): they are no text, and the dictionary of "
-                    "--student-data has none of them"
-                )
-            databin.warn_of_unknown(count, writer.tokens, f"{_SPLIT}.{lang}")
-        return {
-            "source_tokens": sides[0].tokens,
-            "target_tokens": sides[1].tokens,
-            "unknown_tokens": sum(unknown),
-        }
 
-    @staticmethod
-    def _pairs(
-        corpus: Corpus,
-        nbest: HypothesisStore,
-        chosen: Chosen,
-        student: Student,
-        *,
-        originals: Optional[Originals],
-    ) -> Iterator[Tuple[Sentence, Sentence]]:
-        source, target = corpus.data.source, corpus.data.target
-        if originals is not None:
-            for _ in range(originals.repeat):
-                for i in range(len(originals.source)):
-                    yield (
-                        student.sentence(databin.decode(source, originals.source[i].tolist())),
-                        student.sentence(
-                            databin.decode(target, originals.target[i].tolist()), target=True
-                        ),
+def read_record(folder: Path) -> Dict[str, Any]:
+    """The record of finished data.
+
+    Raises:
+        FileError: it cannot be read, or is of something else.
+    """
+    found = read_json(folder / _RECORD)
+    try:
+        known = isinstance(found["settings"], dict) and all(
+            type(name) is str for name in found["files"]
+        )
+        summary_lines(found, folder)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        known = False
+    if not known:
+        raise FileError(f"{folder / _RECORD} is not a record of this command")
+    return found
+
+
+def _write_split(
+    new: Path, pairs: Iterable[Pair], total: int, student: Student
+) -> Tuple[Dict[str, int], Dict[str, Any]]:
+    """Write the training set, binarised and as text.
+
+    Returns:
+        how many tokens there are, and what ``PairDigest`` says.
+    """
+    langs, digest = student.data.langs, PairDigest()
+    dictionaries: List[Dictionary] = [student.data.source, student.data.target]
+    sides = [
+        databin.Writer(new / "{}.{}-{}.{}".format(_SPLIT, *langs, lang), len(dictionary))
+        for lang, dictionary in zip(langs, dictionaries)
+    ]
+    files = [
+        [
+            open(str(new / _TEXT / f"{_SPLIT}{kind}.{lang}"), "w", encoding="utf-8")
+            for kind in ("", ".subwords")
+        ]
+        for lang in langs
+    ]
+    unknown, unks = [0, 0], [dictionary.unk() for dictionary in dictionaries]
+    tags: List[Set[str]] = [set(), set()]
+    try:
+        with progress_bar(total, "writing", "sentences") as progress:
+            for pair in pairs:
+                tokens = []
+                for side, sentence in enumerate(pair):
+                    if sentence.tags:
+                        tags[side].update(sentence.tags)
+                    tokens.append(
+                        databin.encode(dictionaries[side], sentence.subwords)
+                        if sentence.indices is None
+                        else torch.tensor(sentence.indices, dtype=torch.int32)
                     )
+                    unknown[side] += int((tokens[side].numpy() == unks[side]).sum())
+                    sides[side].add(tokens[side])
+                    files[side][0].write(sentence.text + "\n")
+                    files[side][1].write(sentence.subwords + "\n")
+                digest.add(tokens[0], tokens[1])
+                progress.update(1)
+    finally:
+        for file in [*files[0], *files[1]]:
+            file.close()
+    for writer, lang, dictionary, count, seen in zip(sides, langs, dictionaries, unknown, tags):
+        writer.close()
+        left_out = sorted(tag for tag in seen if tag not in dictionary.indices)
+        if left_out:
+            logger.warning(
+                f"{_SPLIT}.{lang} is written without tags of languages "
+                f"({', '.join(left_out[:5])}): they are no text, and the dictionary of "
+                "--student-data has none of them"
+            )
+        databin.warn_of_unknown(count, writer.tokens, f"{_SPLIT}.{lang}")
+    return {
+        "source_tokens": sides[0].tokens,
+        "target_tokens": sides[1].tokens,
+        "unknown_tokens": sum(unknown),
+    }, digest.describe()
+
+
+def _distilled(
+    corpus: Corpus, nbest: HypothesisStore, chosen: Chosen, student: Student, left_out: Path
+) -> Iterator[Pair]:
+    """Sentences with what was chosen; what was dropped is written to ``left_out``."""
+    last = -1
+
+    def read(i: int) -> Sentence:
+        return student.sentence(databin.decode(corpus.data.source, corpus.source[i].tolist()))
+
+    with open(str(left_out), "w", encoding="utf-8", newline="\n") as file:
+
+        def drop(i: int, why: int, source: Sentence, hypothesis: Optional[Any] = None) -> None:
+            content = (hypothesis and student.text(hypothesis)) or ""
+            score = hypothesis.score if hypothesis else None
+            file.write(dropped.Dropped(i + 1, REASONS[why], source.text, content, score).line())
+
+        def skip(sentences: Iterable[int]) -> None:
+            for i in sentences:
+                if chosen.why[i, 0] >= 0:
+                    drop(i, chosen.why[i, 0], read(i))
+
         for i, hypotheses in nbest:
-            for j in chosen.which[i]:
-                if j >= 0:
-                    yield (
-                        student.sentence(databin.decode(source, corpus.source[i].tolist())),
-                        student.hypothesis(hypotheses[j]),
-                    )
+            skip(range(last + 1, i))
+            last, source = i, read(i)
+            for j, why in zip(chosen.tried[i], chosen.why[i]):
+                if why >= 0:
+                    drop(i, why, source, hypotheses[j])
+                elif j >= 0:
+                    yield source, student.hypothesis(hypotheses[j])
+        skip(range(last + 1, len(corpus.source)))
 
 
 def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
     """What a user wants to know of finished data."""
     counts, means = record["counts"], record["means"]
-    dropped = sum(counts["dropped"].values())
-    original = f" and {counts['original']} original ones" if counts["original"] else ""
+    lost = sum(counts["dropped"].values())
+    mixed = counts.get("mixed", 0)  # records from before other data were mixed have none
+    if counts["sentences"]:
+        sentences = f"{counts['distilled']} distilled sentences"
+        sentences += f" and {counts['original']} original ones" if counts["original"] else ""
+        sentences += f" and {mixed} of other data" if mixed else ""
+    else:
+        sentences = f"{counts['original']} original sentences and {mixed} of other data"
     unknown = f" ({counts['unknown_tokens']} unknown)" if counts["unknown_tokens"] else ""
-    reasons = f": {in_words(counts['dropped'])}" if dropped else ""
+    reasons = f": {in_words(counts['dropped'])}" if lost else ""
     found = []
     if means["score_per_token"] is not None:
         bits = means["score_per_token"] / math.log(2)
@@ -311,8 +360,12 @@ def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
     duplicates = counts.get("duplicates", 0)  # records from before several were kept have none
     passed = f"; {duplicates} duplicates were passed over" if duplicates else ""
     return [
-        f"{folder}: {counts['distilled']} distilled sentences{original}, "
+        f"{folder}: {sentences}, "
         f"{counts['source_tokens']} source and {counts['target_tokens']} target tokens{unknown}",
-        f"  of {counts['sentences']} sentences {dropped} were dropped{reasons}{passed}",
+        *(
+            [f"  of {counts['sentences']} sentences {lost} were dropped{reasons}{passed}"]
+            if counts["sentences"]
+            else []
+        ),
         *(["  " + ", ".join(found)] if found else []),
     ]

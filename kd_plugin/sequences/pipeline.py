@@ -25,7 +25,8 @@ from . import exchange, measures
 from .choice import Choice, choose
 from .hypotheses import HypothesisStore
 from .language import OWN_LANGUAGES
-from .output import HYPOTHESES, Originals, Output
+from .mixing import IN_ORDER, Mix, Wanted, open_mix
+from .output import HYPOTHESES, Output
 from .student import SUBWORDS, TEXT, Student, open_student
 from .translators import Translator, keep
 
@@ -45,7 +46,10 @@ class Asked(NamedTuple):
         choice: which hypotheses, and what drops a sentence.
         hypotheses: folder of the n-best lists; None is in ``output``.
         source_text: file with source sentences to translate instead of the subset.
-        repeat_original: how many times the original training set comes before the distilled one.
+        mix: training sets that come before the distilled one, or are all that is written, without
+            ``--path``.
+        mix_order: of the whole, one of ``mixing.ORDERS``; fairseq's ``--seed`` decides the random
+            one, and which sentences of a set are taken.
         student_data: data-bin of a student with other dictionaries than the teacher's.
         student_spm: that student's SentencePiece model.
         student_langs: what that data-bin calls the languages, if not as the teacher's does.
@@ -75,7 +79,8 @@ class Asked(NamedTuple):
     choice: Choice = Choice()
     hypotheses: Optional[str] = None
     source_text: Optional[str] = None
-    repeat_original: int = 0
+    mix: Sequence[Wanted] = ()
+    mix_order: str = IN_ORDER
     student_data: Optional[str] = None
     student_spm: Optional[str] = None
     student_langs: Optional[Tuple[str, str]] = None
@@ -141,6 +146,9 @@ def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
         encode=to_subwords if cfg.bpe else None,
         written=imported.translations.written if imported else written,
     )
+    mix = _mix(asked, cfg, data, student)
+    if not (imported or cfg.common_eval.path):
+        return _only_mix(asked, cfg, data, student, mix)
     if imported:
         header = _header_of_imported(asked, cfg, data, imported)
     else:
@@ -148,7 +156,7 @@ def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
         if own and not asked.task_given:
             task = decoding.own_task(cfg, task, teacher.paths, ROLE, asked.trust)
         header = _header(asked, cfg, data, teacher)
-    output = Output(asked.output, _settings(asked, cfg, header, student, tokenizer))
+    output = Output(asked.output, _settings(asked, cfg, header, student, tokenizer, mix))
     folder = Path(asked.hypotheses or output.folder / HYPOTHESES)
     store = HypothesisStore(folder, header, asked.num_shards, asked.shard_id)
     _refuse_others(asked, output, store)
@@ -162,7 +170,6 @@ def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
     corpus = _corpus(
         asked, cfg, task, data, to_subwords=to_subwords, store=store, imported=imported
     )
-    originals = _originals(asked, cfg, data)
     read = student.data if store.written == TEXT else data
     how = measures.Running(device, dtype, asked.trust)
     measures.check(asked.choice, corpus, read, how)
@@ -213,9 +220,33 @@ def _make(asked: Asked, files: Sequence[Any]) -> Optional[Dict[str, Any]]:
                 )
             if output.differences():
                 print(f"replacing {output.contents()}", flush=True)
-            output.write(corpus, store, chosen, student, originals=originals)
+            output.write(corpus, store, chosen, student, mix=mix)
         if asked.write_nbest:
             _write_nbest(asked, corpus, store, student)
+    return output.record()
+
+
+def _only_mix(
+    asked: Asked, cfg: Any, data: DataBin, student: Student, mix: Mix
+) -> Optional[Dict[str, Any]]:
+    """Write what is mixed, without a teacher."""
+    settings = {"select": None, **mix.settings(beside_teacher=False)}
+    output = Output(asked.output, {**settings, **_settings_of_student(asked, cfg, student)})
+    _refuse_other_output(asked, output)
+    try:
+        lock = output.lock()
+    except Busy:
+        print(f"{output.folder}: another process is writing it", flush=True)
+        return None
+    with lock:
+        output.refresh()
+        _refuse_other_output(asked, output)
+        if output.complete:
+            output.clean_up()
+        else:
+            if output.differences():
+                print(f"replacing {output.contents()}", flush=True)
+            output.write_mixture(data, student, mix)
     return output.record()
 
 
@@ -365,7 +396,12 @@ def _header_of_imported(
 
 
 def _settings(
-    asked: Asked, cfg: Any, header: Dict[str, Any], student: Student, tokenizer: Tokenizer
+    asked: Asked,
+    cfg: Any,
+    header: Dict[str, Any],
+    student: Student,
+    tokenizer: Tokenizer,
+    mix: Mix,
 ) -> Dict[str, Any]:
     """All that the data depends on."""
     choice, filters = asked.choice, dict(asked.choice.filters._asdict())
@@ -386,8 +422,15 @@ def _settings(
         "backward": _backward(choice),
         "languages": list(choice.languages) if choice.languages else None,
         "deduplicate": choice.deduplicate,
+        **mix.settings(beside_teacher=True),
+        **_settings_of_student(asked, cfg, student),
+    }
+
+
+def _settings_of_student(asked: Asked, cfg: Any, student: Student) -> Dict[str, Any]:
+    """What it is written for."""
+    return {
         "text": decoding.describe_text(cfg),
-        "original": asked.repeat_original,
         "student_spm": digest(asked.student_spm) if asked.student_spm else None,
         "student_langs": list(asked.student_langs) if asked.student_langs else None,
         "student_files": {
@@ -437,17 +480,22 @@ def _refuse_others(asked: Asked, output: Output, store: HypothesisStore) -> None
     """What is in the way, unless it is to be replaced."""
     if asked.hypotheses:
         store.refuse_others("Repeat the command that made them, or choose another --hypotheses")
-    if asked.overwrite:
-        return
+    _refuse_other_output(asked, output, store)
+    if not asked.overwrite:
+        store.refuse_others("Choose another folder; --overwrite would remove them")
+
+
+def _refuse_other_output(
+    asked: Asked, output: Output, store: Optional[HypothesisStore] = None
+) -> None:
     different = output.differences()
-    if different:
-        also = f", and the hypotheses in {store.folder}" if store.differences() else ""
+    if different and not asked.overwrite:
+        also = f", and the hypotheses in {store.folder}" if store and store.differences() else ""
         raise FileError(
             f"--output {output.folder} was made with other settings: {'; '.join(different)}. "
             "Choose another folder; --overwrite would remove "
             f"{output.contents()}{also}."
         )
-    store.refuse_others("Choose another folder; --overwrite would remove them")
 
 
 def _refuse_file(asked: Asked, output: Output, store: HypothesisStore) -> None:
@@ -521,15 +569,16 @@ def _running_text(
     return lambda i: to_text(databin.decode(corpus.data.source, corpus.source[i].tolist()))
 
 
-def _originals(asked: Asked, cfg: Any, data: DataBin) -> Optional[Originals]:
-    if not asked.repeat_original:
-        return None
+def _mix(asked: Asked, cfg: Any, data: DataBin, student: Student) -> Mix:
     of_text = asked.source_text or asked.import_source == exchange.USE
     subset = "train" if of_text else cfg.dataset.gen_subset
-    source, target = [data.side(subset, lang) for lang in data.langs]
-    if source is None or target is None:
-        raise FileError(f"--mix original: {data.folder} has no {subset} of both languages")
-    return Originals(source, target, asked.repeat_original)
+    return open_mix(
+        *(asked.mix, asked.mix_order, cfg.common.seed),
+        data=data,
+        subset=subset,
+        student=student,
+        output=asked.output,
+    )
 
 
 def _warn_of_words(tokenizer: Tokenizer, corpus: Corpus, to_text: Callable[[str], str]) -> None:

@@ -6,8 +6,10 @@ its text and its subwords; nothing else asks which of the two it is.
 
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
+import torch
+
 from ..checkpoints import lacking
-from ..decoding.databin import DataBin, words
+from ..decoding.databin import DataBin, decode, words
 from ..decoding.engines import Hypothesis, TextHypothesis
 from ..decoding.text import split_tags
 from ..decoding.tokens import open_sentencepiece
@@ -24,11 +26,13 @@ class Sentence(NamedTuple):
         text: running text.
         subwords: the student's, with spaces between.
         tags: of languages, which are no text and stand before or behind it.
+        indices: of the subwords in the student's dictionary, where they are known already.
     """
 
     text: str
     subwords: str
     tags: List[str]
+    indices: Optional[List[int]] = None
 
 
 class Student(NamedTuple):
@@ -39,12 +43,14 @@ class Student(NamedTuple):
         to_text: from subwords of the data that is read (the teacher's) to running text.
         recode: from running text to its own subwords; None if they are that data's.
         encode: the same for hypotheses that are text; None if ``recode`` does it, or none are.
+        own_text: from the student's subwords to running text; None if ``to_text`` does it.
     """
 
     data: DataBin
     to_text: Callable[[str], str]
     recode: Optional[Callable[[str], str]]
     encode: Optional[Callable[[str], str]] = None
+    own_text: Optional[Callable[[str], str]] = None
 
     def text(self, hypothesis: AnyHypothesis) -> str:
         """Running text."""
@@ -92,6 +98,12 @@ class Student(NamedTuple):
         ]
         return Sentence(text, " ".join(recoded), [*before, *after])
 
+    def own(self, tokens: torch.Tensor, *, target: bool = False) -> Sentence:
+        """A sentence of a data-bin in the student's dictionaries: it stays as it is."""
+        indices = tokens.tolist()
+        subwords = decode(self.data.target if target else self.data.source, indices)
+        return Sentence((self.own_text or self.to_text)(subwords), subwords, [], indices)
+
     def _encode(self, text: str) -> str:
         encode = self.recode or self.encode
         assert encode is not None
@@ -138,7 +150,11 @@ def open_student(
             "subset; it is carried over"
         )
     if subword_model is not None:
-        return Student(own, to_text, _encoder(subword_model))
+        model = open_sentencepiece(subword_model, "--student-spm")
+        return Student(
+            *(own, to_text, lambda text: " ".join(model.encode(text, out_type=str))),
+            own_text=lambda subwords: model.decode(words(subwords)),
+        )
     for theirs, mine, side in (
         (teachers.source, own.source, "source"),
         (teachers.target, own.target, "target"),
@@ -151,8 +167,3 @@ def open_student(
                 "SentencePiece model with --student-spm, so that the text is encoded anew"
             )
     return Student(own, to_text, None, encode)
-
-
-def _encoder(path: str) -> Callable[[str], str]:
-    model = open_sentencepiece(path, "--student-spm")
-    return lambda text: " ".join(model.encode(text, out_type=str))

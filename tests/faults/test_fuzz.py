@@ -49,7 +49,7 @@ from kd_plugin.export.ctranslate2 import read_record
 from kd_plugin.files import FileError
 from kd_plugin.report.curves import read_curves
 from kd_plugin.report.decode import Measured
-from kd_plugin.sequences import Output, exchange
+from kd_plugin.sequences import Output, dropped, exchange, inspect
 from kd_plugin.sequences.exchange.formats import FORMATS, recognise
 from kd_plugin.vocabulary import SubwordModel
 from kd_plugin.vocabulary import read_record as read_record_of_vocabulary
@@ -276,6 +276,36 @@ def look_at_record(folder: Path) -> None:
     output.contents()
 
 
+INSPECTED = {
+    **RECORD,
+    "mix": {"order": "in-order", "parts": [{"name": "a", "weight": 1.0, "sentences": 2,
+        "written": 0, "pairs": "12"}]},
+    "files": ["dict.a.txt", "dict.b.txt", "train.a-b.a.idx"],
+}  # fmt: skip
+DROPPED = "3\tempty\ta b\t\t-0.5\n"
+
+
+def write_inspected(folder: Path) -> None:
+    (folder / "text").mkdir()
+    (folder / "record.json").write_text(json.dumps(INSPECTED))
+    for name in ("train.a", "train.b", "train.subwords.a", "train.subwords.b"):
+        (folder / "text" / name).write_text("a b\nc\n")
+    (folder / "text" / "dropped.tsv").write_text(DROPPED)
+    assert "2 random pairs" in str(inspect(str(folder)))
+
+
+def change_inspected(rng: random.Random, folder: Path) -> None:
+    if rng.random() < 0.7:
+        any_json(rng, folder / "record.json")
+    else:
+        change_bytes(rng, folder / "text" / rng.choice(["train.a", "dropped.tsv"]))
+
+
+def look_at_dropped(path: Path) -> None:
+    for one in dropped.read(path):
+        assert isinstance(one.sentence, int) and one.line().count("\n") == 1
+
+
 MEASURED = {
     "settings": {"beam": 1},
     "about": {"parameters": 1, "parameters_without_embeddings": None, "bytes": 5, "file_bytes": 6,
@@ -469,6 +499,14 @@ def readers() -> List[Reader]:
             change_subword_model,
             look_at_subword_model,
         ),
+        Reader(
+            "finished data that are inspected",
+            4000,
+            write_inspected,
+            change_inspected,
+            lambda folder: inspect(str(folder)),
+        ),
+        one_file("what was dropped", 4000, "dropped.tsv", 3 * DROPPED, look_at_dropped),
         one_file("measurements", 4000, "m.json", MEASURED, lambda p: Measured(p, {"beam": 1})),
         one_file("dictionaries", 4000, "dict.txt", "a 5\nb 3\n", lambda p: vocabulary.read(str(p))),
         one_file("logs", 4000, "train.log", LOG, lambda path: read_curves(str(path))),
