@@ -229,7 +229,7 @@ def test_what_is_no_finished_folder(data, out, tmp_path):
         ("mix", {"order": "in-order", "parts": [{"name": "a", "weight": "x"}]}),
         ("mix", [1]),
         ("files", ["dict.aa.txt"]),
-        ("settings", {"filters": 7}),
+        ("settings", {"select": "best", "filters": 7}),
         ("counts", {}),
     ],
 )

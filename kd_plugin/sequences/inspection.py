@@ -196,6 +196,8 @@ def _mixed(record: Dict[str, Any], parts: Sequence[_Part]) -> Iterator[Table]:
 def _settings(record: Dict[str, Any]) -> Iterator[Table]:
     """Those that are plain values; the rest is in the record."""
     settings = record["settings"]
+    if not settings.get("select"):
+        return  # nothing but a mixture
     rows = []
     for group in (settings, settings.get("filters") or {}):
         for key, value in sorted(group.items()):
