@@ -42,10 +42,11 @@ def test_closeness_is_sacrebleus(metric, reference):
         "\U0001f600",
     ]
     lists = [texts, texts[::-1], texts[:1]], [texts, texts[2:5], []]
-    assert measure(*lists) == [
-        [[reference(text, [other]).score for other in others] for text in own]
-        for own, others in zip(*lists)
-    ]
+    for found, own, others in zip(measure(*lists), *lists):
+        for row, text in zip(found, own):
+            expected = [reference(text, [other]).score for other in others]
+            # fastchrf 0.1, the last for Python 3.8, has seven digits; later ones all
+            assert row == pytest.approx(expected, rel=1e-6)
     assert measure([["The cat sat."]], [["The cat sat."]])[0][0][0] == pytest.approx(100)
 
 
