@@ -1,10 +1,11 @@
 """From a corpus and a teacher to a data-bin of the teacher's translations."""
 
+import contextlib
 import functools
 import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 from fairseq import utils
 
@@ -47,7 +48,7 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
             encode=opened.to_subwords if opened.cfg.bpe else None,
             written=origin.written if origin else SUBWORDS,
         )
-        mix = _mix(opened, student)
+        mix = _mix(opened, origin, student)
         if origin is None:
             return _write_mixture(opened, student, mix)
         return _make(opened, origin, student, mix)
@@ -96,13 +97,9 @@ def _make(opened: Opened, origin: Origin, student: Student, mix: Mix) -> Optiona
             flush=True,
         )
         return None
-    try:
-        lock = output.lock()
-    except Busy:
-        print(f"{output.folder}: another process is writing it", flush=True)
-        return None
-    with lock:
-        output.refresh()  # another process may have written it
+    with _alone(output) as alone:
+        if not alone:
+            return None
         _refuse_others(asked, output, store)
         if not output.complete:
             with measures.opened(
@@ -134,13 +131,9 @@ def _write_mixture(opened: Opened, student: Student, mix: Mix) -> Optional[Dict[
     settings = {"select": None, **mix.settings(beside_teacher=False)}
     output = Output(asked.output, {**settings, **_settings_of_student(opened, student)})
     _refuse_other_output(asked, output)
-    try:
-        lock = output.lock()
-    except Busy:
-        print(f"{output.folder}: another process is writing it", flush=True)
-        return None
-    with lock:
-        output.refresh()
+    with _alone(output) as alone:
+        if not alone:
+            return None
         _refuse_other_output(asked, output)
         if output.complete:
             output.clean_up()
@@ -149,6 +142,20 @@ def _write_mixture(opened: Opened, student: Student, mix: Mix) -> Optional[Dict[
                 print(f"replacing {output.contents()}", flush=True)
             output.write_mixture(opened.data, student, mix)
     return output.record()
+
+
+@contextlib.contextmanager
+def _alone(output: Output) -> Iterator[bool]:
+    """Keep other processes from writing a folder; whether that could be done."""
+    try:
+        lock = output.lock()
+    except Busy:
+        print(f"{output.folder}: another process is writing it", flush=True)
+        yield False
+        return
+    with lock:
+        output.refresh()  # another process may have written it
+        yield True
 
 
 # What the result depends on
@@ -278,10 +285,9 @@ def _refuse_file(asked: Asked, output: Output, store: HypothesisStore) -> None:
 # Reading and writing
 
 
-def _mix(opened: Opened, student: Student) -> Mix:
+def _mix(opened: Opened, origin: Optional[Origin], student: Student) -> Mix:
     asked = opened.asked
-    of_text = asked.source_text or asked.import_source == exchange.USE
-    subset = "train" if of_text else opened.subset
+    subset = opened.subset if origin is None or origin.of_subset else "train"
     return open_mix(
         *(asked.mix, asked.mix_order, opened.cfg.common.seed),
         data=opened.data,
