@@ -43,8 +43,11 @@ def make(asked: Asked) -> Optional[Dict[str, Any]]:
         _refuse_subwords(opened)
         origin = _origin(opened, files)
         student = open_student(
-            *(opened.data, opened.to_text),
-            *(asked.student_data, asked.student_spm, asked.student_langs),
+            opened.data,
+            opened.to_text,
+            asked.student_data,
+            asked.student_spm,
+            asked.student_langs,
             encode=opened.to_subwords if opened.cfg.bpe else None,
             written=origin.written if origin else SUBWORDS,
         )
