@@ -27,7 +27,7 @@ from kd_plugin.decoding import databin
 from kd_plugin.decoding.text import split_tags
 from kd_plugin.errors import UserError
 from kd_plugin.files import Busy, FileError, temporary
-from kd_plugin.sequences import Choice, Filters, HypothesisStore, Output, Student, choose
+from kd_plugin.sequences import Choice, Filters, HypothesisStore, Output, Student, choose, decoded
 from kd_plugin.sequences import output as output_module
 from kd_plugin.sequences import pipeline as distil
 from kd_plugin.sequences.mixing import ORIGINAL, Mix, Part, Wanted
@@ -62,7 +62,7 @@ def test_workers_hold_no_lock(tmp_path):
 
     corpus = SimpleNamespace(dataset=Numbers(range(SENTENCES)))
     with pytest.raises(KeyboardInterrupt):
-        distil.decode(corpus, Killed(), store, PLAN, num_workers=1)
+        decoded.decode(corpus, Killed(), store, PLAN, num_workers=1)
 
 
 def test_a_shard_that_comes_late_does_not_remove_what_an_earlier_one_has_begun(tmp_path):

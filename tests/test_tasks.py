@@ -23,7 +23,7 @@ from kd_plugin.commands.arguments import parse_like_fairseq
 from kd_plugin.errors import UserError
 from kd_plugin.report import decode
 from kd_plugin.report.systems import Model
-from kd_plugin.sequences import pipeline
+from kd_plugin.sequences import decoded
 from kd_plugin.teachers import Student, Teacher, TeacherSettings
 
 ROLE = Role("teacher", "--trust-checkpoint", task="--task")
@@ -143,7 +143,7 @@ def test_ctranslate2_decodes_models_of_translation_alone(name, data, tmp_path):
     task = decoding.own_task(cfg, decoding.set_up_task(cfg), [str(tmp_path / "model.pt")], ROLE)
     (checkpoint,) = decoding.open_checkpoints([str(tmp_path / "model.pt")], task, ROLE)
     with pytest.raises(UserError, match="--engine ctranslate2: .*--engine fairseq takes any"):
-        pipeline.convert_for_ctranslate2(checkpoint, task, ("aa", "bb"), tmp_path / "new")
+        decoded.convert_for_ctranslate2(checkpoint, task, ("aa", "bb"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

@@ -309,7 +309,7 @@ def no_task():
             ],
         ),
         (["--source-prefix", "a01"], ["need --teacher-spm or --teacher-tokenizer"]),
-        (["--teacher-spm", "nowhere"], ["--teacher-spm nowhere: cannot be read as a Sentence"]),
+        (["--teacher-spm", "nowhere"], ["--teacher-spm nowhere: no such file"]),
         (["--teacher-tokenizer", "nowhere"], ["--teacher-tokenizer nowhere: no such folder"]),
         (["--path", "damaged"], ["no model of CTranslate2, or damaged"]),
         (["--path", "empty"], ["found no model.bin in it"]),

@@ -15,6 +15,7 @@ from support import in_process, tree
 
 from kd_plugin import vocabulary
 from kd_plugin.checkpoints.dictionaries import index_map
+from kd_plugin.decoding import open_sentencepiece
 from kd_plugin.files import FileError
 from kd_plugin.vocabulary import SubwordModel
 
@@ -366,15 +367,20 @@ def test_all_that_is_wrong_with_the_flags_is_told_at_once(tmp_path):
         assert part in run.refusal
 
 
-def test_a_normaliser_that_leads_beyond_its_end():
-    """Older SentencePiece follows it there."""
+def test_a_normaliser_that_leads_beyond_its_end(tmp_path):
+    """Older SentencePiece follows it there, whichever flag names the model."""
     table = struct.pack("<I", 1024) + struct.pack("<I", 1 << 10) * 256 + b"\0"
     content = b"".join(SPECIAL) + piece("a", -1)
 
     def model(table: bytes) -> bytes:
         return content + b"\x1a" + varint(3 + len(table)) + b"\x12" + varint(len(table)) + table
 
+    def opened(content: bytes) -> Any:
+        (tmp_path / "m").write_bytes(content)
+        return open_sentencepiece(str(tmp_path / "m"), "--flag")
+
     SubwordModel(model(table), "m")
+    assert opened(model(table)).get_piece_size() == len(SPECIAL) + 1
     for broken in (
         table.replace(struct.pack("<I", 1 << 10), struct.pack("<I", 1 << 20)),
         table.replace(struct.pack("<I", 1 << 10), struct.pack("<I", 1 << 8 | 1 << 10)),
@@ -383,6 +389,10 @@ def test_a_normaliser_that_leads_beyond_its_end():
     ):
         with pytest.raises(FileError, match="normaliser"):
             SubwordModel(model(broken), "m")
+        with pytest.raises(FileError, match="^--flag .*m: cannot be read .*normaliser"):
+            opened(model(broken))
+    with pytest.raises(FileError, match="it is empty"):
+        opened(b"")
 
 
 def test_an_interruption_leaves_nothing(files, tmp_path, monkeypatch):

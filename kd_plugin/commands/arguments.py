@@ -191,7 +191,7 @@ def refuse_unsupported(options: Any, faults: Faults) -> None:
     }
     for name, default in unsupported.items():
         value = getattr(options, name, default)
-        faults.check(value in (default, None), f"{_flag(name)} cannot be used here")
+        faults.check(value in (default, None), f"{flag_of(name)} cannot be used here")
     faults.check(
         not getattr(options, "amp", False), "--amp is for training: give --fp16, --bf16 or neither"
     )
@@ -208,11 +208,13 @@ def at_least(options: Any, faults: Faults, lowest: int, *names: str) -> None:
     for name in names:
         value = getattr(options, name, None)
         faults.check(
-            value is None or value >= lowest, f"{_flag(name)} must be {lowest} or more, got {value}"
+            value is None or value >= lowest,
+            f"{flag_of(name)} must be {lowest} or more, got {value}",
         )
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The flag that argparse puts under this name."""
     return "--" + name.replace("_", "-")
 
 

@@ -13,7 +13,7 @@ from ..cache import CacheError
 from ..checkpoints import parse_overrides
 from ..errors import Faults
 from ..tasks.distillation import Distillation
-from .arguments import Help, add_trust, run_like_fairseq, shard_of_process
+from .arguments import Help, add_trust, flag_of, run_like_fairseq, shard_of_process
 
 PROG = "fairseq-kd-cache"
 
@@ -96,7 +96,7 @@ def _refuse(options: argparse.Namespace) -> None:
     for name, flag in instead.items():
         faults.check(
             getattr(options, name, None) in (None, "{}"),
-            f"instead of --{name.replace('_', '-')} give {flag}",
+            f"instead of {flag_of(name)} give {flag}",
         )
     faults.check(
         options.path or options.verify,

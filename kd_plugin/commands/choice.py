@@ -8,7 +8,7 @@ from .. import sequences
 from ..decoding import Tokenizer
 from ..decoding.databin import parse_languages
 from ..errors import Faults
-from .arguments import add_bleu_tokenize
+from .arguments import add_bleu_tokenize, flag_of
 
 _OWN = "own"  # of --languages: as the data call them
 
@@ -189,7 +189,7 @@ def refuse_choice(options: argparse.Namespace, faults: Faults, hypotheses: Optio
     for name in ("min_score_quantile", "min_backward_quantile"):
         check(
             0 <= getattr(options, name) < 1,
-            f"--{name.replace('_', '-')} must be from 0 to below 1",
+            f"{flag_of(name)} must be from 0 to below 1",
         )
     check(
         options.min_closeness is None or 0 <= options.min_closeness <= 100,

@@ -27,6 +27,7 @@ from .arguments import (
     Help,
     NeedsNoOther,
     add_trust,
+    flag_of,
     refuse_unsupported,
     run_like_fairseq,
     shard_of_process,
@@ -246,7 +247,7 @@ def _refuse(options: argparse.Namespace) -> None:
             options.nbest <= options.beam, f"--nbest {options.nbest} needs --beam {options.nbest}"
         )
         for name in ("import_format", "import_as", "import_source", "import_incomplete"):
-            check(not getattr(options, name), f"--{name.replace('_', '-')} needs --import")
+            check(not getattr(options, name), f"{flag_of(name)} needs --import")
     check(
         options.write_nbest is None or options.write_nbest.endswith(exchange.ENDINGS),
         f"--write-nbest {options.write_nbest}: expected a name with {', '.join(exchange.ENDINGS)}",
@@ -279,7 +280,7 @@ def _refuse(options: argparse.Namespace) -> None:
     if is_folder:
         _refuse_for_folder(options, faults)
     else:
-        given = [_flag(name) for name in _OF_FOLDERS if getattr(options, name) is not None]
+        given = [flag_of(name) for name in _OF_FOLDERS if getattr(options, name) is not None]
         check(
             not given,
             f"{', '.join(given)}: for a teacher that is a folder of CTranslate2's or transformers'",
@@ -315,9 +316,7 @@ def _refuse_for_mixture(
     ):
         return
     for name in ("source_text", "hypotheses", "write_nbest"):
-        faults.check(
-            not getattr(options, name), f"--{name.replace('_', '-')} needs a teacher: give --path"
-        )
+        faults.check(not getattr(options, name), f"{flag_of(name)} needs a teacher: give --path")
     with faults.collecting():
         faults.check(
             read_choice(options) == sequences.Choice(),
@@ -354,7 +353,7 @@ def _refuse_for_ctranslate2(options: argparse.Namespace, faults: Faults) -> None
     for name in ("diverse_beam_groups", "diversity_rate", "match_source_len", "unkpen"):
         check(
             getattr(options, name) in (-1, -1.0, False, 0),
-            f"--engine ctranslate2 has no {_flag(name)}",
+            f"--engine ctranslate2 has no {flag_of(name)}",
         )
     if options.sampling:
         check(options.temperature > 0, "--temperature must be above 0")
@@ -367,7 +366,7 @@ def _refuse_for_ctranslate2(options: argparse.Namespace, faults: Faults) -> None
 def _refuse_for_folder(options: argparse.Namespace, faults: Faults) -> None:
     for name in ("trust_checkpoint", "model_overrides"):
         given = getattr(options, name)
-        faults.check(given in (False, "{}", None), f"{_flag(name)} is for checkpoints")
+        faults.check(given in (False, "{}", None), f"{flag_of(name)} is for checkpoints")
     faults.check(
         options.teacher_spm is None or options.teacher_tokenizer is None,
         "--teacher-spm and --teacher-tokenizer: give one of them",
@@ -379,10 +378,6 @@ def _refuse_for_folder(options: argparse.Namespace, faults: Faults) -> None:
             f"--teacher-spm {options.teacher_spm}: expected one model, or the source's and the "
             "target's with ':' between",
         )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _tokens(text: Optional[str]) -> Optional[Tuple[str, ...]]:

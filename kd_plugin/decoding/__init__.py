@@ -14,8 +14,9 @@ from .engines import (
 from .huggingface import TransformersTokens
 from .models import build_models, open_checkpoints, own_task, placement, set_up_task
 from .reading import Around, SymbolReading, TextReading
+from .sentencepieces import open_sentencepiece
 from .text import describe_text, text_functions
-from .tokens import SentencePieceTokens, open_sentencepiece
+from .tokens import SentencePieceTokens
 
 __all__ = [
     "Around",

@@ -5,9 +5,8 @@ Tokenizers of Hugging Face's, in ``huggingface``, have the same members.
 
 from typing import Any, Callable, List, Sequence
 
-from sentencepiece import SentencePieceProcessor
-
-from ..files import FileError, digest
+from ..files import digest
+from .sentencepieces import open_sentencepiece
 
 UNKNOWN = "<unk>"
 
@@ -54,18 +53,3 @@ def spelled(tokens: Sequence[str], unknown: str, decode: Callable[[List[str]], s
         else:
             parts[-1].append(token)
     return f" {UNKNOWN} ".join(decode(part) if part else "" for part in parts)
-
-
-def open_sentencepiece(path: str, flag: str) -> Any:
-    """A SentencePiece model that a flag names.
-
-    Raises:
-        FileError: it cannot be read.
-    """
-    try:
-        return SentencePieceProcessor(model_file=path)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise FileError(
-            f"{flag} {path}: cannot be read as a SentencePiece model ({reason})"
-        ) from None

@@ -1,5 +1,6 @@
 """Sequence-level distillation: training on the teacher's translations (Kim & Rush 2016)."""
 
+from .asked import ENGINES, Asked
 from .choice import SELECTORS, Choice, choose
 from .filters import Filters
 from .hypotheses import HypothesisStore
@@ -7,7 +8,7 @@ from .inspection import inspect
 from .language import OWN_LANGUAGES
 from .mixing import ORDERS, ORIGINAL, Wanted, parse_mix
 from .output import Output, summary_lines
-from .pipeline import ENGINES, Asked, make
+from .pipeline import make
 from .student import Student
 from .values import METRICS
 

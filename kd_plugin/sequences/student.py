@@ -11,8 +11,8 @@ import torch
 from ..checkpoints import lacking
 from ..decoding.databin import DataBin, decode, words
 from ..decoding.engines import Hypothesis, TextHypothesis
+from ..decoding.sentencepieces import open_sentencepiece
 from ..decoding.text import split_tags
-from ..decoding.tokens import open_sentencepiece
 from ..files import FileError
 
 AnyHypothesis = Union[Hypothesis, TextHypothesis]

@@ -4,24 +4,32 @@ Such a folder has the tokens of its own training, so it reads text and writes te
 vocabularies are the data's.
 """
 
-import contextlib
+import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 from ..decoding import (
     Around,
     Converted,
+    Corpus,
     SentencePieceTokens,
     SymbolReading,
     TextReading,
     TransformersTokens,
+    databin,
     huggingface,
 )
+from ..decoding.corpus import SourceLines, TextDataset
 from ..errors import Faults
 from ..export import read_record
-from ..files import FileError, temporary
+from ..files import FileError
+from .asked import Opened
+from .decoded import Decoded, Engine, keep
+from .hypotheses import HypothesisStore
+from .student import SUBWORDS, TEXT
+
+logger = logging.getLogger(__name__)
 
 
 class Translator(NamedTuple):
@@ -160,20 +168,61 @@ def _own_pieces(folder: Path) -> Any:
     )
 
 
-def keep(folder: Path, write: Callable[[Path], Any]) -> Path:
-    """A conversion that is kept for the next time, whole or not there.
+class DecodedByTranslator(Decoded):
+    """Translations of such a folder."""
 
-    Args:
-        write: makes it, in a new folder.
-    """
-    if (folder / "model.bin").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = temporary(folder)
-    try:
-        write(new)
-        with contextlib.suppress(OSError):  # another process was first
-            os.replace(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder
+    def __init__(self, opened: Opened) -> None:
+        super().__init__(opened)
+        asked = opened.asked
+        self.translator = Translator.open(
+            *(opened.cfg.common_eval.path, opened.task),
+            spm=asked.teacher_spm,
+            tokenizer=asked.teacher_tokenizer,
+            around=asked.around,
+        )
+        reads_text = self.translator.reads_text
+        self.written = TEXT if reads_text else SUBWORDS
+        self.reads_spelled = reads_text and not opened.source_text_is_raw
+
+    def teachers(self) -> Dict[str, Any]:
+        written = {"written": TEXT} if self.written == TEXT else {}
+        return {**self.translator.describe(), **written, "overrides": {}}
+
+    def engine(self, store: HypothesisStore, corpus: Corpus) -> Engine:
+        task = self.opened.task
+        translator = self.translator.converted(store.beside("ctranslate2", "teachers"))
+        assert translator.model is not None
+        reading, positions = translator.reading(task), translator.positions
+        if translator.reads_text:
+            text = self._text_of(corpus)
+            corpus = corpus._replace(dataset=TextDataset(reading, text, len(corpus.source)))
+            logger.info(f"of the first sentence {reading.example(text(0))}")
+            if not store.planned:
+                _refuse_prefix(reading, corpus, task.max_positions()[0], positions[0])
+        longest = positions[1] or task.max_positions()[1]
+        engine = self.ctranslate2(reading, translator.model.folder, longest)
+        return Engine(engine.decode, [positions], corpus)
+
+    def _text_of(self, corpus: Corpus) -> Callable[[int], str]:
+        """The running text of each sentence."""
+        opened = self.opened
+        if opened.source_text_is_raw:
+            return SourceLines(str(opened.asked.source_text)).__getitem__
+        dictionary, sentences = corpus.data.source, corpus.source
+        return lambda i: opened.to_text(databin.decode(dictionary, sentences[i].tolist()))
+
+
+def _refuse_prefix(
+    reading: Any, corpus: Corpus, asked: Optional[int], longest: Optional[int]
+) -> None:
+    """Refuse tokens around a source that make it too long, unless that limit is asked for."""
+    if longest is None or (asked is not None and asked <= longest):
+        return
+    sizes, more = corpus.dataset.sizes, len(reading.source_prefix) + len(reading.source_suffix)
+    too_long = int(((sizes > longest) & (sizes - more <= longest)).sum())
+    if too_long:
+        raise FileError(
+            f"--source-prefix and --source-suffix: with these {more} tokens, {too_long} sentences "
+            f"have more than the {longest} tokens that the teacher reads; "
+            f"--max-source-positions {longest} leaves out all that are longer"
+        )

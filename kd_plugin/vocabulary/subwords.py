@@ -1,36 +1,34 @@
 """SentencePiece models as files: read, cut to some of their pieces, written.
 
 A model is one protobuf message. Only the few fields that a cut changes are taken apart here; all
-others, the normaliser and whatever later versions add among them, are copied byte by byte. (The
-message classes that SentencePiece ships need the package protobuf, and those of its older releases
-fail with today's; they would also need more memory and say less of a damaged file.)
+others, the normaliser and whatever later versions add among them, are copied byte by byte.
 """
 
 import math
-import os
-import struct
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
-import numpy as np
-import sentencepiece
-
-from ..errors import UserError
+from ..decoding.sentencepieces import (
+    Damaged,
+    bytes_field,
+    expect_bytes,
+    fields,
+    load,
+    read_whole,
+    refuse_normalisers,
+    varint_field,
+)
 from ..files import FileError
 
-_LARGEST = 1 << 28  # bytes; 256,000 pieces are 5 MB
 _LONGEST = 1000  # characters of a piece; SentencePiece's trainer makes none above 16 by default
 _UNIGRAM, _BPE = 1, 2
 _TYPES = {_UNIGRAM: "unigram", _BPE: "bpe", 3: "word", 4: "char"}
 
 # Types of pieces
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-# Fields: of a model, of a piece, of the trainer's settings, of a normaliser
-_PIECES, _TRAINER, _NORMALISERS, _SELF_TEST = 1, 2, (3, 5), 4
+# Fields: of a model, of a piece, of the trainer's settings
+_PIECES, _TRAINER, _SELF_TEST = 1, 2, 4
 _TEXT, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _VOCAB_SIZE, _IDS = 3, 4, (40, 41, 42, 43)
-_TABLE = 2
-# Wire types
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class Piece(NamedTuple):
@@ -62,19 +60,24 @@ class SubwordModel:
     def __init__(self, content: bytes, name: str) -> None:
         self.content, self.name = content, name
         try:
-            self._fields = list(_fields(content))
+            self._fields = list(fields(content))
             self.pieces = [
                 _piece(number, value)
                 for number, value in enumerate(
                     [field.value for field in self._fields if field.number == _PIECES]
                 )
             ]
-            kinds = list(self._settings((_TRAINER,), _MODEL_TYPE))
-            for table in self._settings(_NORMALISERS, _TABLE):
-                _refuse_table(_expect_bytes(table))
+            kinds = [
+                setting.value
+                for field in self._fields
+                if field.number == _TRAINER
+                for setting in fields(expect_bytes(field.value))
+                if setting.number == _MODEL_TYPE
+            ]
+            refuse_normalisers(self._fields)
             if not self.pieces:
-                raise _Damaged("it has no pieces")
-        except _Damaged as error:
+                raise Damaged("it has no pieces")
+        except Damaged as error:
             raise FileError(
                 f"{name}: expected a SentencePiece model, whole and undamaged ({error})"
             ) from None
@@ -84,7 +87,7 @@ class SubwordModel:
             raise FileError(
                 f"{name}: its type is {self.type}, and only unigram and bpe models can be cut"
             )
-        self.processor = _load(content, name)
+        self.processor = load(content, name)
         self.unknown: int = self.processor.unk_id()
 
     @classmethod
@@ -96,21 +99,7 @@ class SubwordModel:
             FileError: it cannot be read as such a model.
         """
         name = f"{flag} {path}"
-        if not os.path.isfile(path):
-            raise FileError(f"{name}: no such file")
-        size = os.path.getsize(path)
-        if size > _LARGEST:
-            raise FileError(f"{name}: expected a SentencePiece model; it has {size:,} bytes")
-        with open(path, "rb") as file:
-            return cls(file.read(_LARGEST), name)
-
-    def _settings(self, messages: Sequence[int], number: int) -> Iterator[Any]:
-        """The values of a field of messages within the model."""
-        for field in self._fields:
-            if field.number in messages:
-                for setting in _fields(_expect_bytes(field.value)):
-                    if setting.number == number:
-                        yield setting.value
+        return cls(read_whole(path, name), name)
 
     def texts(self, *types: int) -> List[str]:
         """The texts of all pieces of these types."""
@@ -162,11 +151,11 @@ class SubwordModel:
                 continue
             position[old] = len(messages)
             messages.append(message)
-        content = [_bytes_field(_PIECES, message) for message in messages]
+        content = [bytes_field(_PIECES, message) for message in messages]
         for field in self._fields:
             if field.number == _TRAINER:
-                settings = _expect_bytes(field.value)
-                content.append(_bytes_field(_TRAINER, _adapted(settings, position)))
+                settings = expect_bytes(field.value)
+                content.append(bytes_field(_TRAINER, _adapted(settings, position)))
             elif field.number not in (_PIECES, _SELF_TEST):  # tests of the whole model would fail
                 content.append(field.record)
         return b"".join(content)
@@ -198,21 +187,11 @@ def _merges(text: str, scores: Dict[str, float]) -> List[str]:
         made.append(symbols[left])
 
 
-def _load(content: bytes, name: str) -> Any:
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=content)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise FileError(
-            f"{name}: cannot be read as a SentencePiece model ({reason[:300]})"
-        ) from None
-
-
 def _piece(number: int, message: Any) -> Piece:
     text, score, kind = b"", 0.0, NORMAL
-    for field in _fields(_expect_bytes(message)):
+    for field in fields(expect_bytes(message)):
         if field.number == _TEXT:
-            text = _expect_bytes(field.value)
+            text = expect_bytes(field.value)
         elif field.number == _SCORE and isinstance(field.value, float):
             score = field.value
         elif field.number == _TYPE and field.value in range(NORMAL, BYTE + 1):
@@ -220,136 +199,27 @@ def _piece(number: int, message: Any) -> Piece:
     try:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError:
-        raise _Damaged(f"piece {number} is not UTF-8") from None
+        raise Damaged(f"piece {number} is not UTF-8") from None
     if not decoded or len(decoded) > _LONGEST:
-        raise _Damaged(f"piece {number} has {len(decoded)} characters")
+        raise Damaged(f"piece {number} has {len(decoded)} characters")
     if not math.isfinite(score):
-        raise _Damaged(f"the score of piece {number} is {score}")
+        raise Damaged(f"the score of piece {number} is {score}")
     return Piece(decoded, score, kind, message)
 
 
 def _with_type(piece: Piece, kind: int) -> bytes:
-    rest = [field.record for field in _fields(piece.message) if field.number != _TYPE]
-    return b"".join([*rest, _varint_field(_TYPE, kind)])
+    rest = [field.record for field in fields(piece.message) if field.number != _TYPE]
+    return b"".join([*rest, varint_field(_TYPE, kind)])
 
 
 def _adapted(settings: bytes, position: Dict[int, int]) -> bytes:
     """The trainer's settings of a model that has been cut: its size, and the special ids."""
     changed = []
-    for field in _fields(settings):
+    for field in fields(settings):
         if field.number == _VOCAB_SIZE:
-            changed.append(_varint_field(_VOCAB_SIZE, len(position)))
+            changed.append(varint_field(_VOCAB_SIZE, len(position)))
         elif field.number in _IDS and field.value in position:
-            changed.append(_varint_field(field.number, position[field.value]))
+            changed.append(varint_field(field.number, position[field.value]))
         else:
             changed.append(field.record)
     return b"".join(changed)
-
-
-def _refuse_table(table: bytes) -> None:
-    """Of a normaliser, what it replaces by what: older SentencePiece (0.2.0) believes all it says.
-
-    The size of a double array in bytes, its units of 32 bits, and the replacements, each of which
-    ends with a 0. From a unit one gets to those in a block of 256, and some lead to a replacement.
-
-    Raises:
-        _Damaged: it leads beyond its end.
-    """
-    if not table:
-        return
-    size = int.from_bytes(table[:4], "little")
-    replacements = table[4 + size :]
-    if size % 4 or not replacements or replacements[-1]:
-        raise _Damaged("its normaliser is cut short")
-    units = np.frombuffer(table, "<u4", size // 4, 4).astype(np.int64)
-    inner = np.flatnonzero(units >> 31 == 0)
-    first = inner ^ units[inner] >> 10 << ((units[inner] & 512) >> 6)
-    good = size > 0 and (first | 255).max(initial=0) < len(units)
-    if good:
-        ends = units[first[units[inner] & 256 > 0]] & (1 << 31) - 1
-        good = ends.max(initial=0) < len(replacements)
-    if not good:
-        raise _Damaged("its normaliser leads beyond its own end")
-
-
-# Protocol buffers
-
-
-class _Damaged(UserError):
-    """No message of protobuf, or not the one that is expected; a part of a message for users."""
-
-
-class _Field(NamedTuple):
-    """A field of a message.
-
-    Attributes:
-        value: an int, a float (of 32 bits) or bytes; None for a number of 64 bits.
-        record: the whole field, as it lies in the message.
-    """
-
-    number: int
-    value: Any
-    record: bytes
-
-
-def _fields(message: bytes) -> Iterator[_Field]:
-    """Raises:
-    _Damaged: it is no message, or it is cut short.
-    """
-    at, end = 0, len(message)
-    while at < end:
-        start = at
-        key, at = _varint(message, at)
-        number, wire = key >> 3, key & 7
-        value: Any = None
-        if wire == _VARINT:
-            value, at = _varint(message, at)
-        elif wire == _BYTES:
-            size, at = _varint(message, at)
-            value, at = message[at : at + size], at + size
-        elif wire == _FIXED32:
-            at += 4
-            if at <= end:
-                (value,) = struct.unpack_from("<f", message, at - 4)
-        elif wire == _FIXED64:
-            at += 8
-        else:
-            raise _Damaged(f"byte {start} begins no field")
-        if number == 0:
-            raise _Damaged(f"byte {start} begins no field")
-        if at > end:
-            raise _Damaged(f"it ends within the field that begins at byte {start}")
-        yield _Field(number, value, message[start:at])
-
-
-def _varint(message: bytes, at: int) -> Tuple[int, int]:
-    """A number of variable length, and where it ends."""
-    value = 0
-    for place, byte in enumerate(message[at : at + 10]):
-        value |= (byte & 127) << 7 * place
-        if byte < 128:
-            return value, at + place + 1
-    raise _Damaged(f"no number ends behind byte {at}")
-
-
-def _expect_bytes(value: Any) -> bytes:
-    if not isinstance(value, bytes):
-        raise _Damaged("a number stands where a message is expected")
-    return value
-
-
-def _encode(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def _varint_field(number: int, value: int) -> bytes:
-    return _encode(number << 3 | _VARINT) + _encode(value)
-
-
-def _bytes_field(number: int, value: bytes) -> bytes:
-    return _encode(number << 3 | _BYTES) + _encode(len(value)) + value

@@ -13,6 +13,7 @@ from .align import (
     fill,
 )
 from .formats import FORMATS
+from .imported import Imported
 from .lines import readable_twice
 from .write import ENDINGS, write_nbest
 
@@ -23,6 +24,7 @@ __all__ = [
     "IGNORE",
     "USE",
     "Checked",
+    "Imported",
     "Sources",
     "TextSources",
     "Translations",
