@@ -379,7 +379,7 @@ def test_a_multilingual_teacher(corpus, tmp_path):
     write_sequences(joined, teacher, tmp_path / "own", "--gen-subset", "valid").ok()
     assert lists(tmp_path / "own" / "hypotheses") == ours
     message = write_sequences(joined, teacher, tmp_path / "no", "--task", "translation").refusal
-    assert "embeddings, but the dictionary" in message
+    assert "it has 50 symbols and the data's 48" in message
 
 
 def test_sources_that_are_too_long(corpus, data, tmp_path):
