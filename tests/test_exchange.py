@@ -117,8 +117,10 @@ def test_what_fairseq_generate_prints(tmp_path):
         ("a", "1 ||| a ||| f ||| b\n", "line 1: a score that is no number: 'b'"),
         ("a.jsonl", "{}\n", "line 1: expected a text, as one of translations"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2: no JSON"),
-        ("a.jsonl", "[" * 99999, "line 1: no JSON"),
-        ("a.jsonl", "[1]\n", "line 1: expected a JSON object"),
+        ("a.jsonl", '{"text":' * 99999, "line 1: no JSON"),
+        ("a.jsonl", "1\n", "line 1: expected a JSON object"),
+        ("a.jsonl", ' [{"text": "a"}]\n', "line 1: .* got an array: jq -c '.\\[\\]' makes lines"),
+        ("a.csv", "a;b\n", ".csv is a spreadsheet's format"),
         ("a.jsonl", '{"text": 5}\n', "line 1: expected a text"),
         ("a.jsonl", '{"translations": "a"}\n', "line 1: 'translations': expected a list"),
         ("a.jsonl", '{"nbest": ["a"], "scores": [1, 2]}\n', "line 1: 'scores': expected a list"),
@@ -213,17 +215,28 @@ def test_an_unknown_symbol_is_whatever_stands_there(tmp_path):
     [
         (
             "".join(ROWS[:4]),
-            "translations of 4 sentences, and letters has 5; the first without is 4",
+            "translations of 4 sentences, and letters has 5; the first without is 4 "
+            r"\(--import-incomplete drops",
         ),
         (NUMBERED.replace("d e f", "d e g"), "line 5: its source is 'd e g', and sentence 3 of "),
         (NUMBERED + "5\tx\ty\n", "line 7: sentence 5, and letters has 5 sentences, 0 to 4"),
         (NUMBERED + "1\tB C D\ty\n", "line 7: sentence 1 for a second time"),
+        (NUMBERED.replace("d e f", '"d e f"'), "line 5: its source is .*, with quotes as in CSV"),
         ("", "expected at least one translation, found none"),
     ],
 )
 def test_what_is_not_of_these_sentences(tmp_path, content, message):
     with pytest.raises(FileError, match=message):
         check(tmp_path, content)
+
+
+def test_ids_that_count_from_1(tmp_path):
+    """Of which the last sentence is missing, so that all would move by one without a word."""
+    content = "".join(f"{i} ||| x ||| F0= 1 ||| -1\n" for i in range(1, 5))
+    with pytest.raises(FileError, match="no sentence 0: ids count from 0"):
+        check(tmp_path, content, name="x", header="", incomplete=True)
+    zero = "0 ||| ||| F0= 0 ||| 0\n" + content
+    assert len(check(tmp_path, zero[:-1], name="x", header="", incomplete=True).sentences) == 5
 
 
 @pytest.mark.parametrize("lines", [4, 6])

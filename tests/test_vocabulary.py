@@ -288,7 +288,9 @@ def test_what_is_unknown_is_told(tmp_path):
     values = record["measured"]["text"]
     assert values["unknown"] == values["unknown_before"] == 2
     assert set(values["examples"]) == {"k", "☃☃"}
-    assert "2 unknown to the teacher, 2 before: " in vocabulary.summary_lines(record, tmp_path)[1]
+    assert (
+        "2 unknown to the dictionary, 2 before: " in vocabulary.summary_lines(record, tmp_path)[1]
+    )
 
 
 def test_bytes_stay_whether_or_not_the_teacher_knows_them(tmp_path):

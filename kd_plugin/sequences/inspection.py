@@ -29,7 +29,7 @@ from ..pages import Table, html_page, markdown_page
 from ..timing import progress_bar
 from . import dropped
 from .mixing import IN_ORDER, ORIGINAL, RECORD
-from .output import TEXT_FOLDER, read_record
+from .output import TEXT_FOLDER, read_record, score_in_words
 
 ENDINGS = (".html", ".md")
 _EXAMPLES, _PAIRS, _SEED = 5, 20, 1
@@ -168,8 +168,9 @@ def _overview(record: Dict[str, Any], parts: Sequence[_Part]) -> Table:
         rows.append(["mixed in", f"{sum(part.written for part in parts):,}"])
     for side in ("source", "target", "unknown"):
         rows.append([f"{side} tokens", f"{counts[side + '_tokens']:,}"])
+    if means.get("score_per_token") is not None:
+        rows.append([*score_in_words(record)])
     for key, label, form, unit in (
-        ("score_per_token", "teacher's log-probability per token", "{:.3f} bits", math.log(2)),
         ("closeness", "closeness to the reference", "{:.1f}", 1),
         ("backward", "log-probability of the source per token", "{:.3f} bits", math.log(2)),
     ):

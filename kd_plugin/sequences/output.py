@@ -335,6 +335,14 @@ def _distilled(
         skip(range(last + 1, len(corpus.source)))
 
 
+def score_in_words(record: Dict[str, Any]) -> Tuple[str, str]:
+    """The mean score of what was chosen, and what it is: only a teacher's is a log-probability."""
+    score = record["means"]["score_per_token"]
+    if "imported" in (record["settings"].get("hypotheses") or {}):
+        return "mean score", f"{score:.3f}"
+    return "teacher's log-probability per token", f"{score / math.log(2):.3f} bits"
+
+
 def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
     """What a user wants to know of finished data."""
     counts, means = record["counts"], record["means"]
@@ -350,8 +358,7 @@ def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
     reasons = f": {in_words(counts['dropped'])}" if lost else ""
     found = []
     if means["score_per_token"] is not None:
-        bits = means["score_per_token"] / math.log(2)
-        found.append(f"teacher's log-probability per token {bits:.3f} bits")
+        found.append(" ".join(score_in_words(record)))
     if means["closeness"] is not None:
         found.append(f"mean closeness to the references {means['closeness']:.1f}")
     if means.get("backward") is not None:

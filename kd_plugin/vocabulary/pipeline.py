@@ -125,7 +125,7 @@ def summary_lines(record: Dict[str, Any], folder: Path) -> List[str]:
         lines.append(
             f"| {name}: {found.tokens:,} tokens, {found.differently / found.tokens:.2%} of them "
             f"cut differently now ({found.tokens_after:,} tokens); {found.unknown:,} unknown to "
-            f"the teacher, {found.unknown_before:,} before{examples}"
+            f"the dictionary, {found.unknown_before:,} before{examples}"
         )
     if record["characters_left_out"]:
         lines.append(

@@ -285,6 +285,13 @@ def check(
                     compared += 1
                     ours = sources.difference(sentence, item.source)
                     if ours is not None:
+                        unquoted = item.source.strip('"').replace('""', '"')
+                        if sources.difference(sentence, unquoted) is None:
+                            raise translations.fault(
+                                item,
+                                f"its source is {item.source[:_SHOWN]!r}, with quotes as in CSV: "
+                                "write the file without them, or as JSON lines",
+                            )
                         raise translations.fault(
                             item,
                             f"its source is {item.source[:_SHOWN]!r}, and sentence {sentence} of "
@@ -304,9 +311,15 @@ def check(
     if sources is not None and read != total and not (incomplete and by_number):
         missing = np.flatnonzero(~seen)
         first = f"; the first without is {missing[0]}" if len(missing) else ""
+        drop = " (--import-incomplete drops those without)" if by_number else ""
         raise FileError(
             f"{translations.names} has translations of {read} sentences, and {sources.name} has "
-            f"{total}{first}"
+            f"{total}{first}{drop}"
+        )
+    if by_number and not compared and seen[1:2].any() and not seen[0]:
+        raise FileError(
+            f"{translations.names} has no sentence 0: ids count from 0. If these count from 1, "
+            "subtract 1; if the first sentence has no translation, give it an empty one"
         )
     if sources is not None:
         same = f"; {compared} sources of theirs, all as in {sources.name}" if compared else ""

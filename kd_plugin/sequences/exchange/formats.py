@@ -15,6 +15,7 @@ import math
 import os
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
+from ...files import FileError
 from .lines import Lines
 
 Translation = Tuple[str, float]  # text, and its score; NaN where there is none
@@ -170,6 +171,10 @@ def _json_lines(lines: Lines, subwords: bool) -> Iterator[Item]:
     for line in lines:
         if not line.strip():
             continue
+        if line.lstrip()[:1] == "[":
+            raise lines.fault(
+                "expected a JSON object in each line, got an array: jq -c '.[]' makes lines of it"
+            )
         try:
             found = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -266,6 +271,7 @@ FORMATS: Dict[str, Reader] = {
     "tsv": _tsv,
     "jsonl": _json_lines,
 }
+_SPREADSHEETS = (".csv", ".xlsx", ".xls", ".ods")
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".tsv": "tsv"}
 
 
@@ -276,6 +282,11 @@ def recognise(lines: Lines) -> str:
         if name.endswith(packed):
             name = name[: -len(packed)]
     ending = os.path.splitext(name)[1].lower()
+    if ending in _SPREADSHEETS:
+        raise FileError(
+            f"--import {lines.name}: {ending} is a spreadsheet's format; save it as text with tabs "
+            "between the columns (.tsv), without quotes, or as JSON lines"
+        )
     if ending in _ENDINGS:
         return _ENDINGS[ending]
     first = []
