@@ -22,6 +22,7 @@
 #   JUDGE          1                0: only train
 #   ENSEMBLE       none             more checkpoints of teachers with the same vocabulary, with ':' between
 #   JUNIOR         none             checkpoint of a medium teacher: the first half of the updates learn from it
+#   SCHEDULE       to 0             flags of another learning rate's schedule
 #   STUDENT_FLAGS, TRAIN_FLAGS, ENGINE as in multi30k.sh
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -59,8 +60,8 @@ student() { # NAME FLAGS...; the flags of ROW come last
     train "$1" --arch transformer --encoder-layers 2 --decoder-layers 2 \
         --encoder-embed-dim 64 --decoder-embed-dim 64 --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 \
         --encoder-attention-heads 4 --decoder-attention-heads 4 --share-all-embeddings --dropout 0.1 \
-        --optimizer adam --adam-betas '(0.9,0.98)' --lr 0.005 --lr-scheduler polynomial_decay \
-        --warmup-updates "$((UPDATES / 8))" --total-num-update "$UPDATES" \
+        --optimizer adam --adam-betas '(0.9,0.98)' --lr 0.005 \
+        ${SCHEDULE:---lr-scheduler polynomial_decay --warmup-updates $((UPDATES / 8)) --total-num-update $UPDATES} \
         --max-tokens 2048 --max-update "$UPDATES" --num-workers 0 ${STUDENT_FLAGS:-} "${@:2}" "${LOSS[@]}"
 }
 
