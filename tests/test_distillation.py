@@ -58,7 +58,7 @@ def task(longest, **flags):
 
 
 def model(longest=1024):
-    return Namespace(max_positions=lambda: (longest, longest))
+    return Namespace(max_positions=lambda: (longest, longest), longer=(0, 0))
 
 
 def test_what_needs_no_file_is_refused_with_the_criterions_flags():
