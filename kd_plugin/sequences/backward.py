@@ -65,7 +65,7 @@ def open_fairseq(
 
     def score(sources: List[List[str]], targets: List[List[str]]) -> List[float]:
         sides = [
-            [databin.encode(dictionary, " ".join(one)) for one in sentences]
+            [databin.encode(dictionary, " ".join(one)).long() for one in sentences]
             for dictionary, sentences in ((source, sources), (target, targets))
         ]
         sizes = [[len(tokens) for tokens in side] for side in sides]

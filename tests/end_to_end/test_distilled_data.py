@@ -185,10 +185,11 @@ def test_the_one_that_tells_most_of_its_source(data, weak, made, backward, tmp_p
     # all of them, in this order: each sentence's first is the one that was chosen above
     every = tmp_path / "every"
     write_sequences(data, weak, every, *how, "--keep", 4).ok()
-    assert record(every)["counts"]["distilled"] == 4 * 640
+    counts, total = record(every)["counts"], sum(map(len, lists(kept[1]).values()))
+    assert counts["distilled"] + counts["duplicates"] == total > 3.9 * 640
     # kept once for both; and those of the closest
     values = [*(made.output / "hypotheses").glob("values-*[0-9a-f]")]
-    assert [path.stat().st_size for path in values] == [8 * 4 * 640] * 2
+    assert [path.stat().st_size for path in values] == [8 * total] * 2
     scores = score(every)
     sources = text_of(every, SOURCE)
     ordered = [float(scores[str(i)]) for i in range(len(sources))]
