@@ -129,19 +129,24 @@ def test_tags_matter(data, tmp_path):
         assert not torch.allclose(found[0], other[0], atol=1e-4)
 
 
+def dictionaries_with(data, folder, *tags):
+    """A folder with the data's dictionaries and these symbols behind."""
+    folder.mkdir()
+    for lang in ("aa", "bb"):
+        dictionary = copy.deepcopy(data.source)
+        for tag in tags:
+            dictionary.add_symbol(tag)
+        dictionary.save(str(folder / f"dict.{lang}.txt"))
+    return folder
+
+
 def test_flags_stand_for_a_task_that_says_nothing(data, tmp_path):
     """The same weights as a model of ``translation``, whose dictionaries' files have the tags."""
     path = tmp_path / "teacher.pt"
     model = write_model(path, data, "transformer", TAGGED["both"])
     expected = by_stock(data, model, TAGGED["both"])
     changed(path, task="translation")
-    own = tmp_path / "own"
-    own.mkdir()
-    for lang in ("aa", "bb"):
-        dictionary = copy.deepcopy(data.source)
-        for tag in ("__aa__", "__bb__"):
-            dictionary.add_symbol(tag)
-        dictionary.save(str(own / f"dict.{lang}.txt"))
+    own = dictionaries_with(data, tmp_path / "own", "__aa__", "__bb__")
     listed = AskedTags(before_source=("__aa__",), before_target=("</s>", "__bb__"))
     for asked in (listed, AskedTags(family="m2m")):
         assert_same(by_us(data, path, data=[str(own)], tags=asked)[0], expected)
@@ -164,13 +169,7 @@ def test_a_family_has_its_own_names_of_languages(data, tmp_path):
     write_model(path, data, "transformer", TAGGED["both"])
     expected, _ = by_us(data, path)
     changed(path, task="translation", source_lang="aa", target_lang="bb")
-    own = tmp_path / "own"
-    own.mkdir()
-    for lang in ("aa", "bb"):
-        dictionary = copy.deepcopy(data.source)
-        for tag in ("[aa_XX]", "[bb_BB]"):
-            dictionary.add_symbol(tag)
-        dictionary.save(str(own / f"dict.{lang}.txt"))
+    own = dictionaries_with(data, tmp_path / "own", "[aa_XX]", "[bb_BB]")
     for languages in (("aa_XX", "bb_BB"), None):
         asked = AskedTags(family="mbart50", languages=languages)
         teacher = TeacherSettings([str(path)], data=[str(own)], tags=asked)
