@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kd_plugin"
 # Lowest first. A module or folder may import what is on its own floor or below, but no two may
 # import each other, however long the way round. Imports inside functions count.
 FLOORS = [
-    ["errors", "files", "shards", "timing", "pages", "objective"],
+    ["errors", "files", "shards", "timing", "pages", "calibration", "objective"],
     ["checkpoints"],
     ["teachers", "cache"],
     ["flags", "plan", "tasks", "criterion"],

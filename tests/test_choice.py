@@ -123,10 +123,8 @@ def test_a_hypothesis_is_measured_once():
         measured.extend(texts)
         return [[[1.0]]]
 
-    def text(hypothesis):
-        return hypothesis.subwords.upper()
-
-    candidates = values.Candidates(LISTS[0][1], [], text, "A B C", pairwise)
+    student = Student(None, str.upper, None)
+    candidates = values.Candidates(LISTS[0][1], [], student, "A B C", pairwise)
     assert [candidates.closeness(i) for i in (0, 1, 1, 0)] == [1.0] * 4
     assert measured == [["A B D"], ["A B C"]]
 
@@ -317,17 +315,17 @@ def test_sources_scored_given_translations():
         return [-float(len(source)) for source in sources]
 
     direction = backward.Direction("back.pt", ("en", "de"), score, (4, 6), -5.0)
-    how = backward.Backward(direction, lambda hypothesis: hypothesis.subwords.split())
+    how = backward.Backward(direction)
 
     def candidates(source, *texts):
-        return values.Candidates(nbest(*texts), source, None, None, None)
+        return values.Candidates(nbest(*texts), source, Student(None, str, None), None, None)
 
     block = [candidates(["x", "y"], "a", "a b"), candidates(["z"], "a b c d", "a b c")]
     assert how(block) == [[-1, -2], [backward.TOO_LONG, -3]]
     assert seen == [(["a"], ["x", "y"]), (["a", "b"], ["x", "y"]), (["a", "b", "c"], ["z"])]
     direction = direction._replace(guess=-1.0)
     with pytest.raises(UserError, match="expected a model that translates from en to de"):
-        backward.Backward(direction, lambda hypothesis: hypothesis.subwords.split())(block)
+        backward.Backward(direction)(block)
 
 
 # hypotheses that are text

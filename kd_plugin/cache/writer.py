@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import calibration
 from ..files import all_or_nothing, size
 from ..objective.answer import Dense
 from ..shards import ShardedStore, fixed_rows
@@ -19,7 +20,6 @@ from .layout import CacheError
 # Rows that are merged at a time, and bins of the covered mass from 0 to 1
 _MERGE_ROWS = 1 << 17
 _BINS = 10000
-_CALIBRATION_BINS = 10
 _TINY, _HUGE = 1e-30, 1e30
 
 
@@ -265,7 +265,7 @@ class CacheWriter(ShardedStore):
         }
         covered, nll, entropy, tail, agreeing = 0.0, 0.0, 0.0, 0.0, 0
         others = max(self.header["vocabulary"] - self.header["k"], 1)
-        histogram, sure = np.zeros(_BINS, dtype=np.int64), np.zeros(_CALIBRATION_BINS)
+        histogram, sure = np.zeros(_BINS, dtype=np.int64), np.zeros(calibration.BINS)
         for sentences in self._blocks():
             here = slice(offsets[sentences.start], offsets[sentences.stop])
             log_p = arrays["log_probs"][here].astype(np.float64)
@@ -285,8 +285,7 @@ class CacheWriter(ShardedStore):
                 reference = np.concatenate([self.targets(i) for i in with_rows])
                 right = arrays["symbols"][here][:, 0] == reference
                 agreeing += int(right.sum())
-                of = np.minimum(p[:, 0] * _CALIBRATION_BINS, _CALIBRATION_BINS - 1).astype(int)
-                sure += np.bincount(of, p[:, 0] - right, minlength=_CALIBRATION_BINS)
+                sure += calibration.gaps(p[:, 0], right)
         bytes_ = sum(size(layout.array_file(self.folder, n)) for n in (*self.types, "offsets"))
         per_row = 1 / max(rows, 1)
         low = int(np.searchsorted(np.cumsum(histogram), 0.01 * rows))
@@ -299,7 +298,7 @@ class CacheWriter(ShardedStore):
             entropy * per_row / math.log(2),
             agreeing * per_row,
             tail * per_row / math.log(2),
-            np.abs(sure).sum() * per_row,
+            calibration.error(sure, rows),
         )
         return dict(zip((*layout.SUMMARY, *layout.MORE_SUMMARY), values))
 

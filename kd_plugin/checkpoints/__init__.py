@@ -22,7 +22,7 @@ from .checkpoint import (
 )
 from .dictionaries import MISSING, Dictionaries, VocabularyError, index_map, is_padding, lacking
 from .roles import Role
-from .tags import FAMILIES, MULTILINGUAL, AskedTags, Tags, family_tags, parse_symbols
+from .tags import FAMILIES, MULTILINGUAL, AskedTags, Tags, family_tags, nearest, parse_symbols
 from .tasks import STOCK_OTHERS, reads_as_translation, translates_otherwise
 from .torchfile import allow_fairseq_globals
 
@@ -52,6 +52,7 @@ __all__ = [
     "is_padding",
     "lacking",
     "parse_overrides",
+    "nearest",
     "parse_symbols",
     "reads_as_translation",
     "refuse_cut_short",

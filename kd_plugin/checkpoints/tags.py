@@ -5,7 +5,18 @@ Which, its task says, or the convention of a family of models, or flags.
 
 import difflib
 import re
-from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Collection,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from fairseq.data import Dictionary
 
@@ -176,10 +187,15 @@ def name_of(language: str, known: Sequence[str], whose: str) -> str:
     raise VocabularyError(f"{language} is none of {whose} ({some}): name the one that it is")
 
 
-def _alike(symbol: str, known: Sequence[str]) -> str:
+def nearest(symbol: str, known: Iterable[str]) -> List[str]:
+    """The few symbols that are most like one, the likest first."""
     # comparing a symbol with hundreds of thousands takes seconds, and most are far too short
     near = [other for other in known if abs(len(other) - len(symbol)) <= len(symbol) // 2]
-    found = difflib.get_close_matches(symbol, near, _NEAREST, 0.5)
+    return difflib.get_close_matches(symbol, near, _NEAREST, 0.5)
+
+
+def _alike(symbol: str, known: Sequence[str]) -> str:
+    found = nearest(symbol, known)
     return f"; nearest are {', '.join(map(repr, found))}" if found else ""
 
 

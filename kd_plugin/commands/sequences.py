@@ -6,7 +6,6 @@ chooses one hypothesis for each sentence, and writes a complete data-bin (Kim & 
 
 import argparse
 import os
-import re
 import sys
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
@@ -16,7 +15,7 @@ from fairseq import utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from .. import sequences
-from ..checkpoints import parse_overrides
+from ..checkpoints import parse_overrides, parse_symbols
 from ..decoding import Around, parse_languages
 from ..errors import Faults
 from ..export import QUANTIZATIONS
@@ -210,7 +209,7 @@ def run(options: argparse.Namespace) -> None:
             engine=options.engine,
             teacher_spm=utils.split_paths(options.teacher_spm) if options.teacher_spm else (),
             teacher_tokenizer=options.teacher_tokenizer,
-            around=Around(*(_tokens(getattr(options, name)) for name in _AROUND)),
+            around=Around(*(parse_symbols(getattr(options, name)) for name in _AROUND)),
             compute_type=options.compute_type,
             trust=options.trust_checkpoint,
             overwrite=options.overwrite,
@@ -378,11 +377,6 @@ def _refuse_for_folder(options: argparse.Namespace, faults: Faults) -> None:
             f"--teacher-spm {options.teacher_spm}: expected one model, or the source's and the "
             "target's with ':' between",
         )
-
-
-def _tokens(text: Optional[str]) -> Optional[Tuple[str, ...]]:
-    """The tokens that a flag lists, with spaces or commas between; None of None."""
-    return None if text is None else tuple(part for part in re.split(r"[\s,]+", text) if part)
 
 
 def _student_langs(options: argparse.Namespace) -> Optional[Tuple[str, str]]:

@@ -1,11 +1,11 @@
 """A model in CTranslate2's format, whatever it was converted from: what its folder says of it."""
 
-import difflib
 import json
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+from ..checkpoints import nearest
 from ..files import FileError, digest, read_json
 
 _MODEL, _CONFIG = "model.bin", "config.json"
@@ -13,7 +13,6 @@ _TRANSLATES = "TransformerSpec"  # CTranslate2's name of encoder and decoder
 _POSITIONS = "{}/position_encodings/encodings"
 _VERSIONS = (2, 6)  # of the binary format, oldest and newest
 _MOST_VARIABLES, _MOST_DIMENSIONS = 1 << 20, 16
-_NEAREST = 3
 _PADS = ("<pad>", "<blank>")  # the latter for fairseq's and OpenNMT's
 
 
@@ -104,7 +103,7 @@ def lacking_tokens(tokens: Sequence[str], known: Set[str], flag: str) -> List[st
     found = []
     for token in tokens:
         if token not in known:
-            near = difflib.get_close_matches(token, known, _NEAREST, 0.5)
+            near = nearest(token, known)
             alike = f"; it has {', '.join(map(repr, near))}" if near else ""
             found.append(f"{flag}: the teacher's vocabulary lacks {token!r}{alike}")
     return found

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from fairseq.data import Dictionary
 
+from .. import calibration
 from ..objective.answer import rows_ahead, rows_at_once
 from ..objective.divergences import forward_kl
 from ..teachers import Teacher
@@ -132,15 +133,14 @@ class Calibration(NamedTuple):
         if not sentences:
             return cls(None, None, None)
         return cls(
-            _calibration_error(surest, best == tokens.symbol),
-            _calibration_error(expected, np.exp2(-nll.astype(np.float64))),
+            _error(surest, best == tokens.symbol),
+            _error(expected, np.exp2(-nll.astype(np.float64))),
             float(ends.sum() / sentences),
         )
 
 
-def _calibration_error(expected: np.ndarray, found: np.ndarray, bins: int = 10) -> float:
-    which = np.minimum(expected * bins, bins - 1).astype(int)
-    return float(np.abs(np.bincount(which, expected - found)).sum() / len(expected))
+def _error(expected: np.ndarray, found: np.ndarray) -> float:
+    return calibration.error(calibration.gaps(expected, found), len(expected))
 
 
 def calibrations(tokens: Tokens, end: int) -> Dict[str, Calibration]:

@@ -129,11 +129,12 @@ class Opened(NamedTuple):
         """Whether the source is a file of running text, and not of symbols of the data."""
         return bool(self.asked.source_text and (self.cfg.bpe or self.cfg.tokenizer))
 
-    def corpus(self, store: HypothesisStore) -> Corpus:
+    def corpus(self, store: HypothesisStore, subset: Optional[Corpus] = None) -> Corpus:
         """The subset, or the source text.
 
         Args:
             store: beside which the binarised form of a text is kept.
+            subset: if it has been read.
 
         Raises:
             FileError: it cannot be read, or lacks references that are needed.
@@ -146,7 +147,7 @@ class Opened(NamedTuple):
                 to_subwords=self.to_subwords,
                 prefix=store.beside("source", "files", "source_text_encoding", "truncate_source"),
             )
-        corpus = Corpus.of_subset(self.task, self.data, self.subset)
+        corpus = subset or Corpus.of_subset(self.task, self.data, self.subset)
         if corpus.references is None:
             self.refuse_without_references(f"{self.cfg.task.data}, {self.subset}")
         return corpus

@@ -8,6 +8,7 @@ import math
 from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
 
 import torch
+from fairseq import utils
 from fairseq.data import LanguagePairDataset
 
 from ..checkpoints import Role
@@ -15,7 +16,6 @@ from ..decoding import DataBin, databin
 from ..errors import UserError
 from ..teachers import Student as Reader
 from ..teachers import Teacher, TeacherSettings, token_losses
-from .student import AnyHypothesis
 from .values import Block
 
 FLAG = "--backward-path"
@@ -60,7 +60,7 @@ def open_fairseq(
     source, target = data.target, data.source
     langs = data.langs[1], data.langs[0]
     reader = Reader(source, target, *langs)
-    settings = TeacherSettings(path.split(":"), trust=trust, role=ROLE)
+    settings = TeacherSettings(utils.split_paths(path), trust=trust, role=ROLE)
     model = Teacher.open(settings, reader).place(device, dtype)
 
     def score(sources: List[List[str]], targets: List[List[str]]) -> List[float]:
@@ -90,11 +90,10 @@ class Backward:
 
     Args:
         direction: what scores.
-        symbols: of a hypothesis.
     """
 
-    def __init__(self, direction: Direction, symbols: Callable[[AnyHypothesis], List[str]]) -> None:
-        self.direction, self._symbols, self._probed = direction, symbols, False
+    def __init__(self, direction: Direction) -> None:
+        self.direction, self._probed = direction, False
 
     def __call__(self, block: Block) -> List[List[float]]:
         """Mean log-probability of the source's symbols, end of sentence included, in nats.
@@ -106,8 +105,8 @@ class Backward:
         found = [[TOO_LONG] * len(candidates) for candidates in block]
         places, sources, targets = [], [], []
         for i, candidates in enumerate(block):
-            for j, hypothesis in enumerate(candidates.hypotheses):
-                pair = self._symbols(hypothesis), [*candidates.source]
+            for j in range(len(candidates)):
+                pair = candidates.symbols(j), [*candidates.source]
                 if all(len(s) < most for s, most in zip(pair, self.direction.longest)):
                     places.append((i, j))
                     sources.append(pair[0])

@@ -203,9 +203,9 @@ def choose(
     duplicates = 0
     judge = _Judge(choice, student, corpus.data.source.unk_string(), spelled)
 
-    def score(hypothesis: AnyHypothesis) -> float:
-        length = len(student.symbols(hypothesis))
-        return per_token(hypothesis.score, length, lenpen, unnormalized)
+    def score(candidates: Candidates, j: int) -> float:
+        length = len(candidates.symbols(j))
+        return per_token(candidates.hypotheses[j].score, length, lenpen, unnormalized)
 
     with progress_bar(sentences, "choosing", "sentences") as progress:
         for ids, block in _blocks(corpus, nbest, student, measures.pairwise):
@@ -220,7 +220,7 @@ def choose(
             for n, (i, candidates) in enumerate(zip(ids, block)):
                 worth = order[n]
                 if choice.backward_weight and backward is not None:
-                    scores = [score(one) for one in candidates.hypotheses]
+                    scores = [score(candidates, j) for j in range(len(candidates))]
                     if np.isnan(scores).any():
                         raise FileError("--backward-weight: some hypotheses have no score")
                     pairs = zip(scores, backward[n])
@@ -239,7 +239,7 @@ def choose(
                     if reason is not None:
                         why[i, taken] = REASONS.index(reason)
                     else:
-                        values["score_per_token"][i, taken] = score(candidates.hypotheses[j])
+                        values["score_per_token"][i, taken] = score(candidates, j)
                         if choice.needs_references:
                             values["closeness"][i, taken] = candidates.closeness(j)
                         if backward is not None:
@@ -284,9 +284,7 @@ def _blocks(
             target = databin.decode(corpus.data.target, corpus.references[i].tolist())
             reference = student.to_text(target)
         ids.append(i)
-        block.append(
-            Candidates(hypotheses, databin.words(source), student.text, reference, compare)
-        )
+        block.append(Candidates(hypotheses, databin.words(source), student, reference, compare))
         if len(ids) == _BLOCK:
             yield ids, block
             ids, block = [], []
@@ -307,10 +305,9 @@ class _Judge:
         """One of ``REASONS``, or None: it is kept."""
         choice, student = self._choice, self._student
         taken, seen = candidates.hypotheses[j], candidates.source
-        symbols = student.symbols(taken)
-        texts = student.to_text(" ".join(seen)), candidates.text(j)
+        texts = candidates.source_text, candidates.text(j)
         reason = choice.filters.reason(
-            seen, symbols, taken.finished, (*texts, candidates.reference)
+            seen, candidates.symbols(j), taken.finished, (*texts, candidates.reference)
         )
         if reason is not None:
             return reason

@@ -1,18 +1,16 @@
 """What a choice asks of the hypotheses, opened: models, files, and values kept beside the lists."""
 
 import contextlib
-from typing import Any, Iterator, List, NamedTuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
 
 from ..decoding import DataBin, Tokenizer, databin
 from ..decoding.corpus import Corpus
-from ..files import digest
 from .backward import Backward, open_fairseq, probe
 from .choice import Choice
 from .hypotheses import HypothesisStore
 from .language import Languages
-from .student import Student
 from .values import BlockValues, Given, Kept, Measures, plain_measures
 
 _PROBED = 64  # sentences
@@ -34,8 +32,8 @@ class Running(NamedTuple):
 def opened(
     choice: Choice,
     read: DataBin,
-    student: Student,
     *,
+    backward_files: Sequence[str],
     store: HypothesisStore,
     text: Any,
     tokenizer: Tokenizer,
@@ -45,6 +43,7 @@ def opened(
 
     Args:
         read: the data-bin whose symbols a backward model reads.
+        backward_files: checksums of that model's.
         store: the lists, beside which values are kept.
         text: how subwords become text, as plain types.
         tokenizer: of BLEU.
@@ -64,8 +63,8 @@ def opened(
         if choice.backward_path:
             direction = open_fairseq(choice.backward_path, read, *how)
             backward = kept(
-                Backward(direction, student.symbols),
-                backward=[digest(path) for path in _files(choice.backward_path)],
+                Backward(direction),
+                backward=backward_files,
                 precision=str(how.dtype),
             )
         measures = plain_measures(choice.select, choice.metric, tokenizer)
@@ -125,7 +124,3 @@ def check(
     if pairs:
         sources, targets = map(list, zip(*pairs))
         probe(direction, direction.score(sources, targets), "references")
-
-
-def _files(path: str) -> List[str]:
-    return path.split(":")

@@ -106,7 +106,8 @@ def _make(opened: Opened, origin: Origin, student: Student, mix: Mix) -> Optiona
         _refuse_others(asked, output, store)
         if not output.complete:
             with measures.opened(
-                *(asked.choice, read, student),
+                *(asked.choice, read),
+                backward_files=(output.settings["backward"] or {}).get("models", ()),
                 store=store,
                 text=decoding.describe_text(cfg),
                 tokenizer=tokenizer,

@@ -15,7 +15,7 @@ from sacrebleu.metrics import CHRF
 
 from ..decoding import Tokenizer
 from ..files import Busy, FileError, locked
-from .student import AnyHypothesis
+from .student import AnyHypothesis, Student
 
 METRICS = ("bleu", "chrf")
 WESTERN = Tokenizer()
@@ -32,7 +32,7 @@ class Candidates:
     Args:
         hypotheses: the likeliest first.
         source: symbols of the source, as the data that is read has them.
-        to_text: from a hypothesis to running text.
+        student: knows their text and symbols, which are made once.
         reference: running text; None where there is none.
         pairwise: how texts are compared.
     """
@@ -41,13 +41,15 @@ class Candidates:
         self,
         hypotheses: Sequence[AnyHypothesis],
         source: Sequence[str],
-        to_text: Callable[[AnyHypothesis], str],
+        student: Student,
         reference: Optional[str],
         pairwise: Pairwise,
     ) -> None:
         self.hypotheses, self.source, self.reference = hypotheses, source, reference
-        self._to_text, self._pairwise = to_text, pairwise
+        self._student, self._pairwise = student, pairwise
         self._texts: Dict[int, str] = {}
+        self._symbols: Dict[int, List[str]] = {}
+        self._source_text: Optional[str] = None
         self._closeness: Dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -55,8 +57,19 @@ class Candidates:
 
     def text(self, i: int) -> str:
         if i not in self._texts:
-            self._texts[i] = self._to_text(self.hypotheses[i])
+            self._texts[i] = self._student.text(self.hypotheses[i])
         return self._texts[i]
+
+    def symbols(self, i: int) -> List[str]:
+        if i not in self._symbols:
+            self._symbols[i] = self._student.symbols(self.hypotheses[i])
+        return self._symbols[i]
+
+    @property
+    def source_text(self) -> str:
+        if self._source_text is None:
+            self._source_text = self._student.to_text(" ".join(self.source))
+        return self._source_text
 
     def texts(self) -> List[str]:
         return [self.text(i) for i in range(len(self))]

@@ -83,11 +83,14 @@ class Imported(Origin):
         }
 
     def corpus(self, store: HypothesisStore) -> Corpus:
-        if not store.complete:
-            self._checked = self._check()
         opened = self.opened
+        subset = (
+            Corpus.of_subset(opened.task, opened.data, opened.subset) if self.of_subset else None
+        )
+        if not store.complete:
+            self._checked = self._check(subset)
         if self.source != USE:
-            return opened.corpus(store)
+            return opened.corpus(store, subset)
         opened.refuse_without_references(self.translations.names)
         keys = "imported", "format", "files", "source_text_encoding", "truncate_source"
         return Corpus.of_text(
@@ -102,18 +105,21 @@ class Imported(Origin):
         make_room()
         return fill(store, self.translations, self._checked)
 
-    def _check(self) -> Checked:
-        """Compare the files with what they should be translations of; nothing is written."""
+    def _check(self, subset: Optional[Corpus]) -> Checked:
+        """Compare the files with what they should be translations of; nothing is written.
+
+        Args:
+            subset: None if it is a text.
+        """
         opened, asked = self.opened, self.opened.asked
         how = opened.to_text, opened.to_subwords
         sources: Optional[Sources] = None
         if asked.source_text:
             raw = opened.source_text_is_raw
             sources = TextSources(asked.source_text, opened.data.source, *how, raw=raw)
-        elif self.source != USE:
-            corpus = Corpus.of_subset(opened.task, opened.data, opened.subset)
+        elif subset is not None:
             name = f"{opened.data.folder}, {opened.subset}"
-            sources = Sources(name, opened.data.source, corpus.source, *how)
+            sources = Sources(name, opened.data.source, subset.source, *how)
         checked = check(
             *(self.translations, sources),
             compare=self.source == CHECK,
