@@ -197,15 +197,21 @@ def write(prefix: Path, dictionary: Dictionary, sentences: Iterable[torch.Tensor
 
 def words(subwords: str) -> List[str]:
     """The symbols of a sentence; some may hold whitespace other than the space between them."""
-    return [symbol for symbol in subwords.split(" ") if symbol]
+    symbols = subwords.split(" ")
+    return [symbol for symbol in symbols if symbol] if "" in symbols else symbols
+
+
+def indices(dictionary: Dictionary, subwords: str) -> List[int]:
+    """Of symbols with spaces between, and of the end of sentence."""
+    index, unknown = dictionary.indices.get, dictionary.unk()
+    found = [index(symbol, unknown) for symbol in words(subwords)]
+    found.append(dictionary.eos())
+    return found
 
 
 def encode(dictionary: Dictionary, subwords: str) -> torch.Tensor:
-    """Indices of symbols with spaces between, and the end of sentence: int32, as fairseq's."""
-    index, unknown = dictionary.indices.get, dictionary.unk()
-    ids = [index(symbol, unknown) for symbol in words(subwords)]
-    ids.append(dictionary.eos())
-    return torch.from_numpy(np.array(ids, dtype=np.int32))
+    """The same as a tensor: int32, as fairseq's."""
+    return torch.from_numpy(np.array(indices(dictionary, subwords), dtype=np.int32))
 
 
 def decode(dictionary: Dictionary, tokens: Sequence[int], *, escape_unk: bool = False) -> str:

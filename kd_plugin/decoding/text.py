@@ -58,6 +58,9 @@ def spell(pieces: Sequence[str]) -> str:
 
     fairseq's leaves those as they are: ``<0xE2> <0x82> <0xAC>`` instead of the euro's sign.
     """
+    text = "".join(pieces)
+    if "<0x" not in text:
+        return text.replace("\u2581", " ").strip()
     found = []
     for is_bytes, run in groupby(pieces, lambda piece: bool(_BYTE.fullmatch(piece))):
         if is_bytes:

@@ -197,8 +197,14 @@ def choose(
     tried = np.full((sentences, choice.keep), -1, dtype=np.int32)
     why = np.full(tried.shape, _KEPT, dtype=np.int8)
     why[:, 0] = REASONS.index(missing)  # until there is a list
+    known = {
+        "score_per_token": True,
+        "closeness": choice.needs_references,
+        "backward": measures.backward is not None,
+    }
+    unknown = np.broadcast_to(np.nan, tried.shape)  # which takes no memory
     values = {
-        name: np.full(tried.shape, np.nan) for name in ("score_per_token", "closeness", "backward")
+        name: np.full(tried.shape, np.nan) if there else unknown for name, there in known.items()
     }
     duplicates = 0
     judge = _Judge(choice, student, corpus.data.source.unk_string(), spelled)

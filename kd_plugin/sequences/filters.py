@@ -84,8 +84,10 @@ class Filters(NamedTuple):
 
 def _commonest(symbols: Sequence[str]) -> int:
     """How often the commonest 4-gram occurs."""
-    ngrams = Counter(zip(*(symbols[i:] for i in range(_NGRAM))))
-    return max(ngrams.values(), default=0)
+    ngrams = list(zip(*(symbols[i:] for i in range(_NGRAM))))
+    if len(set(ngrams)) == len(ngrams):  # as of most sentences, and faster to see
+        return min(len(ngrams), 1)
+    return max(Counter(ngrams).values())
 
 
 def in_words(dropped: Dict[str, int]) -> str:

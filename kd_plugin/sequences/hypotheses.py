@@ -20,6 +20,7 @@ Subwords are those of the data's target dictionary, as a fairseq teacher writes 
 any other translator writes: running text in one line; ``Student`` says how it becomes subwords.
 """
 
+import bisect
 import hashlib
 import io
 import json
@@ -42,6 +43,7 @@ _KINDS = ("source", "ctranslate2")
 _VALUES = "values-"
 _VERSION = 1
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+_DECODE = json.JSONDecoder().decode
 
 
 class HypothesisStore(ShardedStore):
@@ -148,27 +150,27 @@ class HypothesisStore(ShardedStore):
 
     def merge(self) -> None:
         """Sort lines by sentence; only where each begins is held in memory."""
-        sentences, where, files = [], [], []
+        total = sum(map(len, self.plan))
+        sentences, begins = np.zeros(total, np.int64), np.zeros(total, np.int64)
+        first, files = [0], []  # of each shard
         try:
-            for i, (shard, ids) in enumerate(self.sentences_of_shards()):
+            for shard, ids in self.sentences_of_shards():
                 ends = line_ends(shard / _LINES)
                 if len(ids) != len(ends):
                     raise FileError(
                         f"{shard} holds {len(ends)} sentences, expected {len(ids)}: delete that "
                         "folder and run its shard again"
                     )
-                begins = np.concatenate([np.zeros(1, np.int64), ends])[: len(ids)]
-                sentences.append(ids)
-                where.append(np.stack([np.full(len(ids), i), begins], axis=1))
+                sentences[first[-1] : first[-1] + len(ids)] = ids
+                begins[first[-1] + 1 : first[-1] + len(ids)] = ends[:-1]
                 files.append(open(shard / _LINES, "rb"))
-            ids = np.concatenate(sentences)
-            place = np.concatenate(where)
+                first.append(first[-1] + len(ids))
             with all_or_nothing(self.folder / _LINES) as merged:
-                for at in np.argsort(ids, kind="stable"):
-                    file = files[place[at, 0]]
-                    file.seek(int(place[at, 1]))
+                for at in np.argsort(sentences, kind="stable"):
+                    file = files[bisect.bisect_right(first, at) - 1]
+                    file.seek(int(begins[at]))
                     line = file.readline()
-                    if not line.startswith(b'{"id": %d,' % ids[at]):
+                    if not line.startswith(b'{"id": %d,' % sentences[at]):
                         raise FileError(
                             f"{file.name} is damaged: delete its folder and run that shard again"
                         )
@@ -188,7 +190,7 @@ def _line(sentence: int, nbest: Sequence[AnyHypothesis]) -> bytes:
 
 
 def _read_line(line: bytes, kind: Any) -> Tuple[int, List[AnyHypothesis]]:
-    found = json.loads(line.decode("utf-8"))
+    found = _DECODE(line.decode("utf-8"))
     written, nbest = kind._fields[0], []
     escaped = b"\\u" in line  # which alone can spell what is no text
     for one in found["nbest"]:

@@ -92,8 +92,8 @@ class PairDigest:
 
     def add(self, source: torch.Tensor, target: torch.Tensor) -> None:
         for side in (source, target):
-            numbers = side.numpy().astype("<i4")
-            self._digest.update(np.array(len(numbers), "<i4").tobytes() + numbers.tobytes())
+            numbers = side.numpy().astype("<i4", copy=False)
+            self._digest.update(len(numbers).to_bytes(4, "little") + numbers.tobytes())
         self.pairs += 1
 
     def describe(self) -> Dict[str, Any]:

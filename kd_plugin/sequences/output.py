@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple
 
+import numpy as np
 import torch
 from fairseq.data import Dictionary
 
@@ -272,12 +273,11 @@ def _write_split(
                 for side, sentence in enumerate(pair):
                     if sentence.tags:
                         tags[side].update(sentence.tags)
-                    tokens.append(
-                        databin.encode(dictionaries[side], sentence.subwords)
-                        if sentence.indices is None
-                        else torch.tensor(sentence.indices, dtype=torch.int32)
-                    )
-                    unknown[side] += int((tokens[side].numpy() == unks[side]).sum())
+                    indices = sentence.indices
+                    if indices is None:
+                        indices = databin.indices(dictionaries[side], sentence.subwords)
+                    tokens.append(torch.from_numpy(np.array(indices, dtype=np.int32)))
+                    unknown[side] += indices.count(unks[side])
                     sides[side].add(tokens[side])
                     files[side][0].write(sentence.text + "\n")
                     files[side][1].write(sentence.subwords + "\n")
@@ -309,8 +309,12 @@ def _distilled(
     """Sentences with what was chosen; what was dropped is written to ``left_out``."""
     last = -1
 
+    same = student.recode is None and student.data is corpus.data
+
     def read(i: int) -> Sentence:
-        return student.sentence(databin.decode(corpus.data.source, corpus.source[i].tolist()))
+        indices = corpus.source[i].tolist()
+        found = student.sentence(databin.decode(corpus.data.source, indices))
+        return found._replace(indices=indices) if same else found
 
     with open(str(left_out), "w", encoding="utf-8", newline="\n") as file:
 

@@ -86,21 +86,24 @@ def _fairseq(lines: Lines, subwords: bool) -> Iterator[Item]:
 
 def _nbest(lines: Lines, subwords: bool) -> Iterator[Item]:
     now: Optional[Item] = None
-    last = -1
+    last, written = -1, ""
     for line in lines:
         if line.endswith(" |||"):  # the last field is empty
             line += " "
         number, *fields = line.split(" ||| ")
-        if not fields or not _is_number(number.strip()):
-            raise lines.fault(f"expected id ||| text ||| features ||| score, got {line[:_SHOWN]!r}")
-        sentence = int(number)
-        if sentence < last:
-            raise lines.fault(f"the ids go backwards, from {last} to {sentence}")
-        if now is None or sentence != last:
-            if now is not None:
-                yield now
-            last = sentence
-            now = Item(sentence, None, [], lines.number)
+        if now is None or not fields or number != written:
+            if not fields or not _is_number(number.strip()):
+                raise lines.fault(
+                    f"expected id ||| text ||| features ||| score, got {line[:_SHOWN]!r}"
+                )
+            sentence, written = int(number), number
+            if sentence < last:
+                raise lines.fault(f"the ids go backwards, from {last} to {sentence}")
+            if now is None or sentence != last:
+                if now is not None:
+                    yield now
+                last = sentence
+                now = Item(sentence, None, [], lines.number)
         score = _number(fields[-1].strip() or None, lines) if len(fields) > 1 else math.nan
         now.translations.append((fields[0], score))
     if now is not None:

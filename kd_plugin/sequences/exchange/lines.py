@@ -69,23 +69,25 @@ class Lines:
             line = file.readline(LONGEST + 1)
             if not line:
                 return
-            yield self._refuse_long(line)
+            if len(line) > LONGEST:  # called only then, for speed
+                self._refuse_long(line)
+            yield line
 
     def _split(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
         rest = b""
         for block in blocks:
             *whole, rest = (rest + block).split(b"\n")
             for line in whole:
-                yield self._refuse_long(line)
+                self._refuse_long(line)
+                yield line
             self._refuse_long(rest)
         if rest:
             yield rest
 
-    def _refuse_long(self, line: bytes) -> bytes:
+    def _refuse_long(self, line: bytes) -> None:
         if len(line) > LONGEST:
             self.number += 1
             raise self.fault(f"longer than {LONGEST:,} bytes")
-        return line
 
 
 def _unpack_zstd(file: BinaryIO, name: str) -> Iterator[bytes]:
