@@ -101,6 +101,7 @@ def test_what_fairseq_generate_prints(tmp_path):
     [
         ("a", b"a\n\xff\n", "line 2: not UTF-8"),
         ("a", b"a\nb\0\n", "line 2: NUL"),
+        ("a", "a\nb\n".encode("utf-16"), "line 1: UTF-16: make it UTF-8"),
         ("a", gzip.compress(b"a\n" * 9999, mtime=0)[:-9], "cut short or damaged behind line"),
         ("a", gzip.compress(b"a\n", mtime=0) + b"x", "cut short or damaged behind line 1"),
         ("a.tsv", "a\n", "line 1: expected source, translation"),
@@ -228,6 +229,13 @@ def test_an_unknown_symbol_is_whatever_stands_there(tmp_path):
 def test_what_is_not_of_these_sentences(tmp_path, content, message):
     with pytest.raises(FileError, match=message):
         check(tmp_path, content)
+
+
+def test_an_empty_line_at_the_end(tmp_path):
+    with pytest.raises(FileError, match="of 6 sentences, and letters has 5: its last line is emp"):
+        check(tmp_path, "x\n" * 5 + "\n", name="x", header="")
+    with pytest.raises(FileError, match="of 7 sentences, and letters has 5$"):
+        check(tmp_path, "x\n" * 5 + "\n\n", name="x", header="")
 
 
 def test_ids_that_count_from_1(tmp_path):

@@ -349,6 +349,14 @@ def test_tokens_that_make_the_longest_sentence_too_long(exported, students, tmp_
     assert "1 longer than the teacher reads" in run.text
 
 
+def test_tokens_of_another_model_are_told(exported, tmp_path, caplog):
+    foreign.train_words(tmp_path / "other", [f"x{i:02}" for i in range(20)])
+    for model, warnings in ((exported / "words.model", 0), (tmp_path / "other.model", 1)):
+        translator = Translator.open(str(exported / "words"), None, spm=[str(model)])
+        translator.reading(None).warn_of_unknown(["a01 a02", "a03"])
+        assert caplog.text.count("OF THE SOURCE ARE UNKNOWN to the teacher (") == warnings
+
+
 def test_a_model_is_known_by_its_file(exported):
     """Positions and vocabularies, without reading weights."""
     model = Converted.open(exported / "own")

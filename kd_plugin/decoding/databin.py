@@ -243,14 +243,20 @@ def symbols_seen(dictionary: Dictionary, tokens: Sequence[int]) -> List[str]:
     return words(decode(dictionary, [token for token in tokens if int(token) != pad]))
 
 
-def warn_of_unknown(unknown: int, tokens: int, where: str) -> None:
+def warn_of_unknown(
+    unknown: int,
+    tokens: int,
+    where: str,
+    *,
+    whose: str = "its dictionary",
+    advice: str = "they look like subwords of another model, or like words. Raw --source-text "
+    "needs --bpe and the teacher's model; --student-spm must be the one that --student-data was "
+    "encoded with",
+) -> None:
     """If so many symbols are in no dictionary, the text is hardly what it was meant to be."""
     if unknown > _MUCH_UNKNOWN * tokens:
         logger.warning(
-            f"{unknown / tokens:.0%} OF THE SYMBOLS OF {where} ARE UNKNOWN to its dictionary: "
-            "they look like subwords of another model, or like words. Raw --source-text needs "
-            "--bpe and the teacher's model; --student-spm must be the one that --student-data "
-            "was encoded with."
+            f"{unknown / tokens:.0%} OF THE SYMBOLS OF {where} ARE UNKNOWN to {whose}: {advice}."
         )
 
 

@@ -1,6 +1,7 @@
 """What a CTranslate2 teacher reads and writes: symbols of the data, or tokens of its own."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from collections import Counter
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ..errors import Faults
 from ..files import FileError
@@ -74,7 +75,7 @@ class TextReading:
     """
 
     def __init__(self, pieces: Any, model: Converted, around: Around) -> None:
-        self.pieces, self.end = pieces, model.end
+        self.pieces, self.end, self._known = pieces, model.end, model.source
         self._special = model.special
         self._added = sum(model.adds)
         faults = Faults()
@@ -104,6 +105,18 @@ class TextReading:
         """What the teacher reads; nothing of nothing."""
         own = self.pieces.encode(text)
         return [*self.source_prefix, *own, *self.source_suffix] if own else []
+
+    def warn_of_unknown(self, texts: Iterable[str]) -> None:
+        """If the teacher knows few of the tokens of these sentences: nothing else would tell."""
+        tokens = [token for text in texts for token in self.pieces.encode(text)]
+        unknown = Counter(token for token in tokens if token not in self._known)
+        some = ", ".join(token for token, _ in unknown.most_common(5))
+        databin.warn_of_unknown(
+            *(sum(unknown.values()), len(tokens), "THE SOURCE"),
+            whose=f"the teacher ({some})",
+            advice="these tokens are hardly those that it was trained with: --teacher-spm or "
+            "--teacher-tokenizer is of another model, or the text is in another language or script",
+        )
 
     def length(self, tokens: Sequence[str]) -> int:
         """Tokens of a source with what the model itself adds."""

@@ -31,6 +31,8 @@ from .student import SUBWORDS, TEXT
 
 logger = logging.getLogger(__name__)
 
+_LOOKED_AT = 500  # sentences, before they are translated
+
 
 class Translator(NamedTuple):
     """A folder that translates.
@@ -197,6 +199,8 @@ class DecodedByTranslator(Decoded):
             text = self._text_of(corpus)
             corpus = corpus._replace(dataset=TextDataset(reading, text, len(corpus.source)))
             logger.info(f"of the first sentence {reading.example(text(0))}")
+            some = range(0, len(corpus.source), max(len(corpus.source) // _LOOKED_AT, 1))
+            reading.warn_of_unknown(map(text, some))
             if not store.planned:
                 _refuse_prefix(reading, corpus, task.max_positions()[0], positions[0])
         longest = positions[1] or task.max_positions()[1]

@@ -1,5 +1,6 @@
 """Lines of strangers' text files, compressed or not, in bounded memory; faults have a place."""
 
+import codecs
 import contextlib
 import gzip
 import os
@@ -14,6 +15,7 @@ from ...files import FileError
 FLAG = "--import"
 LONGEST = 1 << 24  # bytes of a line
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE  # no text in UTF-8 begins so
 _BLOCK = 1 << 12  # compressed bytes at a time: at most some 128 MiB of text
 
 
@@ -34,12 +36,15 @@ class Lines:
         with open(self.path, "rb") as raw:
             for line in self._binary(raw):
                 self.number += 1
-                if b"\0" in line:
+                if b"\0" in line and not line.startswith(_UTF16):
                     raise self.fault("NUL, which no text holds")
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise self.fault(f"not UTF-8 ({error.reason})") from None
+                    how = f"not UTF-8 ({error.reason})"
+                    if self.number == 1 and line.startswith(_UTF16):
+                        how = "UTF-16: make it UTF-8 with iconv -f utf-16 -t utf-8"
+                    raise self.fault(how) from None
                 if self.number == 1 and text.startswith("\ufeff"):
                     text = text[1:]
                 yield text.rstrip("\r\n")
