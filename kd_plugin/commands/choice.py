@@ -46,8 +46,9 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     add(
         "--backward-path",
         metavar="MODEL",
-        help="a model from the target to the source language, of the same subwords: it scores each "
-        "source, given a translation, by its log-probability per token",
+        help="a model from the target to the source language, of the same subwords, a checkpoint "
+        "or a folder of CTranslate2's: it scores each source, given a translation, by its "
+        "log-probability per token",
     )
     add(
         "--backward-weight",

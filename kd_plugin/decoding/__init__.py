@@ -9,6 +9,7 @@ from .engines import (
     FairseqEngine,
     Hypothesis,
     TextHypothesis,
+    open_translator,
     refining_flags,
 )
 from .huggingface import TransformersTokens
@@ -29,6 +30,7 @@ __all__ = [
     "vocabularies",
     "DEFAULT_MAX_TOKENS",
     "CTranslate2Engine",
+    "open_translator",
     "Corpus",
     "DataBin",
     "FairseqEngine",

@@ -5,6 +5,8 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+from fairseq.data import Dictionary
+
 from ..checkpoints import nearest
 from ..files import FileError, digest, read_json
 
@@ -88,6 +90,14 @@ class Converted(NamedTuple):
         sources with an end (Hugging Face's); others, OpenNMT's, were not.
         """
         return not self.adds[1] and (self.start in (self.end, "<pad>", None))
+
+    def has_symbols_of(self, source: Dictionary, target: Dictionary) -> bool:
+        """Whether its vocabularies are these dictionaries, but for what is special."""
+        for dictionary, known in ((source, self.source), (target, self.target)):
+            special = {*self.special, *dictionary.symbols[: dictionary.nspecial]}
+            if set(dictionary.symbols) - special != known - special:
+                return False
+        return True
 
     def files(self) -> Dict[str, str]:
         """SHA-256 of the files that translations depend on, by name."""

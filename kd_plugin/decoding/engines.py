@@ -178,6 +178,34 @@ class FairseqEngine:
         return Hypothesis(" ".join(subwords), float(found["score"]), len(tokens) <= longest)
 
 
+def open_translator(model: Path, device: str, device_index: int, compute_type: str) -> Any:
+    """A folder as ``ctranslate2.Translator``.
+
+    A CPU does more with a single-threaded worker for each core.
+
+    Raises:
+        FileError: CTranslate2 is not there, or does not open it.
+    """
+    try:
+        import ctranslate2
+    except ImportError:
+        raise FileError(
+            f"{model}: CTranslate2 is not installed: pip install 'kd_plugin[ctranslate2]'"
+        ) from None
+    try:
+        return ctranslate2.Translator(
+            str(model),
+            device=device,
+            device_index=device_index,
+            compute_type=compute_type,
+            inter_threads=threads() if device == "cpu" else 1,
+            intra_threads=1,
+            max_queued_batches=-1,
+        )
+    except (RuntimeError, MemoryError, ValueError) as error:
+        raise FileError(f"{model}: CTranslate2 cannot open it ({error})") from error
+
+
 class CTranslate2Engine:
     """CTranslate2, as many batches at a time as there are workers.
 
@@ -204,25 +232,12 @@ class CTranslate2Engine:
         compute_type: str,
         max_positions: int,
     ) -> None:
-        import ctranslate2
-
         self.reading, self.generation, self.max_positions = reading, generation, max_positions
         cpu = device == "cpu"
-        # a CPU does more with a single-threaded worker per core, and with what fits its caches
         self.workers = threads() if cpu else 1
+        # what fits a CPU's caches
         self.split = {"max_batch_size": 512, "batch_type": "tokens"} if cpu else {}
-        try:
-            self.translator = ctranslate2.Translator(
-                str(model),
-                device=device,
-                device_index=device_index,
-                compute_type=compute_type,
-                inter_threads=self.workers,
-                intra_threads=1,
-                max_queued_batches=-1,
-            )
-        except (RuntimeError, MemoryError, ValueError) as error:
-            raise FileError(f"{model}: CTranslate2 cannot open it ({error})") from error
+        self.translator = open_translator(model, device, device_index, compute_type)
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[Mapping[int, List[Any]]]:
         """As ``FairseqEngine.decode``."""

@@ -5,6 +5,9 @@ production (Junczys-Dowmunt 2018, section 3, has both directions).
 """
 
 import math
+import os
+import sys
+from pathlib import Path
 from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
 
 import torch
@@ -12,10 +15,12 @@ from fairseq import utils
 from fairseq.data import LanguagePairDataset
 
 from ..checkpoints import Role
-from ..decoding import DataBin, databin
+from ..decoding import Converted, DataBin, databin, open_translator
 from ..errors import UserError
+from ..files import FileError, digest
 from ..teachers import Student as Reader
 from ..teachers import Teacher, TeacherSettings, token_losses
+from .translators import positions
 from .values import Block
 
 FLAG = "--backward-path"
@@ -44,6 +49,33 @@ class Direction(NamedTuple):
     score: Score
     longest: Tuple[int, int]
     guess: float
+
+
+def files(path: str) -> List[Any]:
+    """Checksums of a model of the other direction.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    if os.path.isdir(path):
+        return [Converted.open(Path(path)).files()]
+    return [digest(one) for one in utils.split_paths(path)]
+
+
+def open_direction(
+    path: str, data: DataBin, device: torch.device, dtype: torch.dtype, trust: bool = False
+) -> Direction:
+    """A model of the other direction: a checkpoint, an ensemble, or a folder of CTranslate2's.
+
+    Args:
+        data: whose symbols its two sides are made of, in the other order.
+
+    Raises:
+        UserError: it cannot be used, or has other symbols than the data.
+    """
+    if os.path.isdir(path):
+        return _open_ctranslate2(path, data, device, dtype)
+    return open_fairseq(path, data, device, dtype, trust)
 
 
 def open_fairseq(
@@ -83,6 +115,29 @@ def open_fairseq(
         return found
 
     return Direction(path, langs, score, model.max_positions(), -math.log(len(target)))
+
+
+def _open_ctranslate2(
+    path: str, data: DataBin, device: torch.device, dtype: torch.dtype
+) -> Direction:
+    model = Converted.open(Path(path))
+    if not model.has_symbols_of(data.target, data.source):
+        raise FileError(
+            f"{FLAG} {path}: its vocabularies are not the data's dictionaries, in the other order. "
+            "Score the lists of --write-nbest with it, and give the numbers to --select scores"
+        )
+    precision = "float16" if dtype == torch.float16 else "default"
+    translator = open_translator(model.folder, device.type, device.index or 0, precision)
+
+    def score(sources: List[List[str]], targets: List[List[str]]) -> List[float]:
+        found = translator.score_batch(
+            *(sources, targets), max_batch_size=_TOKENS, batch_type="tokens", max_input_length=0
+        )
+        return [sum(one.log_probs) / len(one.log_probs) for one in found]
+
+    longest = [sys.maxsize if most is None else most for most in positions(model)]
+    langs, symbols = (data.langs[1], data.langs[0]), len(data.source)
+    return Direction(path, langs, score, (longest[0], longest[1]), -math.log(symbols))
 
 
 class Backward:

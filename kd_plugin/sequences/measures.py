@@ -7,7 +7,7 @@ import torch
 
 from ..decoding import DataBin, Tokenizer, databin
 from ..decoding.corpus import Corpus
-from .backward import Backward, open_fairseq, probe
+from .backward import Backward, open_direction, probe
 from .choice import Choice
 from .hypotheses import HypothesisStore
 from .language import Languages
@@ -33,7 +33,7 @@ def opened(
     choice: Choice,
     read: DataBin,
     *,
-    backward_files: Sequence[str],
+    backward_files: Sequence[Any],
     store: HypothesisStore,
     text: Any,
     tokenizer: Tokenizer,
@@ -61,7 +61,7 @@ def opened(
 
         backward = None
         if choice.backward_path:
-            direction = open_fairseq(choice.backward_path, read, *how)
+            direction = open_direction(choice.backward_path, read, *how)
             backward = kept(
                 Backward(direction),
                 backward=backward_files,
@@ -106,7 +106,7 @@ def check(
         Languages(choice.languages)
     if choice.backward_path is None:
         return
-    direction = open_fairseq(choice.backward_path, read, *how)
+    direction = open_direction(choice.backward_path, read, *how)
     if corpus.references is None or corpus.data is not read:
         return
     some = range(0, len(corpus.source), max(len(corpus.source) // _PROBED, 1))

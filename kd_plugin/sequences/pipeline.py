@@ -7,13 +7,11 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
-from fairseq import utils
-
 from .. import decoding
 from ..decoding import Corpus, Tokenizer, databin
 from ..decoding.text import MARKS
 from ..files import Busy, FileError, digest
-from . import exchange, measures
+from . import backward, exchange, measures
 from .asked import Asked, Opened
 from .choice import Choice, choose
 from .decoded import DecodedByCheckpoints
@@ -214,7 +212,7 @@ def _backward(choice: Choice) -> Optional[Dict[str, Any]]:
     if choice.backward_path is None:
         return None
     return {
-        "models": [digest(path) for path in utils.split_paths(choice.backward_path)],
+        "models": backward.files(choice.backward_path),
         "weight": choice.backward_weight,
         "min_quantile": choice.min_backward_quantile,
     }

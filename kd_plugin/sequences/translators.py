@@ -84,7 +84,9 @@ class Translator(NamedTuple):
                 pieces = TransformersTokens(tokenizer, "--teacher-tokenizer")
             elif of_transformers and not faults:
                 pieces = TransformersTokens(folder, "--path")
-            elif model is not None and not _has_symbols_of(model, task):
+            elif model is not None and not model.has_symbols_of(
+                task.source_dictionary, task.target_dictionary
+            ):
                 pieces = _own_pieces(path)
         faults.raise_if_any(FileError)
         found = cls(path, model, pieces, around or Around())
@@ -139,24 +141,13 @@ class Translator(NamedTuple):
     def positions(self) -> Tuple[Optional[int], Optional[int]]:
         """Tokens of its longest source and target."""
         assert self.model is not None
-        record = read_record(self.model.folder)
-        source, target = self.model.positions
-        return (
-            record.get("max_source_positions", source),
-            record.get("max_target_positions", target),
-        )
+        return positions(self.model)
 
 
-def _has_symbols_of(model: Converted, task: Any) -> bool:
-    """Whether a model's vocabularies are the data's dictionaries."""
-    for dictionary, known in (
-        (task.source_dictionary, model.source),
-        (task.target_dictionary, model.target),
-    ):
-        special = {*model.special, *dictionary.symbols[: dictionary.nspecial]}
-        if set(dictionary.symbols) - special != known - special:
-            return False
-    return True
+def positions(model: Converted) -> Tuple[Optional[int], Optional[int]]:
+    """Tokens of a model's longest source and target, as its checkpoint had them or as it has."""
+    record, (source, target) = read_record(model.folder), model.positions
+    return record.get("max_source_positions", source), record.get("max_target_positions", target)
 
 
 def _own_pieces(folder: Path) -> Any:

@@ -201,6 +201,28 @@ def test_the_one_that_tells_most_of_its_source(data, weak, made, backward, tmp_p
     assert all(a >= b - 1e-4 for own in single for a, b in zip(own, own[1:]))
 
 
+def test_a_backward_model_of_ctranslate2(data, weak, made, backward, tmp_path):
+    """Its scores are the checkpoint's."""
+    pytest.importorskip("ctranslate2")
+    export = ("--format", "ctranslate2", "--no-verify", "--data", data)
+    for path, pair in ((backward, (TARGET, SOURCE)), (weak, (SOURCE, TARGET))):
+        output = tmp_path / pair[0]
+        langs = ("-s", pair[0], "-t", pair[1])
+        fairseq("fairseq-kd-export", "--path", path, *export, *langs, "--output", output).ok()
+    how = ("--hypotheses", made.output / "hypotheses", "--select", "backward", *BEAM)
+    means, chosen = [], []
+    for model in (backward, tmp_path / TARGET):
+        output = tmp_path / f"of {model.name}"
+        write_sequences(data, weak, output, *how, "--backward-path", model).ok()
+        means.append(record(output)["means"]["backward"])
+        chosen.append(text_of(output, TARGET))
+    assert means[1] == pytest.approx(means[0], abs=1e-5)
+    assert sum(a == b for a, b in zip(*chosen)) > 0.99 * len(chosen[0]) > 500
+    run = write_sequences(data, weak, tmp_path / "no", *how, "--backward-path", tmp_path / SOURCE)
+    assert "its vocabularies are not the data's dictionaries, in the other order" in run.refusal
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_model_of_the_same_direction_is_no_backward_one(data, weak, made, tmp_path):
     how = ("--min-backward-quantile", 0.1, "--backward-path", weak, *BEAM)
     refusal = write_sequences(data, weak, tmp_path / "no", *how, tool=support.in_process).refusal
