@@ -15,12 +15,14 @@
 # Environment (see also setup.sh and stages.sh):
 #   WORK           evidence-work    results; evidence.md and evidence.json are the table
 #   ROWS           plain plain-ls0 word bucket-8 sample-8-8 sample-8-16 bucket-32 best closest mixed mixed-word
-#                  also: word-ls0, sample-8-8-ls0; ensemble (needs ENSEMBLE); junior (needs JUNIOR)
+#                  also: word-ls0, sample-8-8-ls0; keep-4 (the 4 closest), mbr (of 16 samples, by chrF), samples (4 of
+#                  these), backward (needs BACKWARD); ensemble (needs ENSEMBLE); junior (needs JUNIOR)
 #   SEEDS          1 2 3
 #   UPDATES        4000             of every training; choose it by plain ones: twice as many should gain nothing
 #   KD_WEIGHT      0.9              of every row at word level
 #   JUDGE          1                0: only train
 #   ENSEMBLE       none             more checkpoints of teachers with the same vocabulary, with ':' between
+#   BACKWARD       none             model of the other direction: best, without the 5% that it finds least likely
 #   JUNIOR         none             checkpoint of a medium teacher: the first half of the updates learn from it
 #   SCHEDULE       to 0             flags of another learning rate's schedule
 #   STUDENT_FLAGS, TRAIN_FLAGS, ENGINE as in multi30k.sh
@@ -93,13 +95,13 @@ row() { # NAME SEED
             k=${1#sample-} k=${k%-ls0}
             cached "${k%-*}" "${k#*-}"
             ;;
-        best | closest)
-            distil_sequences "$1" "$teacher" --select "$1"
+        best | closest | keep-* | mbr | samples | backward)
+            choose_sequences "$1" "$teacher"
             DATA_BIN=data-$1
             plain_flags
             ;;
         mixed | mixed-word)
-            distil_sequences mixed "$teacher" --select closest --mix original
+            choose_sequences mixed "$teacher"
             DATA_BIN=data-mixed
             plain_flags
             if [ "$1" = mixed-word ]; then cached 8 8; fi

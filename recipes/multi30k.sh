@@ -24,7 +24,9 @@
 #   STUDENTS       all              which rows: plain, $DISTILLED (word-level), and of sequence level best (the teacher's
 #                                   likeliest hypothesis), closest (to the reference, of 5), closest_word (that, and
 #                                   word-level on top) and mixed (closest beside the original references, which are twice
-#                                   the updates, and the last AVERAGE=5 checkpoints averaged)
+#                                   the updates, and the last AVERAGE=5 checkpoints averaged); also keep-4 (the 4 closest),
+#                                   mbr (of 16 samples, by chrF), samples (4 of these), and backward (best, without
+#                                   the 5% that a model of the other direction, BACKWARD, finds least likely)
 #   MIXED_FLAGS    none             added to the training of mixed, whose epochs are twice as long
 #   INT8           mixed            which of them are exported for CTranslate2 in int8, as rows of their own
 #   ENGINE         fairseq          decodes the training set; ctranslate2 is faster (pip install ctranslate2)
@@ -87,18 +89,18 @@ for name in $STUDENTS; do
     plain_flags
     case $name in
         plain) student plain "${LOSS[@]}" ;;
-        best | closest)
-            distil_sequences "$name" "$teacher" --select "$name"
+        best | closest | keep-* | mbr | samples | backward)
+            choose_sequences "$name" "$teacher"
             DATA_BIN=data-$name student "$name" "${LOSS[@]}"
             ;;
         closest_word)
-            distil_sequences closest "$teacher" --select closest
+            choose_sequences closest "$teacher"
             DATA_BIN=data-closest cache_teacher "$teacher"
             DATA_BIN=data-closest distil_flags "$teacher"
             DATA_BIN=data-closest student closest_word "${LOSS[@]}"
             ;;
         mixed)
-            distil_sequences mixed "$teacher" --select closest --mix original
+            choose_sequences mixed "$teacher"
             DATA_BIN=data-mixed KEEP="--keep-last-epochs $AVERAGE" \
                 STUDENT_FLAGS="${STUDENT_FLAGS:-} ${MIXED_FLAGS:-}" student mixed "${LOSS[@]}"
             average mixed "$AVERAGE"

@@ -142,10 +142,30 @@ distil_sequences() { # NAME TEACHER FLAGS...
     say "translating the training set with the teacher: $name"
     # shellcheck disable=SC2086
     command_of sequences "$WORK/data-bin" \
-        --path "$teacher" --output "$WORK/data-$name" --hypotheses "$WORK/hypotheses" --beam 5 --nbest 5 \
-        --source-lang "$SRC" --target-lang "$TGT" --remove-bpe "${REMOVE_BPE:-sentencepiece}" \
+        --path "$teacher" --output "$WORK/data-$name" --hypotheses "$WORK/${HYPOTHESES:-hypotheses}" \
+        ${SEARCH_FLAGS:---beam 5 --nbest 5} --source-lang "$SRC" --target-lang "$TGT" --remove-bpe "${REMOVE_BPE:-sentencepiece}" \
         --engine "${ENGINE:-fairseq}" --max-tokens 4096 $DEVICE_FLAGS "$@" ${SEQUENCES_FLAGS:-} ||
         die "distilling at sequence level failed. Run the recipe again to go on."
+}
+
+# data-ROW/ by the choices that these recipes compare.
+choose_sequences() { # ROW TEACHER
+    case $1 in
+        best | closest) distil_sequences "$1" "$2" --select "$1" ;;
+        keep-*) distil_sequences "$1" "$2" --select closest --keep "${1#keep-}" ;;
+        mixed) distil_sequences "$1" "$2" --select closest --mix original ;;
+        backward)
+            [ -n "${BACKWARD:-}" ] || die "the row backward needs BACKWARD, a model from $TGT to $SRC."
+            distil_sequences "$1" "$2" --backward-path "$BACKWARD" --min-backward-quantile 0.05
+            ;;
+        mbr | samples)
+            local HYPOTHESES=hypotheses-sampled how=(--select mbr --metric chrf)
+            local SEARCH_FLAGS="--sampling --sampling-topp 0.9 --beam 16 --nbest 16"
+            if [ "$1" = samples ]; then how=(--keep 4); fi
+            distil_sequences "$1" "$2" "${how[@]}"
+            ;;
+        *) return 1 ;;
+    esac
 }
 
 # With KD_CACHE=K, cache-K/: the teacher's K likeliest symbols for train and valid, which distil_flags then reads
