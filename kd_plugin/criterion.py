@@ -3,12 +3,12 @@
 For every real target token, with p and q the teacher's and the student's distributions at
 temperature T, and D a divergence::
 
-    loss = ce_weight * ce  +  kd_weight * selected * c(T) * D(p, q)
+    loss = ce_weight * ce  +  kd_weight * selected * (c(T) * D(p, q) + ranking_weight * R(p, q))
 
 ce is fairseq's label-smoothed cross-entropy on the reference, at temperature 1. ce_weight is
 1 - kd_weight * selected unless ``--ce-weight`` gives it. c(T) keeps the size of the gradient
-independent of T. The task puts the teacher's answer into ``sample["teacher"]``;
-``objective.distillation_objective`` computes value and gradient.
+independent of T. R, off by default, ranks the likeliest symbols. The task puts the teacher's
+answer into ``sample["teacher"]``; ``objective.distillation_objective`` computes value and gradient.
 
 Everything is a sum over tokens. The trainer divides once, by the sample size of all batches of an
 update, so a batch is the sum of its parts, however it is split.
@@ -125,6 +125,8 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         if self.plan.temperature.steps:
             temperature = self.plan.temperature(self._update)
             sums.update(kd_temperature=temperature * n, kd_temperature_tokens=n)
+        if terms.ranking is not None:
+            sums.update(kd_ranking=terms.ranking.sum())
         if terms.agree is not None and tokens.teacher_nll is not None:
             sums.update(
                 teacher_nll_loss=tokens.teacher_nll.sum(), n_agree=terms.agree.sum(), n_compared=n
@@ -150,6 +152,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         if total("ntokens") > 0:
             metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
         log_mean("kd_loss", "kd_loss", "kd_tokens")
+        log_mean("kd_ranking", "kd_ranking", "kd_tokens")
         log_mean("kd_selected", "kd_tokens", "kd_candidates")
         log_mean("kd_weight", "kd_weight", "kd_tokens")
         log_mean("kd_temperature", "kd_temperature", "kd_temperature_tokens")

@@ -12,7 +12,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from .checkpoints import FAMILIES
-from .objective import Parameter, divergences, selection, topk
+from .objective import Parameter, divergences, ranking, selection, topk
 
 CRITERION = "kd_label_smoothed_cross_entropy"
 WEIGHT, TEMPERATURE = 0.5, 1.0  # defaults, which a schedule replaces
@@ -194,6 +194,14 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     )
     kd_selection_rate: Optional[float] = _described(selection.RATE)
     kd_queue_size: Optional[int] = _described(selection.QUEUE_SIZE)
+    kd_ranking_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight, beside the divergence, of the term that ranks the teacher's likeliest "
+            "symbols above the student's own (TIE: Zhang et al. 2023, whose weight is 1); 0 is off"
+        },
+    )
+    kd_ranking_top_k: Optional[int] = _described(ranking.TOP_K)
     kd_weight_schedule: str = field(
         default="constant",
         metadata={

@@ -15,6 +15,7 @@ from .objective import (
     Selection,
     Settings,
     divergences,
+    ranking,
     schedules,
     selection,
 )
@@ -33,6 +34,8 @@ class Plan(NamedTuple):
         weight: of the divergence, by update.
         adaptive: whether each token scales it by how much better the teacher is.
         temperature: of both distributions, by update.
+        ranking_weight: of the ranking term, beside the divergence; 0 is without.
+        ranking_k: how many symbols it ranks.
         top_k: distil the teacher's likeliest symbols alone; 0 is all that are known.
         tail: what becomes of the others, one of ``topk.TAILS``.
     """
@@ -46,6 +49,8 @@ class Plan(NamedTuple):
     adaptive: bool
     temperature: Schedule
     divergence: Divergence
+    ranking_weight: float
+    ranking_k: int
     top_k: int
     tail: str
     selection: str
@@ -111,6 +116,11 @@ class Plan(NamedTuple):
             adaptive=adaptive,
             temperature=temperature,
             divergence=_divergence(choice_value(criterion.kd_divergence), criterion, faults),
+            ranking_weight=criterion.kd_ranking_weight,
+            ranking_k=_given(
+                *(ranking.TOP_K, criterion, faults, criterion.kd_ranking_weight != 0),
+                "--kd-ranking-weight 0",
+            ),
             top_k=criterion.kd_top_k,
             tail=choice_value(criterion.kd_tail or "bucket"),
             selection=chosen,
@@ -122,6 +132,7 @@ class Plan(NamedTuple):
             ),
         )
         plan._check_tail(criterion, len(task.target_dictionary), faults)
+        plan._check_ranking(len(task.target_dictionary), faults)
         plan._check_use(faults)
         faults.raise_if_any()
         return plan
@@ -137,6 +148,8 @@ class Plan(NamedTuple):
             temperature=self.temperature(update),
             label_smoothing=self.label_smoothing,
             divergence=self.divergence,
+            ranking_weight=self.ranking_weight,
+            ranking_k=self.ranking_k,
             top_k=self.top_k,
             tail=self.tail,
             adaptive=self.adaptive,
@@ -151,11 +164,30 @@ class Plan(NamedTuple):
         """What must be asked of a teacher at each target position."""
         return Needs(
             self.top_k,
+            ranked=self.ranking_k if self.ranking_weight else 0,
             rest_at=self.temperature if self.tail == "bucket" else None,
             drawn_at=self.temperature if self.tail == "sample" else None,
         )
 
     # The checks of flags that depend on one another
+
+    def _check_ranking(self, vocabulary: int, faults: Faults) -> None:
+        faults.check(
+            0 <= self.ranking_weight < math.inf,
+            f"--kd-ranking-weight must be a number >= 0, got {self.ranking_weight}",
+        )
+        if not self.ranking_weight:
+            return
+        faults.check(
+            self.ranking_k <= vocabulary,
+            f"--kd-ranking-top-k must be at most the {vocabulary} symbols of the vocabulary, got "
+            f"{self.ranking_k}",
+        )
+        faults.check(
+            not self.temperature.steps and self.temperature(None) == 1,
+            "--kd-ranking-weight compares probabilities at temperature 1: leave out "
+            "--kd-temperature and its schedule",
+        )
 
     def _check_tail(self, criterion: Any, vocabulary: int, faults: Faults) -> None:
         cut = self.top_k > 0 or bool(self.cache)
@@ -203,6 +235,7 @@ class Plan(NamedTuple):
             "--kd-top-k": self.top_k > 0,
             "--kd-selection": self.selection != "all",
             "--kd-weight-schedule adaptive": self.adaptive,
+            "--kd-ranking-weight": self.ranking_weight > 0,
         }
         flags = ", ".join(flag for flag, given in useless.items() if given)
         faults.check(not flags, f"--kd-weight 0 distils nothing: leave out {flags}")

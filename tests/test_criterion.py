@@ -165,6 +165,23 @@ def test_a_queue_that_selects_logs_its_share():
     assert 0 <= log["kd_tokens"] <= log["kd_candidates"] == 6
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_ranking_is_logged_apart(training):
+    """Per distilled token; the loss has it times its weight and the token's."""
+    losses, logs = [], []
+    for weight in (0.0, 2.0):
+        c = criterion(kd_ranking_weight=weight, kd_weight=0.7).train(training)
+        loss, _, log = c(*batch(update=0))
+        losses.append(loss)
+        logs.append(log)
+    assert "kd_ranking" not in logs[0]
+    assert (losses[1] - losses[0]).item() == pytest.approx(1.4 * logs[1]["kd_ranking"].item())
+    assert logged(logs[1])["kd_ranking"] == pytest.approx(
+        logs[1]["kd_ranking"].item() / 6, abs=1e-3
+    )
+    assert logged(logs[1])["kd_loss"] == logged(logs[0])["kd_loss"]
+
+
 def test_the_prefix_is_ignored():
     model, sample = batch(update=0)
     c = criterion(ignore_prefix_size=2).train()

@@ -52,6 +52,8 @@ def plan(task=None, **flags):
         ),
         (dict(kd_weight_schedule="linear:0:2:5"), ["--kd-weight-schedule must be"]),
         (dict(kd_top_k=1, kd_tail="renormalise"), ["--kd-top-k 1 with --kd-tail renormalise"]),
+        (dict(kd_weight=0.0, kd_ranking_weight=1.0), ["distils nothing", "--kd-ranking-weight"]),
+        (dict(kd_ranking_weight=1.0, kd_ranking_top_k=11), ["at most the 10 symbols", "got 11"]),
         (dict(kd_weight=0.0, kd_top_k=3), ["--kd-weight 0 distils nothing", "out --kd-top-k"]),
         (
             dict(kd_weight=0.0, kd_selection="batch", kd_weight_schedule="adaptive"),
@@ -127,6 +129,8 @@ def test_what_a_cache_cannot_give():
         (Needs(0, None), (1, [], False), ["one symbol with --kd-tail renormalise"]),
         (Needs(2, fixed), (1, [], False), ["--kd-top-k 2", "--kd-temperature 2"]),
         (Needs(drawn_at=fixed), (4, [2.0], False, 3), []),
+        (Needs(ranked=4), (4, [], False), []),
+        (Needs(ranked=5, drawn_at=fixed), (4, [2.0], False, 3), ["--kd-ranking-top-k 5", "the 4"]),
         (Needs(drawn_at=moving), (10, [], True), []),
         (Needs(drawn_at=fixed), (4, [2.0], False), ["holds none", "--tail-samples"]),
         (Needs(drawn_at=fixed), (4, [1.0], False, 3), ["--kd-temperature 2", "temperature 1,"]),
@@ -141,6 +145,7 @@ def test_what_a_cache_cannot_give():
 def test_what_a_plan_needs():
     assert plan().needs == Needs(0, schedules.constant(1.0))
     assert plan(kd_top_k=3, kd_tail="renormalise").needs == Needs(3, None)
+    assert plan(kd_ranking_weight=1.0).needs.ranked == 5 and plan().needs.ranked == 0
 
 
 def test_a_cache_allows_a_tail():

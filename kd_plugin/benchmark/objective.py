@@ -65,6 +65,7 @@ def objective_costs(
     if every_divergence:
         losses.update({name: ours(divergence=divergence(name)) for name in NAMES[1:]})
         losses["forward-kl, top-k 8"] = ours(top_k=8)
+        losses["forward-kl, ranking"] = ours(ranking_weight=1.0)
 
     def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
         def work() -> None:

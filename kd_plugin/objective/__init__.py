@@ -19,6 +19,7 @@ from .answer import (
 from .chunks import Settings, Terms, distillation_objective
 from .divergences import Distribution, Divergence, distribution, divergence, forward_kl
 from .parameters import Parameter
+from .ranking import likeliest, ranking_loss
 from .schedules import Schedule
 from .selection import ScoreQueue, Selection, TokenStatistics
 
@@ -44,6 +45,8 @@ __all__ = [
     "distribution",
     "divergence",
     "forward_kl",
+    "likeliest",
+    "ranking_loss",
     "rows_ahead",
     "rows_at_once",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .divergences import Distribution, ValueAndGradient, distribution
+from .ranking import likeliest
 from .topk import CutBackward, Sampled, SampledBackward, Top, cut, sampled_forward_kl
 
 # Rows times V. On a CPU a chunk's few buffers should stay in its caches; a GPU needs enough work
@@ -71,6 +72,12 @@ class TeacherRows(Protocol):
     def entropy(self) -> Tensor:
         """Of each row's whole distribution at temperature 1, (n,), nats."""
 
+    def likeliest(self, k: int) -> Tuple[Tensor, Tensor]:
+        """The k likeliest symbols and their probabilities at temperature 1, (n, k) each."""
+
+    def probabilities_of(self, symbols: Tensor) -> Tensor:
+        """Of any symbols (n, m), at temperature 1, (n, m); of those that are not known, 0."""
+
     def rows(self, index: Union[Tensor, slice]) -> "TeacherRows":
         """Some of these rows."""
 
@@ -124,6 +131,13 @@ class Dense:
     def entropy(self) -> Tensor:
         log_p = self.plain.log_probabilities().clamp_(min=torch.finfo(self.logits.dtype).min)
         return -log_p.mul_(self.plain.probabilities).sum(-1)
+
+    def likeliest(self, k: int) -> Tuple[Tensor, Tensor]:
+        symbols = likeliest(self.logits, k)
+        return symbols, self.probabilities_of(symbols)
+
+    def probabilities_of(self, symbols: Tensor) -> Tensor:
+        return (self.logits.gather(-1, symbols) - self.log_normaliser).exp_()
 
     def rows(self, index: Union[Tensor, slice]) -> "Dense":
         plain = self.__dict__.get("plain")
@@ -189,6 +203,16 @@ class Sparse:
 
     def entropy(self) -> Tensor:
         return self._entropy
+
+    def likeliest(self, k: int) -> Tuple[Tensor, Tensor]:
+        return self.symbols[:, :k], self.log_probs[:, :k].exp()
+
+    def probabilities_of(self, symbols: Tensor) -> Tensor:
+        found = symbols.new_zeros(symbols.shape, dtype=self.log_probs.dtype)
+        for known, log_prob in zip(self.symbols.unbind(-1), self.log_probs.unbind(-1)):
+            here = symbols == known.unsqueeze(-1)
+            found += here * log_prob.exp().unsqueeze(-1)
+        return found
 
     def rows(self, index: Union[Tensor, slice]) -> "Sparse":
         return Sparse(

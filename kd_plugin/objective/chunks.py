@@ -22,6 +22,7 @@ from .answer import (
     rows_at_once,
 )
 from .divergences import Distribution, Divergence, distribution, divergence
+from .ranking import TOP_K, RankingGradient, ranking_loss
 from .selection import Selection, TokenStatistics
 from .topk import CutBackward, SampledBackward
 
@@ -39,6 +40,8 @@ class Settings(NamedTuple):
     top_k: int = 0  # 0: all that the teacher's answer knows
     tail: str = "bucket"
     selection: Selection = Selection("all")
+    ranking_weight: float = 0.0  # beside the divergence; at temperature 1 alone
+    ranking_k: int = TOP_K.default
     adaptive: bool = False  # kd_weight * sigmoid(student's nll - teacher's nll), token by token
     with_metrics: bool = False  # fill the fields of Terms that cost passes over the vocabulary
 
@@ -55,6 +58,7 @@ class Terms(NamedTuple):
     selected: Optional[Tensor]  # (n,) bool; None is all
     kd: Optional[Tensor]  # (n,) divergence, without c(T) and weight; 0 where not selected
     kd_weight: Optional[Tensor]  # (n,) weight of the divergence; 0 where not selected
+    ranking: Optional[Tensor]  # (n,) in probabilities, without weights; 0 where not selected
     correct: Optional[Tensor]  # (n,) student's argmax is the reference
     agree: Optional[Tensor]  # (n,) the two argmaxes are the same
 
@@ -66,12 +70,12 @@ def distillation_objective(
     answer: Optional[Answer],
     settings: Settings,
 ) -> Terms:
-    """Sum over rows of ``ce_weight * ce + kd_weight * selected * c(T) * D(p, q)``.
+    """Sum over rows of ``ce_weight * ce + kd_weight * selected * (c(T) * D(p, q) + ranking * R)``.
 
     ce is label-smoothed cross-entropy at T = 1 exactly as fairseq's
     ``label_smoothed_cross_entropy`` defines it (epsilon spread over the V - 1 other symbols);
     p and q are the teacher's and the student's softmax at temperature T; c(T) keeps the gradient's
-    size independent of T (Hinton et al. 2015, section 2).
+    size independent of T (Hinton et al. 2015, section 2); R is ``ranking_loss``, at T = 1.
 
     Args:
         logits: student logits, (N, V), any floating dtype; computed on in float32 (or float64).
@@ -99,7 +103,8 @@ def distillation_objective(
         found.student_nll, found.teacher_nll, found.teacher_entropy, found.teacher_correct
     )
     return Terms(
-        loss, tokens, found.selected, found.kd, found.kd_weight, found.correct, found.agree
+        *(loss, tokens, found.selected, found.kd, found.kd_weight),
+        *(found.ranking, found.correct, found.agree),
     )
 
 
@@ -157,6 +162,7 @@ class _RowTerms(NamedTuple):
     selected: Optional[Tensor] = None  # None is all
     kd: Optional[Tensor] = None
     kd_weight: Optional[Tensor] = None
+    ranking: Optional[Tensor] = None
 
 
 # Gives the teacher's distributions at those rows of a chunk that an index names; None is all
@@ -264,7 +270,10 @@ def _loss(found: _RowTerms, rows: Tensor, answer: Optional[Answer], settings: Se
         bad = rows[found.teacher_bad]
         raise NotFiniteTeacherError(answer.not_finite(bad), bad)
     c = settings.temperature**settings.divergence.temperature_power
-    return (found.ce_weight * found.ce).sum() + c * (found.kd_weight * found.kd).sum()
+    loss = (found.ce_weight * found.ce).sum() + c * (found.kd_weight * found.kd).sum()
+    if found.ranking is not None:
+        loss += settings.ranking_weight * (found.kd_weight * found.ranking).sum()
+    return loss
 
 
 def _chunk(
@@ -325,6 +334,7 @@ class _KDGradient(NamedTuple):
     where: Optional[Tensor]  # the m rows of the chunk that are distilled; None is all
     # to the whole vocabulary; None if these are all outcomes
     back: Union[CutBackward, SampledBackward, None]
+    ranking: Optional[Tuple[RankingGradient, Tensor]]  # and its weights, (m,)
 
     def add_to(self, whole: Tensor) -> None:
         """Add it to that of the chunk, (n, V), in place."""
@@ -333,6 +343,9 @@ class _KDGradient(NamedTuple):
             here.add_(self.gradient)
         else:
             self.back.add_to(here, self.gradient)
+        if self.ranking is not None:
+            ranked, weight = self.ranking
+            ranked.add_to(here, weight)
         if self.where is not None:
             whole[self.where] = here
 
@@ -373,11 +386,14 @@ def _distil(
     if where is not None:
         student = student.rows(where)
     value, gradient, back = terms.student_nll.new_empty(0), None, None
+    ranked, order = value, None
     if student.logits.numel():
         if t != 1:
             student = distribution(student.logits / t)
         how = Comparison(settings.divergence.function, t, settings.top_k, settings.tail)
         value, gradient, back = teacher.compare(student, how)
+        if settings.ranking_weight:
+            ranked, order = ranking_loss(teacher, student, settings.ranking_k)
     weight = torch.full_like(value, settings.kd_weight)
     if settings.adaptive:
         gap = terms.student_nll - facts["teacher_nll"]
@@ -389,13 +405,15 @@ def _distil(
         selected=selected,
         kd=_put(value, where, n),
         kd_weight=kd_weight,
+        ranking=_put(ranked, where, n) if settings.ranking_weight else None,
         **facts,
     )
     if gradient is None:
         return terms, None
     # c(T), and 1 / T because the divergence's gradient is for the tempered logits
     gradient.mul_((weight * t ** (settings.divergence.temperature_power - 1)).unsqueeze(-1))
-    return terms, _KDGradient(gradient, where, back)
+    ranks = None if order is None else (order, weight * settings.ranking_weight)
+    return terms, _KDGradient(gradient, where, back, ranks)
 
 
 def _teacher_facts(

@@ -43,6 +43,7 @@ class Needs(NamedTuple):
 
     Attributes:
         top_k: its likeliest symbols; 0 is all that the source knows.
+        ranked: how many of these are ranked; 0 is none.
         rest_at: the temperature, by update, at which the mass of all other symbols is needed; None
             if it is not.
         drawn_at: that at which symbols drawn from the others are needed; None if they are not.
@@ -51,6 +52,7 @@ class Needs(NamedTuple):
     top_k: int = 0
     rest_at: Optional[Schedule] = None
     drawn_at: Optional[Schedule] = None
+    ranked: int = 0
 
     def unmet(self, k: int, temperatures: List[float], whole: bool, samples: int = 0) -> List[str]:
         """Why a cache cannot give it, every reason.
@@ -61,9 +63,11 @@ class Needs(NamedTuple):
             whole: whether k is the whole vocabulary.
             samples: symbols drawn from the others, at the one temperature.
         """
-        if self.drawn_at is not None:
-            return [] if whole else self._undrawn(temperatures, samples)
         reasons = []
+        if self.ranked > k:
+            reasons.append(f"--kd-ranking-top-k {self.ranked} is more than the {k} of the cache")
+        if self.drawn_at is not None:
+            return reasons + ([] if whole else self._undrawn(temperatures, samples))
         if k == 1 and self.rest_at is None:
             reasons.append(
                 "one symbol with --kd-tail renormalise leaves nothing to learn, because it has "
