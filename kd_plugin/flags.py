@@ -217,3 +217,11 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
             "cosine:FROM:TO:STEPS (Loshchilov & Hutter 2017) (instead of --kd-temperature)"
         },
     )
+
+
+# The flags of what is learnt beside the distributions of the reference's symbols
+BEYOND_OUTPUTS = tuple(
+    name
+    for name in KDLabelSmoothedCrossEntropyCriterionConfig.__dataclass_fields__
+    if name.startswith(("kd_ranking", "kd_hidden", "kd_attention", "kd_inputs"))
+)

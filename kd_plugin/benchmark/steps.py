@@ -16,17 +16,24 @@ from omegaconf import open_dict
 
 from ..cache import rows_of_batch
 from ..errors import UserError
-from ..flags import RUN_TEACHER
+from ..flags import (
+    BEYOND_OUTPUTS,
+    RUN_TEACHER,
+    KDLabelSmoothedCrossEntropyCriterionConfig,
+)
 from ..tasks.translation import KDTranslationConfig, KDTranslationTask
 from ..timing import Timings, peak_memory
 
 STEP, TEACHER = "plain step", "teacher forward"
 DISTILLED, CACHED = "distilled step", "cached step"
+OUTPUTS = "the same, outputs alone"
 VALIDATION, CACHING = "teacher's validation", "caching"
+_CRITERION = KDLabelSmoothedCrossEntropyCriterionConfig()
 # What is to be compared with what, where both were timed
 _RATIOS = (
     (DISTILLED, (STEP,)),
     (DISTILLED, (STEP, TEACHER)),
+    (DISTILLED, (OUTPUTS,)),
     (CACHED, (STEP,)),
     (CACHING, (VALIDATION,)),
 )
@@ -57,6 +64,8 @@ class Steps:
         if self.cfg.task.teacher_checkpoint_path:
             makers[TEACHER] = self._teacher_forward
             makers[DISTILLED] = lambda: self._steps(self._trainer("run"))
+            if self._looks_beyond_outputs():
+                makers[OUTPUTS] = lambda: self._steps(self._trainer("outputs"))
             makers[VALIDATION] = self._validation
             makers[CACHING] = self._caching
         if self.cfg.task.teacher_cache:
@@ -96,12 +105,20 @@ class Steps:
         return peak_memory()
 
     def _trainer(self, with_teacher: Optional[str], temperature: Optional[float] = None) -> Any:
-        """A trainer, its data, and the batches: without a teacher, with a run or a cached one."""
+        """A trainer, its data, and the batches.
+
+        Args:
+            with_teacher: None, "cached", "run", or "outputs": run, and nothing but its
+                distributions learnt.
+        """
         cfg = deepcopy(self.cfg)
         none = KDTranslationConfig()
         with open_dict(cfg):
             cfg.task.restore_file = ""  # no checkpoint is opened
-            if with_teacher == "run":
+            if with_teacher == "outputs":
+                for name in BEYOND_OUTPUTS:
+                    setattr(cfg.criterion, name, getattr(_CRITERION, name))
+            if with_teacher in ("run", "outputs"):
                 cfg.task.teacher_cache = None
                 if not cfg.criterion.kd_top_k:
                     cfg.criterion.kd_tail = None  # the cache's
@@ -125,6 +142,10 @@ class Steps:
         every = iterator.frozen_batches
         chosen = np.linspace(0, len(every) - 1, min(self.batches, len(every))).astype(int)
         return trainer, task.dataset(cfg.dataset.train_subset), [every[i] for i in chosen]
+
+    def _looks_beyond_outputs(self) -> bool:
+        own = self.cfg.criterion
+        return any(str(getattr(own, n)) != str(getattr(_CRITERION, n)) for n in BEYOND_OUTPUTS)
 
     @staticmethod
     def _steps(setup: Any) -> Callable[[], None]:

@@ -52,6 +52,7 @@ def measured(data, teacher, tmp_path_factory) -> Measured:
     student.mkdir()
     (student / "checkpoint_last.pt").touch()  # no training could go on from this
     arguments = support.kd_arguments(data, teacher, student, "--user-dir", copy)
+    arguments = [*arguments, "--kd-ranking-weight", "1"]
     output = folder / "figures.json"
     done = subprocess.run(
         [sys.executable, "-m", "kd_plugin.commands.benchmark", *map(str, arguments)]
@@ -107,6 +108,7 @@ def test_step_figures(measured, corpus):
     assert all(2e7 < peak < 1e11 for peak in peaks.values())
     for ratio in steps["ratios"].values():
         assert_positive(ratio)
+    assert "distilled step / the same, outputs alone" in steps["ratios"]
     # the same rounds over a longer time
     for key in ("low", "median", "high"):
         assert steps["ratios"][TO_PLAIN_AND_TEACHER][key] < steps["ratios"][TO_PLAIN][key]
