@@ -10,12 +10,15 @@ ce is fairseq's label-smoothed cross-entropy on the reference, at temperature 1.
 independent of T. R, off by default, ranks the likeliest symbols. The task puts the teacher's
 answer into ``sample["teacher"]``; ``objective.distillation_objective`` computes value and gradient.
 
+Terms of hidden states and attention, off by default, are added with weights of their own
+(``objective.states``): sums over source and target positions.
+
 Everything is a sum over tokens. The trainer divides once, by the sample size of all batches of an
 update, so a batch is the sum of its parts, however it is split.
 """
 
 import math
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -24,14 +27,19 @@ from fairseq.logging import metrics
 
 from .flags import CRITERION, KDLabelSmoothedCrossEntropyCriterionConfig
 from .objective import (
+    Found,
+    Inside,
     NotFiniteTeacherError,
+    Place,
     ScoreQueue,
     Selection,
+    StateTerm,
     Terms,
     distillation_objective,
+    states,
 )
 from .plan import Plan
-from .teachers import Step
+from .teachers import Step, looking_inside
 
 
 @register_criterion(CRITERION, dataclass=KDLabelSmoothedCrossEntropyCriterionConfig)
@@ -69,27 +77,66 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         step = sample.get("step", Step())
         if self.training:
             self._update = step.update
-        net_output = model(**sample["net_input"])
+        theirs = self._teachers_inside(sample)
+        places = [pair.of_student for pair in self.plan.needs.layers] if theirs else []
+        with looking_inside(model, places) as ours:
+            net_output = model(**sample["net_input"])
         target = model.get_targets(sample, net_output)  # B x T
         terms = self._terms(net_output[0], target, sample)
         if self.queue is not None and self.training and not step.is_dummy:
             self.queue.observe(self.selection.score(terms.tokens))
+        loss, sums = terms.loss, self._sums(terms)
+        if theirs:
+            source = sample["net_input"]["src_tokens"]
+            for term, found in self._compared(ours, theirs, target, source):
+                loss = loss + term.weight * found.value
+                sums[term.name] = found.value.detach() / math.log(2)
+                sums[f"{term.name}_positions"] = found.positions
 
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
-            "loss": terms.loss.data,
+            "loss": loss.data,
             "ntokens": sample["ntokens"],
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
-            **self._sums(terms),
+            **sums,
         }
-        return terms.loss, sample_size, logging_output
+        return loss, sample_size, logging_output
 
-    def _terms(self, logits: torch.Tensor, target: torch.Tensor, sample: Dict[str, Any]) -> Terms:
-        """The objective on the real target tokens of a batch: logits B x T x V, target B x T."""
+    def _teachers_inside(self, sample: Dict[str, Any]) -> List[Inside]:
+        """What was found inside the teacher's models; nothing where it was not looked for."""
+        answer = sample.get("teacher")
+        return answer.inside() if self.plan.inside and answer is not None else []
+
+    def _compared(
+        self,
+        ours: Dict[Place, torch.Tensor],
+        theirs: List[Inside],
+        target: torch.Tensor,
+        source: torch.Tensor,
+    ) -> Iterator[Tuple[StateTerm, Found]]:
+        """The terms that compare student and teacher inside.
+
+        Args:
+            target: B x T; source: B x S.
+        """
+        positions = {
+            "encoder": source.ne(self.task.source_dictionary.pad()),
+            "decoder": target.ne(self.padding_idx),
+        }
+        counted = {**positions, "decoder": self._real(target)}
+        for term in self.plan.inside:
+            yield term, states.compare(term, ours, theirs, positions, counted)
+
+    def _real(self, target: torch.Tensor) -> torch.Tensor:
+        """Which target tokens the loss is summed over, bool B x T."""
         real = target.ne(self.padding_idx)
         if self.ignore_prefix_size > 0:
             real[:, : self.ignore_prefix_size] = False
+        return real
+
+    def _terms(self, logits: torch.Tensor, target: torch.Tensor, sample: Dict[str, Any]) -> Terms:
+        """The objective on the real target tokens of a batch: logits B x T x V, target B x T."""
         settings = self.plan.settings(self._update)._replace(
             # validation distils every token, so that its kd_loss compares between selections
             selection=self.selection if self.training else Selection("all"),
@@ -99,7 +146,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             return distillation_objective(
                 logits.flatten(0, 1),
                 target.flatten(),
-                real.flatten().nonzero().squeeze(-1),
+                self._real(target).flatten().nonzero().squeeze(-1),
                 sample.get("teacher"),
                 settings,
             )
@@ -156,6 +203,8 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         log_mean("kd_selected", "kd_tokens", "kd_candidates")
         log_mean("kd_weight", "kd_weight", "kd_tokens")
         log_mean("kd_temperature", "kd_temperature", "kd_temperature_tokens")
+        log_mean("kd_hidden", "kd_hidden", "kd_hidden_positions")
+        log_mean("kd_attention", "kd_attention", "kd_attention_positions")
         log_mean("teacher_nll_loss", "teacher_nll_loss", "n_compared", bit)
         log_mean("agreement", "n_agree", "n_compared")
         judged = total("total")

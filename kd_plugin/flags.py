@@ -10,12 +10,16 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterionConfig,
 )
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
 
 from .checkpoints import FAMILIES
-from .objective import Parameter, divergences, ranking, selection, topk
+from .objective import Parameter, divergences, ranking, selection, states, topk
 
 CRITERION = "kd_label_smoothed_cross_entropy"
 WEIGHT, TEMPERATURE = 0.5, 1.0  # defaults, which a schedule replaces
+HIDDEN_WEIGHT = 1.0
+HIDDEN_LAYERS = "encoder:-1=-1,decoder:-1=-1"
+ATTENTION_LAYERS = "encoder-self:-1=-1,decoder-self:-1=-1,cross:-1=-1"
 
 
 @dataclass
@@ -217,6 +221,40 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
             "cosine:FROM:TO:STEPS (Loshchilov & Hutter 2017) (instead of --kd-temperature)"
         },
     )
+    kd_hidden: Optional[ChoiceEnum(states.OF_HIDDEN)] = field(  # type: ignore
+        default=None,
+        metadata={
+            "help": "learn from the teacher's hidden states, too: relations between the positions "
+            "of a sentence, of layers of any width (after Wang et al. 2021)"
+        },
+    )
+    kd_hidden_weight: Optional[float] = field(
+        default=None,
+        metadata={"help": f"weight of --kd-hidden, above 0 (default: {HIDDEN_WEIGHT})"},
+    )
+    kd_hidden_layers: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "which layers learn from which with --kd-hidden, as STUDENT=TEACHER, counted "
+            f"from 0 or backwards from -1 (default: {HIDDEN_LAYERS})"
+        },
+    )
+    kd_attention_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of learning from the teacher's attention, too: divergence of its maps, "
+            "averaged over heads (after Zagoruyko & Komodakis 2017); 0 is off"
+        },
+    )
+    kd_attention_layers: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "which layers learn from which with --kd-attention-weight, as STUDENT=TEACHER, "
+            f"counted from 0 or backwards from -1 (default: {ATTENTION_LAYERS})"
+        },
+    )
+    # fairseq's own, which criterions are not told otherwise
+    ddp_backend: str = II("distributed_training.ddp_backend")
 
 
 # The flags of what is learnt beside the distributions of the reference's symbols

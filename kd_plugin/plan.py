@@ -1,23 +1,33 @@
 """The flags of task and criterion, read once into one ``Plan``, or refused, every fault at once."""
 
 import math
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq import utils
 
 from .checkpoints import AskedTags, parse_overrides, parse_symbols
 from .errors import Faults, UserError
-from .flags import RUN_TEACHER, TEMPERATURE, WEIGHT, TeacherConfig
+from .flags import (
+    ATTENTION_LAYERS,
+    HIDDEN_LAYERS,
+    HIDDEN_WEIGHT,
+    RUN_TEACHER,
+    TEMPERATURE,
+    WEIGHT,
+    TeacherConfig,
+)
 from .objective import (
     Divergence,
     Parameter,
     Schedule,
     Selection,
     Settings,
+    StateTerm,
     divergences,
     ranking,
     schedules,
     selection,
+    states,
 )
 from .teachers import Needs, TeacherSettings
 
@@ -38,6 +48,7 @@ class Plan(NamedTuple):
         ranking_k: how many symbols it ranks.
         top_k: distil the teacher's likeliest symbols alone; 0 is all that are known.
         tail: what becomes of the others, one of ``topk.TAILS``.
+        inside: what is learnt from the inside of the teacher.
     """
 
     teacher: Optional[TeacherSettings]
@@ -56,6 +67,7 @@ class Plan(NamedTuple):
     selection: str
     selection_rate: float
     queue_size: int
+    inside: Tuple[StateTerm, ...]
 
     @classmethod
     def read(cls, criterion: Any, task: Any) -> "Plan":
@@ -130,6 +142,7 @@ class Plan(NamedTuple):
             queue_size=_given(
                 selection.QUEUE_SIZE, criterion, faults, chosen in selection.WITH_QUEUE, where
             ),
+            inside=tuple(_inside(criterion, faults)),
         )
         plan._check_tail(criterion, len(task.target_dictionary), faults)
         plan._check_ranking(len(task.target_dictionary), faults)
@@ -167,6 +180,7 @@ class Plan(NamedTuple):
             ranked=self.ranking_k if self.ranking_weight else 0,
             rest_at=self.temperature if self.tail == "bucket" else None,
             drawn_at=self.temperature if self.tail == "sample" else None,
+            layers=tuple(pair for term in self.inside for pair in term.layers),
         )
 
     # The checks of flags that depend on one another
@@ -239,6 +253,43 @@ class Plan(NamedTuple):
         }
         flags = ", ".join(flag for flag, given in useless.items() if given)
         faults.check(not flags, f"--kd-weight 0 distils nothing: leave out {flags}")
+
+
+def _inside(criterion: Any, faults: Faults) -> Iterator[StateTerm]:
+    """The terms of the teacher's inside, if flags ask for any."""
+
+    def term(name: str, how: str, weight: float, layers: str, kinds: Sequence[str]) -> Any:
+        flag, where = states.FLAG[kinds[0]], states.LAYERS_FLAG[kinds[0]]
+        faults.check(
+            0 < weight < math.inf, f"--{name}-weight must be a number above 0, got {weight}"
+        )
+        faults.check(
+            str(criterion.ddp_backend) != "fully_sharded",
+            f"{flag} looks inside the student, which --ddp-backend fully_sharded takes apart: "
+            "choose another --ddp-backend",
+        )
+        with faults.collecting():
+            yield StateTerm(
+                *(name.replace("-", "_"), how, weight), states.parse_layers(layers, where, kinds)
+            )
+
+    weight, layers = criterion.kd_hidden_weight, criterion.kd_hidden_layers
+    if criterion.kd_hidden is not None:
+        weight = HIDDEN_WEIGHT if weight is None else weight
+        how = choice_value(criterion.kd_hidden)
+        yield from term("kd-hidden", how, weight, layers or HIDDEN_LAYERS, states.HIDDEN)
+    else:
+        for flag, value in {"--kd-hidden-weight": weight, "--kd-hidden-layers": layers}.items():
+            faults.check(value is None, f"{flag} has no effect without --kd-hidden")
+    weight, layers = criterion.kd_attention_weight, criterion.kd_attention_layers
+    if weight != 0:
+        yield from term(
+            "kd-attention", "attention", weight, layers or ATTENTION_LAYERS, states.MAPS
+        )
+    else:
+        faults.check(
+            layers is None, "--kd-attention-layers has no effect with --kd-attention-weight 0"
+        )
 
 
 def read_teacher(task: Any) -> Optional[TeacherSettings]:

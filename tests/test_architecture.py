@@ -22,7 +22,10 @@ FLOORS = [
     ["commands"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-OBJECTIVE_MAY_IMPORT = {"torch", "errors", "abc", "dataclasses", "functools", "math", "typing"}
+OBJECTIVE_MAY_IMPORT = {
+    *("torch", "errors"),
+    *("abc", "contextlib", "dataclasses", "functools", "math", "re", "typing"),
+}
 
 Imported = Tuple[int, str, List[str]]  # line, module as it is written in full, names
 

@@ -7,7 +7,7 @@ from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from kd_plugin.flags import KDLabelSmoothedCrossEntropyCriterionConfig, TeacherConfig
-from kd_plugin.objective import schedules
+from kd_plugin.objective import LayerPair, schedules
 from kd_plugin.plan import Plan
 from kd_plugin.teachers import Needs
 
@@ -54,6 +54,30 @@ def plan(task=None, **flags):
         (dict(kd_top_k=1, kd_tail="renormalise"), ["--kd-top-k 1 with --kd-tail renormalise"]),
         (dict(kd_weight=0.0, kd_ranking_weight=1.0), ["distils nothing", "--kd-ranking-weight"]),
         (dict(kd_ranking_weight=1.0, kd_ranking_top_k=11), ["at most the 10 symbols", "got 11"]),
+        (
+            dict(kd_hidden_weight=1.0, kd_hidden_layers="encoder:0=0", kd_attention_layers="x"),
+            [
+                "--kd-hidden-weight has no effect without --kd-hidden;",
+                "--kd-hidden-layers has no effect without --kd-hidden;",
+                "--kd-attention-layers has no effect with --kd-attention-weight 0",
+            ],
+        ),
+        (
+            dict(
+                **dict(kd_hidden="relations", kd_hidden_weight=0.0, kd_hidden_layers="encoder:1"),
+                **dict(kd_attention_weight=-1.0, kd_attention_layers="encoder:0=0"),
+                **dict(ddp_backend="fully_sharded", kd_weight=2.0),
+            ),
+            [
+                "--kd-weight must be",
+                "--kd-hidden-weight must be a number above 0, got 0",
+                "--kd-hidden-layers: expected STUDENT=TEACHER layers of encoder, decoder,",
+                "--kd-hidden looks inside the student, which --ddp-backend fully_sharded",
+                "--kd-attention-weight must be a number above 0, got -1",
+                "--kd-attention-layers: expected STUDENT=TEACHER layers of encoder-self,",
+                "--kd-attention-weight looks inside the student",
+            ],
+        ),
         (dict(kd_weight=0.0, kd_top_k=3), ["--kd-weight 0 distils nothing", "out --kd-top-k"]),
         (
             dict(kd_weight=0.0, kd_selection="batch", kd_weight_schedule="adaptive"),
@@ -130,6 +154,10 @@ def test_what_a_cache_cannot_give():
         (Needs(2, fixed), (1, [], False), ["--kd-top-k 2", "--kd-temperature 2"]),
         (Needs(drawn_at=fixed), (4, [2.0], False, 3), []),
         (Needs(ranked=4), (4, [], False), []),
+        (
+            Needs(11, layers=(LayerPair("cross", 0, 0), LayerPair("encoder", 0, 0))),
+            *((10, [], True), ["leave out --kd-attention-weight and --kd-hidden,", "-top-k 11"]),
+        ),
         (Needs(ranked=5, drawn_at=fixed), (4, [2.0], False, 3), ["--kd-ranking-top-k 5", "the 4"]),
         (Needs(drawn_at=moving), (10, [], True), []),
         (Needs(drawn_at=fixed), (4, [2.0], False), ["holds none", "--tail-samples"]),
@@ -146,6 +174,20 @@ def test_what_a_plan_needs():
     assert plan().needs == Needs(0, schedules.constant(1.0))
     assert plan(kd_top_k=3, kd_tail="renormalise").needs == Needs(3, None)
     assert plan(kd_ranking_weight=1.0).needs.ranked == 5 and plan().needs.ranked == 0
+
+
+def test_what_is_learnt_from_the_inside():
+    assert plan().inside == () and plan().needs.layers == ()
+    made = plan(kd_hidden="relations", kd_attention_weight=2.0, kd_attention_layers="cross:0=-2")
+    assert [(term.name, term.how, term.weight) for term in made.inside] == [
+        ("kd_hidden", "relations", 1.0),
+        ("kd_attention", "attention", 2.0),
+    ]
+    assert made.needs.layers == (
+        LayerPair("encoder", -1, -1),
+        LayerPair("decoder", -1, -1),
+        LayerPair("cross", 0, -2),
+    )
 
 
 def test_a_cache_allows_a_tail():

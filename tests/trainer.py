@@ -163,7 +163,8 @@ def _task_config(flags: Dict[str, Any]) -> KDTranslationConfig:
 
 
 def criterion_config(**flags: Any) -> Any:
-    config = KDLabelSmoothedCrossEntropyCriterionConfig(sentence_avg=False, **flags)
+    defaults = dict(sentence_avg=False, ddp_backend="pytorch_ddp")
+    config = KDLabelSmoothedCrossEntropyCriterionConfig(**{**defaults, **flags})
     config._name = CRITERION
     return OmegaConf.structured(config)
 

@@ -22,6 +22,7 @@ from .parameters import Parameter
 from .ranking import likeliest, ranking_loss
 from .schedules import Schedule
 from .selection import ScoreQueue, Selection, TokenStatistics
+from .states import Found, Inside, LayerPair, Place, StateTerm
 
 __all__ = [
     "Answer",
@@ -29,15 +30,20 @@ __all__ = [
     "Dense",
     "Distribution",
     "Divergence",
+    "Found",
+    "Inside",
+    "LayerPair",
     "Member",
     "NotFiniteTeacherError",
     "Parameter",
+    "Place",
     "RunningAnswer",
     "Schedule",
     "ScoreQueue",
     "Selection",
     "Settings",
     "Sparse",
+    "StateTerm",
     "TeacherRows",
     "Terms",
     "TokenStatistics",

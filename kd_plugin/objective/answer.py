@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from .divergences import Distribution, ValueAndGradient, distribution
 from .ranking import likeliest
+from .states import Inside
 from .topk import CutBackward, Sampled, SampledBackward, Top, cut, sampled_forward_kl
 
 # Rows times V. On a CPU a chunk's few buffers should stay in its caches; a GPU needs enough work
@@ -94,6 +95,9 @@ class Answer(Protocol):
 
     def rows(self, index: Tensor, like: Tensor) -> TeacherRows:
         """Those at the flat rows ``index`` (n,), in the dtype and on the device of ``like``."""
+
+    def inside(self) -> List[Inside]:
+        """What was found inside each of the teacher's models; nothing where nobody asked."""
 
     def not_finite(self, index: Tensor) -> List[str]:
         """Names of the models whose rows ``index`` hold NaN, +inf or no probability at all."""
@@ -269,10 +273,14 @@ class Sparse:
 
 
 class Member(NamedTuple):
-    """One model of a teacher: ``logits(rows)`` gives (len(rows), V) in the student's vocabulary."""
+    """One model of a teacher: ``logits(rows)`` gives (len(rows), V) in the student's vocabulary.
+
+    ``inside`` is what was found inside it, if anybody asked.
+    """
 
     name: str
     logits: Callable[[Tensor], Tensor]
+    inside: Optional[Inside] = None
 
 
 class RunningAnswer:
@@ -305,6 +313,14 @@ class RunningAnswer:
             for member, log_weight in zip(self.members, self.log_weights)
         ]
         return torch.logsumexp(torch.stack(parts), dim=0)
+
+    def inside(self) -> List[Inside]:
+        """Of each member, with its weight in the ensemble."""
+        return [
+            member.inside._replace(weight=math.exp(log_weight))
+            for member, log_weight in zip(self.members, self.log_weights)
+            if member.inside is not None
+        ]
 
     def not_finite(self, index: Tensor) -> List[str]:
         return [
@@ -373,6 +389,9 @@ class CachedAnswer:
             arrays["drawn"][position].long() if "drawn" in arrays else None,
             part("tempered_entropy") if "tempered_entropy" in arrays else None,
         )
+
+    def inside(self) -> List[Inside]:
+        return []
 
     def not_finite(self, index: Tensor) -> List[str]:
         return ["in the cache"]

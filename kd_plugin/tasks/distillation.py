@@ -106,7 +106,7 @@ class Distillation(FairseqTask):
             caches = utils.split_paths(plan.cache)
             return CachedTeacher(caches, self.data_folders(), plan.needs, pad, plan.beside_cache)
         if plan.teacher:
-            return RunningTeacher(plan.teacher, self.student())
+            return RunningTeacher(plan.teacher, self.student(), plan.needs.layers)
         return NoTeacher()
 
     # The data: validation's, then training's

@@ -3,6 +3,7 @@
 from .probe import probe, token_losses
 from .run import TRAINING, Teacher, TeacherError, TeacherSettings
 from .source import CachedTeacher, Needs, NoTeacher, RunningTeacher, Source, Step
+from .states import looking_inside
 from .view import Student, TeacherView
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "TeacherError",
     "TeacherSettings",
     "TeacherView",
+    "looking_inside",
     "probe",
     "token_losses",
 ]

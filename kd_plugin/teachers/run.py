@@ -26,7 +26,8 @@ from ..checkpoints import (
     translates_otherwise,
 )
 from ..errors import UserError
-from ..objective import Member, RunningAnswer
+from ..objective import Member, Place, RunningAnswer
+from .states import looking_inside
 from .view import Student, TeacherView
 
 logger = logging.getLogger(__name__)
@@ -166,16 +167,18 @@ class Teacher:
         return max(source), max(target)
 
     @torch.no_grad()
-    def __call__(self, net_input: Dict[str, Tensor], amp: bool = False) -> RunningAnswer:
+    def __call__(
+        self, net_input: Dict[str, Tensor], amp: bool = False, places: Sequence[Place] = ()
+    ) -> RunningAnswer:
         """Run the teacher on a batch given in the student's indices.
 
         Args:
             net_input: ``src_tokens`` (B, S), ``src_lengths`` (B,), ``prev_output_tokens`` (B, T).
             amp: run under CUDA autocast.
+            places: in each of its models, what is found there is part of the answer.
         """
-        return RunningAnswer(
-            [member.run(net_input, amp) for member in self.members], self.log_weights
-        )
+        members = [member.run(net_input, amp, places) for member in self.members]
+        return RunningAnswer(members, self.log_weights)
 
 
 class _Model:
@@ -236,12 +239,13 @@ class _Model:
         """A batch as the model's forward pass takes it."""
         return self.view.inputs(net_input, self.device)
 
-    def run(self, net_input: Dict[str, Tensor], amp: bool) -> Member:
+    def run(self, net_input: Dict[str, Tensor], amp: bool, places: Sequence[Place]) -> Member:
         model, view = self.model, self.view
         amp = amp and self.device.type == "cuda"
-        lazy = _is_lazy(model)
-        with _autocast(amp):
-            output = model(**self.inputs(net_input), **({"features_only": True} if lazy else {}))
+        lazy, inputs = _is_lazy(model), self.inputs(net_input)
+        with _autocast(amp), looking_inside(model, places) as found:
+            output = model(**inputs, **({"features_only": True} if lazy else {}))
+        inside = view.inside(found, net_input, inputs) if places else None
         output = output[0].flatten(0, 1)  # features or logits, one row for each target position
         width = net_input["prev_output_tokens"].size(1)
 
@@ -253,7 +257,7 @@ class _Model:
             with torch.no_grad(), _autocast(amp):
                 return view.project(model.decoder.output_projection, some)
 
-        return Member(self.path, logits)
+        return Member(self.path, logits, inside)
 
 
 _WHAT_TEACHES = (

@@ -8,15 +8,17 @@ validation, which can.
 
 import logging
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..cache import CachedSubset, CacheError, Describe, TaughtDataset
 from ..errors import UserError
-from ..objective import Answer, CachedAnswer, Schedule
+from ..objective import Answer, CachedAnswer, LayerPair, Schedule
+from ..objective.states import FLAG
 from .probe import probe
 from .run import Teacher, TeacherError, TeacherSettings
+from .states import lacking
 from .view import Student
 
 logger = logging.getLogger(__name__)
@@ -47,12 +49,14 @@ class Needs(NamedTuple):
         rest_at: the temperature, by update, at which the mass of all other symbols is needed; None
             if it is not.
         drawn_at: that at which symbols drawn from the others are needed; None if they are not.
+        layers: which of the student's learn from the inside of which of the teacher's.
     """
 
     top_k: int = 0
     rest_at: Optional[Schedule] = None
     drawn_at: Optional[Schedule] = None
     ranked: int = 0
+    layers: Tuple[LayerPair, ...] = ()
 
     def unmet(self, k: int, temperatures: List[float], whole: bool, samples: int = 0) -> List[str]:
         """Why a cache cannot give it, every reason.
@@ -66,6 +70,12 @@ class Needs(NamedTuple):
         reasons = []
         if self.ranked > k:
             reasons.append(f"--kd-ranking-top-k {self.ranked} is more than the {k} of the cache")
+        if self.layers:
+            flags = " and ".join(dict.fromkeys(FLAG[pair.kind] for pair in self.layers))
+            reasons.append(
+                f"a cache holds nothing of the teacher's inside: leave out {flags}, or give "
+                "--teacher-checkpoint-path instead of --teacher-cache"
+            )
         if self.drawn_at is not None:
             return reasons + ([] if whole else self._undrawn(temperatures, samples))
         if k == 1 and self.rest_at is None:
@@ -180,10 +190,14 @@ class RunningTeacher(Source):
     Args:
         settings: which, and how it is run.
         student: the vocabularies and languages that it must fit.
+        layers: which of the student's learn from the inside of which of its own.
     """
 
-    def __init__(self, settings: TeacherSettings, student: Student) -> None:
-        self.settings, self.student = settings, student
+    def __init__(
+        self, settings: TeacherSettings, student: Student, layers: Sequence[LayerPair] = ()
+    ) -> None:
+        self.settings, self.student, self.layers = settings, student, layers
+        self._places = list(dict.fromkeys(pair.of_teacher for pair in layers))
         self.teacher: Optional[Teacher] = None
         self._looked = False
         self._longest = np.zeros(2, dtype=np.int64)  # source and target tokens in any batch
@@ -213,13 +227,25 @@ class RunningTeacher(Source):
     def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
         if self.teacher is None:
             return None
-        return self.teacher(batch["net_input"], amp=step.amp and self.settings.dtype == "same")
+        amp = step.amp and self.settings.dtype == "same"
+        return self.teacher(batch["net_input"], amp, self._places)
 
     def _open(self, model: Any) -> Teacher:
         parameter = next(model.parameters())
         placement = self.settings.placement(parameter.device, parameter.dtype)
         self.teacher = Teacher.open(self.settings, self.student).place(*placement)
+        if self.layers:
+            self._check_layers(model)
         return self.teacher
+
+    def _check_layers(self, model: Any) -> None:
+        assert self.teacher is not None
+        places = [pair.of_student for pair in self.layers]
+        reasons = lacking(model, places, "the student", learns=True)
+        for member in self.teacher.members:
+            reasons += lacking(member.model, self._places, f"teacher {member.path}")
+        if reasons:
+            raise TeacherError("; ".join(reasons))
 
     def _check_lengths(self) -> None:
         assert self.teacher is not None

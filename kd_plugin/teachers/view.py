@@ -1,7 +1,7 @@
 """How a student's batch looks to a teacher, and the teacher's rows to the student."""
 
 import math
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,8 @@ from fairseq.data import Dictionary
 from torch import Tensor
 
 from ..checkpoints import MISSING, Checkpoint, Dictionaries, Tags, VocabularyError, index_map
+from ..objective import Inside, Place
+from ..objective.states import SIDES
 
 
 class Student(NamedTuple):
@@ -96,6 +98,36 @@ class TeacherView:
         """
         more = self.longer[1]
         return rows + more * (rows // width + 1) if more else rows
+
+    def inside(
+        self,
+        found: Mapping[Place, Tensor],
+        net_input: Dict[str, Tensor],
+        inputs: Dict[str, Tensor],
+    ) -> Inside:
+        """What was found inside the teacher, at the student's positions.
+
+        Where the teacher reads tags as well, only positions that have the student's symbols count:
+        of the source those at which it reads the same symbol (its end of sentence may be a tag), of
+        the target those that predict the same one. Attention maps lose the keys of tags, and their
+        rows no longer sum to 1.
+
+        Args:
+            found: states (B, L, d) and maps (B, queries, keys) by place, of the teacher's batch.
+            net_input: the student's batch; ``inputs``: the same as the teacher reads it.
+        """
+        if self.tags == Tags():
+            return Inside(found)
+        first = {"encoder": len(self._before_source), "decoder": self.longer[1]}
+        source = net_input["src_tokens"].to(inputs["src_tokens"].device)
+        width = {"encoder": source.size(1), "decoder": net_input["prev_output_tokens"].size(1)}
+        states = {}
+        for place, state in found.items():
+            for at, side in enumerate(SIDES[place.kind], start=1):
+                state = state.narrow(at, first[side], width[side])
+            states[place] = state
+        read = inputs["src_tokens"].narrow(1, first["encoder"], width["encoder"])
+        return Inside(states, shared=read.eq(_look_up(self._read_source, source)))
 
     def logits(self, logits: Tensor) -> Tensor:
         """The teacher's logits (n, its V) in the order of the student's symbols (n, V)."""

@@ -29,12 +29,14 @@ def test_kd_weight_0_is_stock_training(data, teacher, tmp_path):
 
 
 def test_two_ranks_are_one_rank_with_two_batches_per_update(data, teacher, tmp_path):
-    """Also with an odd number of batches, where one rank gets a dummy batch, in both passes."""
+    """Also with an odd number of batches, where one rank gets a dummy batch, in both passes;
+    with what is learnt from the inside of the teacher."""
     options = (
         *SGD,
         *("--max-epoch", 2, "--report-accuracy", "--ddp-backend", "legacy_ddp"),
         # 31 training batches and 7 validation batches
         *("--max-sentences", 21, "--max-sentences-valid", 7),
+        *("--kd-hidden", "relations", "--kd-attention-weight", 0.5),
     )
     one = distil(data, teacher, tmp_path / "one", *options, "--update-freq", 2).ok()
 
@@ -43,7 +45,7 @@ def test_two_ranks_are_one_rank_with_two_batches_per_update(data, teacher, tmp_p
     assert len(one.records("train_inner")) == 32
     keys = ("loss", "nll_loss", "kd_loss", "teacher_nll_loss", "agreement", "accuracy")
     for tag, prefix in (("train_inner", ""), ("train", "train_"), ("valid", "valid_")):
-        for key in keys:
+        for key in (*keys, "kd_hidden", "kd_attention"):
             there, here = one.series(tag, prefix + key), two.series(tag, prefix + key)
             assert len(there) >= 2
             assert here == pytest.approx(there, abs=0.0021), (tag, key)
