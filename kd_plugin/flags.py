@@ -3,6 +3,7 @@
 ``plan`` reads them into one ``Plan``, or refuses them.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -16,6 +17,27 @@ from .objective import Parameter, divergences, ranking, selection, topk
 
 CRITERION = "kd_label_smoothed_cross_entropy"
 WEIGHT, TEMPERATURE = 0.5, 1.0  # defaults, which a schedule replaces
+
+# Who writes what the decoder reads in training
+INPUTS = ("reference", "argmax", "sample")
+INPUTS_RATE = 0.5
+INPUTS_TEMPERATURE = Parameter(
+    flag="--kd-inputs-temperature",
+    keyword="temperature",
+    default=1.0,
+    valid=lambda x: 0 < x < math.inf,
+    expected="above 0",
+    meaning="temperature of the student's distribution that --kd-inputs sample draws from",
+)
+INPUTS_MAX_LEN = Parameter(
+    flag="--kd-inputs-max-len-b",
+    keyword="max_len_b",
+    default=10,
+    valid=lambda x: x >= 0,
+    expected="at least 0",
+    meaning="by how many tokens a translation of --kd-inputs sample may be longer than the longest "
+    "reference of its batch",
+)
 
 
 @dataclass
@@ -217,6 +239,32 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
             "cosine:FROM:TO:STEPS (Loshchilov & Hutter 2017) (instead of --kd-temperature)"
         },
     )
+    kd_inputs: ChoiceEnum(INPUTS) = field(  # type: ignore
+        default="reference",
+        metadata={
+            "help": "what the decoder reads in training, and the teacher is asked about, in a "
+            "share of the batches: reference; argmax, the student's likeliest symbol at each "
+            "position of the reference (Zhang et al. 2023); sample, translations drawn from the "
+            "student (Agarwal et al. 2024). In these batches only the teacher teaches, with weight "
+            "1 and every token"
+        },
+    )
+    kd_inputs_rate: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "share of the batches whose inputs the student writes, from 0 to 1 (default: "
+            f"{INPUTS_RATE})"
+        },
+    )
+    kd_inputs_rate_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "how that share moves over updates: constant, linear:FROM:TO:STEPS or "
+            "cosine:FROM:TO:STEPS (instead of --kd-inputs-rate)"
+        },
+    )
+    kd_inputs_temperature: Optional[float] = _described(INPUTS_TEMPERATURE)
+    kd_inputs_max_len_b: Optional[int] = _described(INPUTS_MAX_LEN)
 
 
 # The flags of what is learnt beside the distributions of the reference's symbols
