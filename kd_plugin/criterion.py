@@ -10,6 +10,8 @@ ce is fairseq's label-smoothed cross-entropy on the reference, at temperature 1.
 independent of T. R, off by default, ranks the likeliest symbols. The task puts the teacher's
 answer into ``sample["teacher"]``; ``objective.distillation_objective`` computes value and gradient.
 
+A batch that the student wrote has no reference: there ce_weight is 0, kd_weight 1, all is selected.
+
 Everything is a sum over tokens. The trainer divides once, by the sample size of all batches of an
 update, so a batch is the sum of its parts, however it is split.
 """
@@ -118,7 +120,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
 
     def _sums(self, terms: Terms, step: Step) -> Dict[str, Any]:
         """What is logged: sums over tokens and their counts, the same keys on every rank."""
-        sums = self._found(terms)
+        sums = self._compared(terms)
         if self.training and self.plan.inputs.by_student:
             sums["kd_inputs"] = terms.tokens.student_nll.numel() if step.by_student else 0
         if step.by_student:
@@ -126,8 +128,8 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             sums.update({key: _nothing(sums[key]) for key in _OF_REFERENCES if key in sums})
         return sums
 
-    def _found(self, terms: Terms) -> Dict[str, Any]:
-        """The sums, taking the batch's target for a reference."""
+    def _compared(self, terms: Terms) -> Dict[str, Any]:
+        """The sums, with the batch's target taken for a reference."""
         tokens, n = terms.tokens, terms.tokens.student_nll.numel()
         sums: Dict[str, Any] = {"nll_loss": tokens.student_nll.sum()}
         if self.report_accuracy and terms.correct is not None:

@@ -29,13 +29,13 @@ INPUTS_TEMPERATURE = Parameter(
     expected="above 0",
     meaning="temperature of the student's distribution that --kd-inputs sample draws from",
 )
-INPUTS_MAX_LEN = Parameter(
-    flag="--kd-inputs-max-len-b",
-    keyword="max_len_b",
-    default=10,
+INPUTS_EXTRA = Parameter(
+    flag="--kd-inputs-extra-length",
+    keyword="extra_length",
+    default=5,
     valid=lambda x: x >= 0,
     expected="at least 0",
-    meaning="by how many tokens a translation of --kd-inputs sample may be longer than the longest "
+    meaning="how many tokens a translation of --kd-inputs sample may have more than the longest "
     "reference of its batch",
 )
 
@@ -264,7 +264,7 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         },
     )
     kd_inputs_temperature: Optional[float] = _described(INPUTS_TEMPERATURE)
-    kd_inputs_max_len_b: Optional[int] = _described(INPUTS_MAX_LEN)
+    kd_inputs_extra_length: Optional[int] = _described(INPUTS_EXTRA)
 
 
 # The flags of what is learnt beside the distributions of the reference's symbols

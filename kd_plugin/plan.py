@@ -9,7 +9,7 @@ from fairseq.tasks.translation import TranslationTask
 from .checkpoints import AskedTags, parse_overrides, parse_symbols
 from .errors import Faults, UserError
 from .flags import (
-    INPUTS_MAX_LEN,
+    INPUTS_EXTRA,
     INPUTS_RATE,
     INPUTS_TEMPERATURE,
     RUN_TEACHER,
@@ -38,13 +38,13 @@ class Inputs(NamedTuple):
         kind: one of ``flags.INPUTS``.
         rate: share of the batches whose inputs the student writes, by update.
         temperature: at which it is sampled.
-        max_len_b: tokens by which a sample may be longer than the longest reference of its batch.
+        extra_length: tokens that a sample may have more than the longest reference of its batch.
     """
 
     kind: str
     rate: Schedule
     temperature: float
-    max_len_b: int
+    extra_length: int
 
     @property
     def by_student(self) -> bool:
@@ -410,7 +410,7 @@ def _inputs(criterion: Any, faults: Faults) -> Inputs:
             faults=faults,
         ),
         _given(INPUTS_TEMPERATURE, criterion, faults, kind == "sample", where),
-        _given(INPUTS_MAX_LEN, criterion, faults, kind == "sample", where),
+        _given(INPUTS_EXTRA, criterion, faults, kind == "sample", where),
     )
 
 

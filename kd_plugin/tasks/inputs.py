@@ -125,7 +125,7 @@ class StudentInputs:
 
         A translation may be empty, which is ``</s>`` alone. One that reaches the limit is ended.
         """
-        longest = min(sample["target"].size(1) + self.settings.max_len_b, self.longest)
+        longest = min(sample["target"].size(1) + self.settings.extra_length, self.longest)
         generator = SequenceGenerator(
             [self.model],
             self.dictionary,
