@@ -13,10 +13,13 @@ answer into ``sample["teacher"]``; ``objective.distillation_objective`` computes
 Terms of hidden states and attention, off by default, are added with weights of their own
 (``objective.states``): sums over source and target positions.
 
+A batch that the student wrote has no reference: there ce_weight is 0, kd_weight 1, all is selected.
+
 Everything is a sum over tokens. The trainer divides once, by the sample size of all batches of an
 update, so a batch is the sum of its parts, however it is split.
 """
 
+import itertools
 import math
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -41,6 +44,9 @@ from .objective import (
 from .plan import Plan
 from .teachers import Step, looking_inside
 
+# Sums that only mean something where the batch's target is a reference
+_OF_REFERENCES = ("nll_loss", "n_correct", "total", "teacher_nll_loss", "n_agree", "n_compared")
+
 
 @register_criterion(CRITERION, dataclass=KDLabelSmoothedCrossEntropyCriterionConfig)
 class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
@@ -51,6 +57,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         self.sentence_avg = cfg.sentence_avg
         self.ignore_prefix_size = cfg.ignore_prefix_size
         self.report_accuracy = cfg.report_accuracy
+        self.batches = itertools.count()  # numbers those of the update under way
         # Validation uses the weight and temperature of the last update; outside training, the final
         self._update: Optional[int] = None
 
@@ -61,6 +68,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
 
     def train(self, mode: bool = True) -> "KDLabelSmoothedCrossEntropyCriterion":
         """The trainer calls this before each update, also before repeating one that overflowed."""
+        self.batches = itertools.count()
         if self.queue is not None:
             self.queue.begin()
         return super().train(mode)
@@ -84,8 +92,10 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         target = model.get_targets(sample, net_output)  # B x T
         terms = self._terms(net_output[0], target, sample)
         if self.queue is not None and self.training and not step.is_dummy:
-            self.queue.observe(self.selection.score(terms.tokens))
-        loss, sums = terms.loss, self._sums(terms)
+            # the queue holds how hard references are: nothing of what the student wrote
+            nothing = terms.tokens.student_nll[:0]
+            self.queue.observe(nothing if step.by_student else self.selection.score(terms.tokens))
+        loss, sums = terms.loss, self._sums(terms, step)
         if theirs:
             source = sample["net_input"]["src_tokens"]
             for term, found in self._compared(ours, theirs, target, source):
@@ -137,9 +147,11 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
 
     def _terms(self, logits: torch.Tensor, target: torch.Tensor, sample: Dict[str, Any]) -> Terms:
         """The objective on the real target tokens of a batch: logits B x T x V, target B x T."""
-        settings = self.plan.settings(self._update)._replace(
-            # validation distils every token, so that its kd_loss compares between selections
-            selection=self.selection if self.training else Selection("all"),
+        by_student = sample.get("step", Step()).by_student
+        settings = self.plan.settings(self._update, by_student)._replace(
+            # validation distils every token, so that its kd_loss compares between selections;
+            # what the student wrote has no reference to judge tokens by
+            selection=self.selection if self.training and not by_student else Selection("all"),
             with_metrics=self.report_accuracy or not self.training,
         )
         try:
@@ -153,8 +165,18 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         except NotFiniteTeacherError as error:
             raise error.naming(sample["id"], target.size(1)) from None
 
-    def _sums(self, terms: Terms) -> Dict[str, Any]:
+    def _sums(self, terms: Terms, step: Step) -> Dict[str, Any]:
         """What is logged: sums over tokens and their counts, the same keys on every rank."""
+        sums = self._of_tokens(terms)
+        if self.training and self.plan.inputs.by_student:
+            sums["kd_inputs"] = terms.tokens.student_nll.numel() if step.by_student else 0
+        if step.by_student:
+            # what the student itself wrote says nothing of how well it knows references
+            sums.update({key: _nothing(sums[key]) for key in _OF_REFERENCES if key in sums})
+        return sums
+
+    def _of_tokens(self, terms: Terms) -> Dict[str, Any]:
+        """The sums, with the batch's target taken for a reference."""
         tokens, n = terms.tokens, terms.tokens.student_nll.numel()
         sums: Dict[str, Any] = {"nll_loss": tokens.student_nll.sum()}
         if self.report_accuracy and terms.correct is not None:
@@ -195,9 +217,11 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
 
         bit = math.log(2)
         log_mean("loss", "loss", "sample_size", bit)
-        log_mean("nll_loss", "nll_loss", "ntokens", bit)
-        if total("ntokens") > 0:
+        n = total("ntokens") - total("kd_inputs")  # tokens of references
+        if n > 0:
+            metrics.log_scalar("nll_loss", total("nll_loss") / n / bit, n, round=3)
             metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        log_mean("kd_inputs", "kd_inputs", "ntokens")
         log_mean("kd_loss", "kd_loss", "kd_tokens")
         log_mean("kd_ranking", "kd_ranking", "kd_tokens")
         log_mean("kd_selected", "kd_tokens", "kd_candidates")
@@ -221,3 +245,8 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def _nothing(value: Any) -> Any:
+    """A 0 of the same kind: ranks whose logs differ in kind cannot be summed."""
+    return torch.zeros_like(value) if torch.is_tensor(value) else 0

@@ -3,6 +3,7 @@
 ``plan`` reads them into one ``Plan``, or refuses them.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -20,6 +21,27 @@ WEIGHT, TEMPERATURE = 0.5, 1.0  # defaults, which a schedule replaces
 HIDDEN_WEIGHT = 1.0
 HIDDEN_LAYERS = "encoder:-1=-1,decoder:-1=-1"
 ATTENTION_LAYERS = "encoder-self:-1=-1,decoder-self:-1=-1,cross:-1=-1"
+
+# Who writes what the decoder reads in training
+INPUTS = ("reference", "argmax", "sample")
+INPUTS_RATE = 0.5
+INPUTS_TEMPERATURE = Parameter(
+    flag="--kd-inputs-temperature",
+    keyword="temperature",
+    default=1.0,
+    valid=lambda x: 0 < x < math.inf,
+    expected="above 0",
+    meaning="temperature of the student's distribution that --kd-inputs sample draws from",
+)
+INPUTS_EXTRA = Parameter(
+    flag="--kd-inputs-extra-length",
+    keyword="extra_length",
+    default=5,
+    valid=lambda x: x >= 0,
+    expected="at least 0",
+    meaning="how many tokens a translation of --kd-inputs sample may have more than the longest "
+    "reference of its batch",
+)
 
 
 @dataclass
@@ -255,6 +277,32 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     )
     # fairseq's own, which criterions are not told otherwise
     ddp_backend: str = II("distributed_training.ddp_backend")
+    kd_inputs: ChoiceEnum(INPUTS) = field(  # type: ignore
+        default="reference",
+        metadata={
+            "help": "what the decoder reads in training, and the teacher is asked about, in a "
+            "share of the batches: reference; argmax, the student's likeliest symbol at each "
+            "position of the reference (Zhang et al. 2023); sample, translations drawn from the "
+            "student (Agarwal et al. 2024). In these batches only the teacher teaches, with weight "
+            "1 and every token"
+        },
+    )
+    kd_inputs_rate: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "share of the batches whose inputs the student writes, from 0 to 1 (default: "
+            f"{INPUTS_RATE})"
+        },
+    )
+    kd_inputs_rate_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "how that share moves over updates: constant, linear:FROM:TO:STEPS or "
+            "cosine:FROM:TO:STEPS (instead of --kd-inputs-rate)"
+        },
+    )
+    kd_inputs_temperature: Optional[float] = _described(INPUTS_TEMPERATURE)
+    kd_inputs_extra_length: Optional[int] = _described(INPUTS_EXTRA)
 
 
 # The flags of what is learnt beside the distributions of the reference's symbols

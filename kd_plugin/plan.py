@@ -4,6 +4,7 @@ import math
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq import utils
+from fairseq.tasks.translation import TranslationTask
 
 from .checkpoints import AskedTags, parse_overrides, parse_symbols
 from .errors import Faults, UserError
@@ -11,6 +12,9 @@ from .flags import (
     ATTENTION_LAYERS,
     HIDDEN_LAYERS,
     HIDDEN_WEIGHT,
+    INPUTS_EXTRA,
+    INPUTS_RATE,
+    INPUTS_TEMPERATURE,
     RUN_TEACHER,
     TEMPERATURE,
     WEIGHT,
@@ -32,6 +36,27 @@ from .objective import (
 from .teachers import Needs, TeacherSettings
 
 
+class Inputs(NamedTuple):
+    """What the decoder reads in training.
+
+    Attributes:
+        kind: one of ``flags.INPUTS``.
+        rate: share of the batches whose inputs the student writes, by update.
+        temperature: at which it is sampled.
+        extra_length: tokens that a sample may have more than the longest reference of its batch.
+    """
+
+    kind: str
+    rate: Schedule
+    temperature: float
+    extra_length: int
+
+    @property
+    def by_student(self) -> bool:
+        """Whether the student may write any."""
+        return self.kind != "reference"
+
+
 class Plan(NamedTuple):
     """What a training distils, from which teacher, and how strongly.
 
@@ -49,6 +74,7 @@ class Plan(NamedTuple):
         top_k: distil the teacher's likeliest symbols alone; 0 is all that are known.
         tail: what becomes of the others, one of ``topk.TAILS``.
         inside: what is learnt from the inside of the teacher.
+        inputs: what the decoder reads in training.
     """
 
     teacher: Optional[TeacherSettings]
@@ -68,6 +94,7 @@ class Plan(NamedTuple):
     selection_rate: float
     queue_size: int
     inside: Tuple[StateTerm, ...]
+    inputs: Inputs
 
     @classmethod
     def read(cls, criterion: Any, task: Any) -> "Plan":
@@ -121,7 +148,7 @@ class Plan(NamedTuple):
         plan = cls(
             teacher=teacher,
             cache=cache,
-            beside_cache=_faults_beside_cache(flags) if cache else (),
+            beside_cache=_faults_beside_cache(flags, criterion) if cache else (),
             label_smoothing=criterion.label_smoothing,
             ce_weight=ce,
             weight=weight,
@@ -143,21 +170,26 @@ class Plan(NamedTuple):
                 selection.QUEUE_SIZE, criterion, faults, chosen in selection.WITH_QUEUE, where
             ),
             inside=tuple(_inside(criterion, faults)),
+            inputs=_inputs(criterion, faults),
         )
         plan._check_tail(criterion, len(task.target_dictionary), faults)
         plan._check_ranking(len(task.target_dictionary), faults)
+        plan._check_inputs(criterion, task, faults)
         plan._check_use(faults)
         faults.raise_if_any()
         return plan
 
-    def settings(self, update: Optional[int]) -> Settings:
+    def settings(self, update: Optional[int], by_student: bool = False) -> Settings:
         """What the objective minimises after ``update`` updates; None is after the last.
 
         Which tokens are selected, and what is logged, the criterion decides.
+
+        Args:
+            by_student: in a batch that the student wrote, where only the teacher can teach.
         """
         return Settings(
-            kd_weight=self.weight(update),
-            ce_weight=self.ce_weight,
+            kd_weight=1.0 if by_student else self.weight(update),
+            ce_weight=0.0 if by_student else self.ce_weight,
             temperature=self.temperature(update),
             label_smoothing=self.label_smoothing,
             divergence=self.divergence,
@@ -165,7 +197,7 @@ class Plan(NamedTuple):
             ranking_k=self.ranking_k,
             top_k=self.top_k,
             tail=self.tail,
-            adaptive=self.adaptive,
+            adaptive=self.adaptive and not by_student,
         )
 
     def new_selection(self) -> Selection:
@@ -242,14 +274,39 @@ class Plan(NamedTuple):
                 "--kd-tail renormalise (a bucket of symbols has no logit)",
             )
 
+    def _check_inputs(self, criterion: Any, task: Any, faults: Faults) -> None:
+        if not self.inputs.by_student:
+            return
+        flag = f"--kd-inputs {self.inputs.kind}"
+        faults.check(
+            isinstance(task, TranslationTask),
+            f"{flag} is for tasks that translate sentences, as kd_translation does; got "
+            f"{type(task).__name__}",
+        )
+        faults.check(
+            choice_value(getattr(task.cfg, "ddp_backend", "")) != "fully_sharded",
+            f"{flag} runs the student outside of a training step, which --ddp-backend "
+            "fully_sharded cannot: take another backend",
+        )
+        faults.check(
+            criterion.ignore_prefix_size == 0,
+            f"{flag} leaves no prefix of the reference: leave out --ignore-prefix-size",
+        )
+        faults.check(
+            self.selection == "all" or self.inputs.rate != schedules.constant(1.0),
+            "--kd-inputs-rate 1 leaves no reference, and --kd-selection selects among the tokens "
+            "of references: leave out --kd-selection",
+        )
+
     def _check_use(self, faults: Faults) -> None:
         if self.weight != schedules.constant(0.0):
             return
         useless = {
-            "--kd-top-k": self.top_k > 0,
+            # the weight is that of references alone
+            "--kd-top-k": self.top_k > 0 and not self.inputs.by_student,
             "--kd-selection": self.selection != "all",
             "--kd-weight-schedule adaptive": self.adaptive,
-            "--kd-ranking-weight": self.ranking_weight > 0,
+            "--kd-ranking-weight": self.ranking_weight > 0 and not self.inputs.by_student,
         }
         flags = ", ".join(flag for flag, given in useless.items() if given)
         faults.check(not flags, f"--kd-weight 0 distils nothing: leave out {flags}")
@@ -348,8 +405,8 @@ def choice_value(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def _faults_beside_cache(task: Any) -> List[str]:
-    """Flags of a teacher that is run mean nothing beside a cache."""
+def _faults_beside_cache(task: Any, criterion: Any) -> List[str]:
+    """Flags of a teacher that is run mean nothing beside a cache, and it holds references alone."""
     default = TeacherConfig()
     useless = ", ".join(
         "--" + name.replace("_", "-")
@@ -357,7 +414,14 @@ def _faults_beside_cache(task: Any) -> List[str]:
         if choice_value(getattr(task, name)) != choice_value(getattr(default, name))
     )
     advice = f"leave out {useless}, or leave out --teacher-cache"
-    return [f"with --teacher-cache no teacher is run: {advice}"] if useless else []
+    faults = [f"with --teacher-cache no teacher is run: {advice}"] if useless else []
+    inputs = choice_value(criterion.kd_inputs)
+    if inputs != "reference":
+        faults.append(
+            f"--kd-inputs {inputs} asks the teacher about what the student writes, which no cache "
+            "holds: give --teacher-checkpoint-path instead of --teacher-cache"
+        )
+    return faults
 
 
 def _divergence(name: str, criterion: Any, faults: Faults) -> Divergence:
@@ -369,6 +433,31 @@ def _divergence(name: str, criterion: Any, faults: Faults) -> Divergence:
         if own:
             found = divergences.divergence(name, value)
     return found
+
+
+def _inputs(criterion: Any, faults: Faults) -> Inputs:
+    kind, given = choice_value(criterion.kd_inputs), criterion.kd_inputs_rate
+    schedule, where = criterion.kd_inputs_rate_schedule, f"--kd-inputs {kind}"
+    flags = {
+        "--kd-inputs-rate": given is not None,
+        "--kd-inputs-rate-schedule": schedule != "constant",
+    }
+    useless = " and ".join(flag for flag, is_given in flags.items() if is_given)
+    faults.check(kind != "reference" or not useless, f"{useless} has no effect with {where}")
+    return Inputs(
+        kind,
+        _scheduled(
+            "--kd-inputs-rate",
+            schedule,
+            given,
+            default=INPUTS_RATE,
+            valid=lambda x: 0 <= x <= 1,
+            expected="from 0 to 1",
+            faults=faults,
+        ),
+        _given(INPUTS_TEMPERATURE, criterion, faults, kind == "sample", where),
+        _given(INPUTS_EXTRA, criterion, faults, kind == "sample", where),
+    )
 
 
 def _given(parameter: Parameter, criterion: Any, faults: Faults, applies: bool, where: str) -> Any:
@@ -397,7 +486,7 @@ def _scheduled(
     expected: str,
     faults: Faults,
 ) -> Schedule:
-    """The schedule of the weight or the temperature."""
+    """The schedule of a weight, a temperature or a rate."""
     if text == "constant":
         value = default if value is None else value
         faults.check(valid(value), f"{flag} must be a number {expected}, got {value}")

@@ -141,6 +141,17 @@ def test_flags_of_a_running_teacher_beside_a_cache_are_refused(data, teacher, ca
         assert flag in str(error.value)
 
 
+def test_inputs_of_the_student_are_refused_where_they_cannot_be():
+    t = new_task(ddp_backend="fully_sharded")
+    t.build_criterion(criterion_config())
+    with pytest.raises(UserError, match="--ddp-backend fully_sharded cannot: take another"):
+        t.build_criterion(criterion_config(kd_inputs="argmax"))
+    t = new_task(data="data", teacher_cache="c")
+    t.build_criterion(criterion_config(kd_inputs="sample"))
+    with pytest.raises(CacheError, match="--kd-inputs sample asks the teacher about what the stu"):
+        t.source.begin_training(None, None, "train")
+
+
 def test_translating_never_opens_a_teacher(data):
     """Without a criterion it is neither a training nor a validation."""
     t = new_task(data=str(data), teacher_checkpoint_path="gone.pt", teacher_cache="gone")

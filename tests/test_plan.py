@@ -78,6 +78,35 @@ def plan(task=None, **flags):
                 "--kd-attention-weight looks inside the student",
             ],
         ),
+        (
+            dict(
+                **dict(kd_inputs="argmax", kd_inputs_temperature=2.0, kd_inputs_extra_length=1),
+                **dict(kd_inputs_rate=1.5, ignore_prefix_size=1),
+            ),
+            [
+                "--kd-inputs-rate must be a number from 0 to 1, got 1.5",
+                "--kd-inputs-temperature has no effect with --kd-inputs argmax",
+                "--kd-inputs-extra-length has no effect with --kd-inputs argmax",
+                "leave out --ignore-prefix-size",
+                "for tasks that translate sentences, as kd_translation does; got Namespace",
+            ],
+        ),
+        (
+            dict(kd_inputs="sample", kd_inputs_temperature=0.0, kd_inputs_extra_length=-1),
+            ["--kd-inputs-temperature must be above 0", "-extra-length must be at least 0, got -1"],
+        ),
+        (
+            dict(kd_inputs_rate=0.5, kd_inputs_rate_schedule="linear:0:1:9"),
+            ["--kd-inputs-rate 0.5 and", "exclude", "no effect with --kd-inputs reference"],
+        ),
+        (
+            dict(kd_inputs_temperature=1.0, kd_inputs_rate_schedule="linear:0:2:9"),
+            ["-temperature has no effect with --kd-inputs reference", "-schedule must be"],
+        ),
+        (
+            dict(kd_inputs="sample", kd_inputs_rate=1.0, kd_selection="batch"),
+            ["--kd-inputs-rate 1 leaves no reference", "leave out --kd-selection"],
+        ),
         (dict(kd_weight=0.0, kd_top_k=3), ["--kd-weight 0 distils nothing", "out --kd-top-k"]),
         (
             dict(kd_weight=0.0, kd_selection="batch", kd_weight_schedule="adaptive"),

@@ -154,6 +154,8 @@ def _task_config(flags: Dict[str, Any]) -> KDTranslationConfig:
         save_dir="nowhere",
         restore_file="checkpoint_last.pt",
         update_ordered_indices_seed=False,
+        seed=1,
+        ddp_backend="pytorch_ddp",
     )
     for name, value in flags.items():
         assert hasattr(config, name), name

@@ -38,6 +38,7 @@ from ..teachers import (
     TeacherError,
     probe,
 )
+from .inputs import StudentInputs
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Distillation(FairseqTask):
         super().__init__(*args, **kwargs)
         self.source: Source = NoTeacher()
         self.queue: Optional[ScoreQueue] = None  # the criterion's, which travels in checkpoints
+        self.inputs: Optional[StudentInputs] = None  # None is references alone
         self._has_checkpoint = False
 
     # What differs between tasks
@@ -98,6 +100,8 @@ class Distillation(FairseqTask):
         criterion = super().build_criterion(cfg, *args, **kwargs)
         self.source = self._source(criterion.plan)
         self.queue = criterion.queue
+        if criterion.plan.inputs.by_student:
+            self.inputs = StudentInputs(criterion.plan.inputs, self)
         return criterion
 
     def _source(self, plan: Plan) -> Source:
@@ -184,6 +188,8 @@ class Distillation(FairseqTask):
                     self._look_over(dataset, limits)
         subset = self.cfg.train_subset
         self.source.begin_training(model, self.datasets[subset], subset)
+        if self.inputs is not None:
+            self.inputs.begin(model, self.source.longest_target())
 
     def train_step(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs
@@ -196,6 +202,8 @@ class Distillation(FairseqTask):
             )
         amp = isinstance(optimizer, AMPOptimizer)
         step = Step(update=update_num, is_dummy=ignore_grad, amp=amp)
+        if self.inputs is not None:
+            sample, step = self.inputs(sample, step, next(criterion.batches))
         return super().train_step(
             self._taught(sample, step),
             *(model, criterion, optimizer, update_num),

@@ -7,6 +7,7 @@ validation, which can.
 """
 
 import logging
+import math
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -33,11 +34,19 @@ class Step(NamedTuple):
         update: updates that training has done; None outside training.
         is_dummy: whether the batch only keeps a rank busy and must leave no trace.
         amp: whether the student's forward pass runs under CUDA autocast.
+        inputs: who wrote what the decoder reads: "reference", or how the student made it
+            (``flags.INPUTS``). There the batch's target is the student's own, too.
     """
 
     update: Optional[int] = None
     is_dummy: bool = False
     amp: bool = False
+    inputs: str = "reference"
+
+    @property
+    def by_student(self) -> bool:
+        """Whether the batch has no reference."""
+        return self.inputs != "reference"
 
 
 class Needs(NamedTuple):
@@ -161,6 +170,10 @@ class Source:
     def begin_validation(self, model: Any) -> None:
         """Outside training, open the teacher if it is there; it is welcome but not needed."""
 
+    def longest_target(self) -> float:
+        """Of how many tokens a target may be at most that it is asked about."""
+        return math.inf
+
     def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
         """The teacher's answer about a batch; None if it has none."""
         return None
@@ -223,6 +236,9 @@ class RunningTeacher(Source):
                 f"no teacher at {':'.join(self.settings.paths)}: validating the student alone, "
                 f"{_ALONE}"
             )
+
+    def longest_target(self) -> float:
+        return math.inf if self.teacher is None else self.teacher.max_positions()[1]
 
     def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
         if self.teacher is None:
