@@ -93,7 +93,9 @@ def test_argmax_is_a_batch_made_by_hand(data, teacher, left):
     assert not torch.equal(made["target"], batch["target"])
 
     (log,) = begun.update([batch])
-    found = [parameter.grad.clone() for parameter in begun.model.parameters()]
+    # fairseq 0.12.2's layers hold parameters that have no part in anything
+    used = [one for one in begun.model.parameters() if one.grad is not None]
+    found = [parameter.grad.clone() for parameter in used]
 
     # KL of full weight, and nothing else, sentence by sentence
     begun.model.zero_grad()
@@ -108,7 +110,8 @@ def test_argmax_is_a_batch_made_by_hand(data, teacher, left):
         loss = loss + (p.exp() * (p - q)).sum()
     loss.backward()
     assert float(log["loss"]) == pytest.approx(loss.item(), rel=1e-5)
-    for ours, parameter in zip(found, begun.model.parameters()):
+    assert len(found) > 10
+    for ours, parameter in zip(found, used):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
