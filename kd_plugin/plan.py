@@ -442,8 +442,8 @@ def _inputs(criterion: Any, faults: Faults) -> Inputs:
         "--kd-inputs-rate": given is not None,
         "--kd-inputs-rate-schedule": schedule != "constant",
     }
-    useless = " and ".join(flag for flag, is_given in flags.items() if is_given)
-    faults.check(kind != "reference" or not useless, f"{useless} has no effect with {where}")
+    for flag, is_given in flags.items():
+        faults.check(kind != "reference" or not is_given, f"{flag} has no effect with {where}")
     return Inputs(
         kind,
         _scheduled(
