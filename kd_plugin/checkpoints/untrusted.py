@@ -16,9 +16,11 @@ import numpy as np
 from ..timing import memory
 
 # What building a model evaluates as a Python expression, in the modules of fairseq's models that do
-# not open files that the configuration names
+# not open files that the configuration names. A student's own --kd-hidden-layers and
+# --kd-attention-layers, which no model reads, are not among it.
 EVALUATED = re.compile(
-    r"(.*_)?(layers|attention|adaptive_(softmax|input)_cutoff|character_filters"
+    r"(?!kd_(hidden|attention)_layers$)(.*_)?"
+    r"(layers|attention|adaptive_(softmax|input)_cutoff|character_filters"
     r"|xformers_att_config)$"
 )
 BUILDABLE = re.compile(
