@@ -11,7 +11,8 @@ independent of T. R, off by default, ranks the likeliest symbols. The task puts 
 answer into ``sample["teacher"]``; ``objective.distillation_objective`` computes value and gradient.
 
 Terms of hidden states and attention, off by default, are added with weights of their own
-(``objective.states``): sums over source and target positions.
+(``objective.states``): sums over source and target positions. The linear maps of
+``--kd-hidden mse`` are the only parameters here; a student has nothing of them.
 
 A batch that the student wrote has no reference: there ce_weight is 0, kd_weight 1, all is selected.
 
@@ -20,6 +21,7 @@ update, so a batch is the sum of its parts, however it is split.
 """
 
 import itertools
+import logging
 import math
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -44,6 +46,8 @@ from .objective import (
 from .plan import Plan
 from .teachers import Step, looking_inside
 
+logger = logging.getLogger(__name__)
+
 # Sums that only mean something where the batch's target is a reference
 _OF_REFERENCES = ("nll_loss", "n_correct", "total", "teacher_nll_loss", "n_agree", "n_compared")
 
@@ -60,6 +64,31 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         self.batches = itertools.count()  # numbers those of the update under way
         # Validation uses the weight and temperature of the last update; outside training, the final
         self._update: Optional[int] = None
+        # The linear maps of --kd-hidden mse: the only parameters, and in a training alone
+        self.maps: Optional[torch.nn.ParameterList] = None
+
+    def add_maps(self, maps: List[torch.Tensor]) -> None:
+        """Let linear maps be trained along, one for each pair of layers and model of the teacher.
+
+        The optimizer must not have been built yet.
+        """
+        self.maps = torch.nn.ParameterList([torch.nn.Parameter(one) for one in maps])
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:
+        """The maps of a checkpoint, if it has those that are trained here.
+
+        One of another distillation, or of a plain training, has others or none.
+        """
+        found = state_dict or {}
+        ours, theirs = ({k: w.shape for k, w in s.items()} for s in (self.state_dict(), found))
+        if ours == theirs:
+            return super().load_state_dict(found, strict)
+        logger.warning(
+            "--kd-hidden mse: the checkpoint has no linear maps between these layers, and they "
+            "start anew. To go on from it, and not only from its weights, --reset-optimizer is "
+            "needed as well: the optimizer's state has nothing of them"
+        )
+        return None
 
     @property
     def queue(self) -> Optional[ScoreQueue]:
@@ -86,7 +115,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         if self.training:
             self._update = step.update
         theirs = self._teachers_inside(sample)
-        places = [pair.of_student for pair in self.plan.needs.layers] if theirs else []
+        places = [pair.of_student for term in self._inner for pair in term.layers] if theirs else []
         with looking_inside(model, places) as ours:
             net_output = model(**sample["net_input"])
         target = model.get_targets(sample, net_output)  # B x T
@@ -100,7 +129,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             source = sample["net_input"]["src_tokens"]
             for term, found in self._compared(ours, theirs, target, source):
                 loss = loss + term.weight * found.value
-                sums[term.name] = found.value.detach() / math.log(2)
+                sums[term.name] = found.value.detach() / term.unit
                 sums[f"{term.name}_positions"] = found.positions
 
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
@@ -113,10 +142,15 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         }
         return loss, sample_size, logging_output
 
+    @property
+    def _inner(self) -> List[StateTerm]:
+        """The terms of the inside; outside training nobody has the maps that some need."""
+        return [t for t in self.plan.inside if not t.has_maps or self.maps is not None]
+
     def _teachers_inside(self, sample: Dict[str, Any]) -> List[Inside]:
         """What was found inside the teacher's models; nothing where it was not looked for."""
         answer = sample.get("teacher")
-        return answer.inside() if self.plan.inside and answer is not None else []
+        return answer.inside() if self._inner and answer is not None else []
 
     def _compared(
         self,
@@ -135,8 +169,9 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             "decoder": target.ne(self.padding_idx),
         }
         counted = {**positions, "decoder": self._real(target)}
-        for term in self.plan.inside:
-            yield term, states.compare(term, ours, theirs, positions, counted)
+        for term in self._inner:
+            maps = self.maps if term.has_maps and self.maps is not None else ()
+            yield term, states.compare(term, ours, theirs, positions, counted, [*maps])
 
     def _real(self, target: torch.Tensor) -> torch.Tensor:
         """Which target tokens the loss is summed over, bool B x T."""

@@ -247,7 +247,8 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         default=None,
         metadata={
             "help": "learn from the teacher's hidden states, too: relations between the positions "
-            "of a sentence, of layers of any width (after Wang et al. 2021)"
+            "of a sentence, of layers of any width (after Wang et al. 2021), or mse, the squared "
+            "distance behind a linear map that is trained along (Romero et al. 2015)"
         },
     )
     kd_hidden_weight: Optional[float] = field(

@@ -21,10 +21,18 @@ from trainer import (
     write_mbart,
 )
 
+from kd_plugin.checkpoints import Checkpoint, CheckpointError
 from kd_plugin.errors import UserError
 from kd_plugin.objective import Inside, LayerPair, Place, StateTerm, states
 from kd_plugin.objective.states import HIDDEN, MAPS
-from kd_plugin.teachers import Teacher, TeacherSettings, looking_inside
+from kd_plugin.teachers import (
+    TRAINING,
+    Teacher,
+    TeacherSettings,
+    hidden_widths,
+    looking_inside,
+    width,
+)
 from kd_plugin.teachers.states import lacking
 
 KINDS = HIDDEN + MAPS
@@ -156,13 +164,18 @@ def test_attention_that_a_student_does_not_give_at_all_costs_much_and_is_finite(
 # Looking inside
 
 
-def build(arch="transformer", width=8, heads=2, layers=2, **more):
+def described(arch="transformer", width=8, heads=2, layers=2, **more):
     args = arguments(arch, width)
     for side in ("encoder", "decoder"):
         vars(args)[f"{side}_attention_heads"] = heads
         vars(args)[f"{side}_layers"] = "[(8, 3)] * 2" if arch == "fconv" else layers
     vars(args).update(max_source_positions=64, max_target_positions=64, **more)
-    torch.manual_seed(width)
+    return args
+
+
+def build(*of, **more):
+    args = described(*of, **more)
+    torch.manual_seed(args.encoder_embed_dim)
     task = TranslationTask(TranslationConfig(), dictionary(SOURCE), dictionary(TARGET))
     return models.build_model(args, task)
 
@@ -215,6 +228,24 @@ def test_a_transformers_states_are_fairseqs(mode):
         for layer in (0, 1):
             seen = found[Place(kind, -layer)]
             torch.testing.assert_close(seen[at], expected[Place(kind, layer)][at].detach())
+
+
+@pytest.mark.parametrize(
+    "arch, more",
+    [
+        ("lstm", {}),
+        ("lstm", {"encoder_bidirectional": True, "decoder_hidden_size": 6}),
+        ("fconv", {"encoder_embed_dim": 6, "decoder_embed_dim": 6, "decoder_out_embed_dim": 10}),
+        ("transformer", {"encoder_embed_dim": 12}),
+    ],
+)
+def test_configurations_and_models_tell_how_wide_states_are(arch, more, tmp_path):
+    model, path = build(arch, **more).eval(), tmp_path / "teacher.pt"
+    torch.save({"args": described(arch, **more), "model": model.state_dict()}, str(path))
+    found, _ = look(model, batch(*SENTENCES), HIDDEN, (-1,))
+    for (kind, _), state in found.items():
+        assert width(model, kind) == state.size(-1)
+        assert hidden_widths(TeacherSettings([str(path)]), kind) == [state.size(-1)]
 
 
 @pytest.mark.parametrize("arch", ["lstm", "fconv", "transformer"])
@@ -493,3 +524,15 @@ def test_layers_beyond_a_models_are_refused_when_training_begins(data, teacher):
     flags = {"kd_hidden": "relations", "kd_hidden_layers": "encoder:2=3"}
     with pytest.raises(UserError, match="the student has 2 layers of.* 2; teacher .* has 3 layers"):
         begun(data, teacher, **flags)
+
+
+def test_a_student_that_learnt_from_named_layers_can_be_opened(tmp_path):
+    """Options called layers are code to some models of fairseq's; these are not."""
+    path, args = tmp_path / "student.pt", described()
+    args.kd_hidden_layers, args.kd_attention_layers = "encoder:-1=-1,decoder:0=0", "cross:0=0"
+    torch.save({"args": args, "model": build().state_dict()}, str(path))
+    assert Checkpoint.open(str(path), TRAINING).options["kd_hidden_layers"]
+    args.decoder_layers = args.kd_hidden_layers
+    torch.save({"args": args, "model": build().state_dict()}, str(path))
+    with pytest.raises(CheckpointError, match="option decoder_layers is 'encoder:-1.*Nothing was"):
+        Checkpoint.open(str(path), TRAINING)

@@ -209,7 +209,7 @@ class Training:
     def __init__(self, data: Path, task: Dict[str, Any], **criterion: Any) -> None:
         self.task = KDTranslationTask.setup_task(_task_config({"data": str(data), **task}))
         torch.manual_seed(2)
-        self.model = models.build_model(arguments(), self.task)
+        self.model = self.task.build_model(arguments())
         self.criterion = self.task.build_criterion(criterion_config(**criterion))
         self.updates = 0
         self.optimizer = Namespace(

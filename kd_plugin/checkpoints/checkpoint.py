@@ -20,6 +20,8 @@ import torch
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, FairseqEncoderDecoderModel, FairseqMultiModel
+from fairseq.models.fconv import FConvModel
+from fairseq.models.lstm import LSTMModel
 from fairseq.models.multilingual_transformer import MultilingualTransformerModel
 from fairseq.tasks.translation import TranslationTask
 from omegaconf import OmegaConf, open_dict
@@ -538,6 +540,18 @@ class Checkpoint:
                 f"{self} is a {type(model).__name__}; expected an encoder-decoder translation model"
             )
         return model.eval()
+
+    def hidden_width(self, side: str) -> Optional[int]:
+        """How wide the hidden states of its encoder or decoder are; None if it does not say."""
+        model, options = ARCH_MODEL_REGISTRY.get(self.architecture or ""), self.options
+        name, factor = f"{side}_embed_dim", 1
+        if model is LSTMModel:
+            name = f"{side}_hidden_size"
+            factor = 2 if side == "encoder" and options.get("encoder_bidirectional") else 1
+        elif model is FConvModel and side == "decoder":
+            name = "decoder_out_embed_dim"
+        size = options.get(name)
+        return size * factor if isinstance(size, int) else None
 
     def complete_options(self) -> Namespace:
         """What building its model reads of its options, with defaults filled in.

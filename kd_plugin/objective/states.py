@@ -75,7 +75,7 @@ class StateTerm(NamedTuple):
     """One term of the loss.
 
     Attributes:
-        name: of its metric, which is in bits.
+        name: of its metric, in bits where the term is a divergence.
         how: one of ``LOSSES``.
         weight: of the sum over the positions of all layers.
         layers: which learn from which.
@@ -85,6 +85,16 @@ class StateTerm(NamedTuple):
     how: str
     weight: float
     layers: Tuple[LayerPair, ...]
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether linear maps are trained along."""
+        return self.how == "mse"
+
+    @property
+    def unit(self) -> float:
+        """What the metric is told in: nats, or as it is."""
+        return 1.0 if self.how == "mse" else math.log(2)
 
 
 class Found(NamedTuple):
@@ -123,6 +133,7 @@ def compare(
     teacher: Sequence[Inside],
     positions: Mapping[str, Tensor],
     counted: Mapping[str, Tensor],
+    maps: Sequence[Tensor] = (),
 ) -> Found:
     """The sum of a term over all pairs of layers and the teacher's models, by their weights.
 
@@ -134,16 +145,23 @@ def compare(
         teacher: likewise of each of its models.
         positions: by side, which are not padding, bool (B, L).
         counted: those of them that the loss is summed over.
+        maps: W of ``mse``, of each pair of layers for each of the teacher's models.
+
+    Raises:
+        UserError: a map is of other widths than the states.
     """
     zero = counted["decoder"].new_zeros((), dtype=torch.float32)
     found = Found(zero, zero)
-    for pair in term.layers:
+    for number, pair in enumerate(term.layers):
+        linear = maps[number * len(teacher) : (number + 1) * len(teacher)]
         mine = student.get(pair.of_student)
         if mine is None:
+            # ranks that average gradients wait for one of every map
+            found = found._replace(value=sum((0 * w.float().sum() for w in linear), found.value))
             continue
         mine = mine.to(torch.promote_types(mine.dtype, torch.float32))
         first, *others = SIDES[pair.kind]
-        for model in teacher:
+        for at, model in enumerate(teacher):
             theirs = model.states[pair.of_teacher].to(mine)
             masks = [counted[first], *(positions[side] for side in others)]
             masks = [
@@ -153,7 +171,7 @@ def compare(
                 for side, mask in zip(SIDES[pair.kind], masks)
             ]
             with full_precision():
-                value = LOSSES[term.how](mine, theirs, *masks)
+                value = LOSSES[term.how](mine, theirs, *masks, *linear[at : at + 1])
             found = Found(
                 found.value + model.weight * value,
                 found.positions + model.weight * masks[0].sum(),
@@ -208,8 +226,48 @@ def _log(weights: Tensor) -> Tensor:
     return weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
 
 
-LOSSES: Dict[str, Callable[..., Tensor]] = {"relations": relations, "attention": attention}
-OF_HIDDEN = ("relations",)
+def mse(student: Tensor, teacher: Tensor, real: Tensor, linear: Tensor) -> Tensor:
+    """|W h_s - h_t|^2 / (2 d_t) (FitNets, Romero et al. 2015), summed over real positions.
+
+    Args:
+        student, teacher: states, (B, L, d_s) and (B, L, d_t).
+        real: bool (B, L).
+        linear: W, (d_t, d_s).
+
+    Raises:
+        UserError: W is of other widths.
+    """
+    widths = teacher.size(-1), student.size(-1)
+    if linear.shape != widths:
+        raise UserError(
+            f"--kd-hidden mse: expected states of a teacher {linear.size(0)} wide and of a student "
+            f"{linear.size(1)} wide, as their configurations say, and got {widths[0]} and "
+            f"{widths[1]}: take --kd-hidden relations"
+        )
+    difference = student[real] @ linear.to(student).t() - teacher[real]
+    return difference.pow(2).sum() / (2 * widths[0])
+
+
+def first_maps(widths: Sequence[Tuple[int, int]]) -> List[Tensor]:
+    """W of ``mse`` as training begins, (d_t, d_s) for each such widths.
+
+    The identity between equal widths; others are random, the same in every process. The global
+    random generator is left alone.
+    """
+    maps = []
+    for seed, (theirs, ours) in enumerate(widths):
+        generator = torch.Generator().manual_seed(seed)
+        random = torch.randn(theirs, ours, generator=generator) / math.sqrt(ours)
+        maps.append(torch.eye(ours) if theirs == ours else random)
+    return maps
+
+
+LOSSES: Dict[str, Callable[..., Tensor]] = {
+    "relations": relations,
+    "mse": mse,
+    "attention": attention,
+}
+OF_HIDDEN = ("relations", "mse")
 
 
 def full_precision() -> Any:

@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..files import read_whole, reading_binarised
 from ..flags import CRITERION
 from ..objective import ScoreQueue
+from ..objective.states import first_maps
 from ..plan import Plan, read_teacher
 from ..teachers import (
     TRAINING,
@@ -36,7 +37,9 @@ from ..teachers import (
     Student,
     Teacher,
     TeacherError,
+    hidden_widths,
     probe,
+    width,
 )
 from .inputs import StudentInputs
 
@@ -55,6 +58,7 @@ class Distillation(FairseqTask):
         self.queue: Optional[ScoreQueue] = None  # the criterion's, which travels in checkpoints
         self.inputs: Optional[StudentInputs] = None  # None is references alone
         self._has_checkpoint = False
+        self._built: Any = None  # the student, until the criterion knows how wide it is
 
     # What differs between tasks
 
@@ -82,6 +86,10 @@ class Distillation(FairseqTask):
         """Nothing: the dictionaries are those of the data folder."""
         self._has_checkpoint = True
 
+    def build_model(self, *args: Any, **kwargs: Any) -> Any:
+        self._built = super().build_model(*args, **kwargs)
+        return self._built
+
     # The loss; for training and validation alone
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,10 +107,37 @@ class Distillation(FairseqTask):
             refuse_cut_short(path)
         criterion = super().build_criterion(cfg, *args, **kwargs)
         self.source = self._source(criterion.plan)
+        if not self._has_checkpoint:
+            self._add_maps(criterion)
+        self._built = None
         self.queue = criterion.queue
         if criterion.plan.inputs.by_student:
             self.inputs = StudentInputs(criterion.plan.inputs, self)
         return criterion
+
+    def _add_maps(self, criterion: Any) -> None:
+        """The linear maps of --kd-hidden mse, before fairseq builds the optimizer.
+
+        Until then nothing opens the teacher: its checkpoint's configuration tells its widths. If
+        there is none, training is refused later, and a validation needs no maps.
+        """
+        plan = criterion.plan
+        pairs = [pair for term in plan.inside if term.has_maps for pair in term.layers]
+        teacher = plan.teacher
+        if not pairs or teacher is None or not all(map(os.path.isfile, teacher.paths)):
+            return
+        widths = []
+        for pair in pairs:
+            ours = width(self._built, pair.kind)
+            for path, theirs in zip(teacher.paths, hidden_widths(teacher, pair.kind)):
+                if ours is None or theirs is None:
+                    who = "the student" if ours is None else f"teacher {path}"
+                    raise TeacherError(
+                        f"--kd-hidden mse: {who} does not say how wide the states of its "
+                        f"{pair.kind} are: take --kd-hidden relations"
+                    )
+                widths.append((theirs, ours))
+        criterion.add_maps(first_maps(widths))
 
     def _source(self, plan: Plan) -> Source:
         if plan.cache:

@@ -1,9 +1,9 @@
 """Teachers: run, checked against the student, and asked about every batch of a training."""
 
 from .probe import probe, token_losses
-from .run import TRAINING, Teacher, TeacherError, TeacherSettings
+from .run import TRAINING, Teacher, TeacherError, TeacherSettings, hidden_widths
 from .source import CachedTeacher, Needs, NoTeacher, RunningTeacher, Source, Step
-from .states import looking_inside
+from .states import looking_inside, width
 from .view import Student, TeacherView
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "TeacherError",
     "TeacherSettings",
     "TeacherView",
+    "hidden_widths",
     "looking_inside",
     "probe",
     "token_losses",
+    "width",
 ]

@@ -181,6 +181,22 @@ class Teacher:
         return RunningAnswer(members, self.log_weights)
 
 
+def hidden_widths(settings: TeacherSettings, kind: str) -> List[Optional[int]]:
+    """How wide the hidden states of each checkpoint's encoder or decoder are.
+
+    No model is built for it: their configurations say so; None where they do not.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
+    if settings.user_dir:
+        import_user_dir(settings.user_dir, "--teacher-user-dir")
+    return [
+        Checkpoint.open(path, settings.role, settings.trust).hidden_width(kind)
+        for path in settings.paths
+    ]
+
+
 class _Model:
     """The model of one checkpoint, with its view of the student's batches."""
 

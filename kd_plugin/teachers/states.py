@@ -98,6 +98,7 @@ class _Stack(NamedTuple):
 
     layers: Sequence[Any]
     read: Callable[[List[Any]], Any]
+    width: Optional[int] = None  # of states, where the module knows it
 
 
 def _stack(model: Any, kind: str) -> _Stack:
@@ -113,15 +114,25 @@ def _find(model: Any, kind: str) -> Optional[_Stack]:
         return _Stack(found, lambda calls: _attention_map(**calls[0])) if usable else None
     side = _side(model, kind)
     if isinstance(side, LSTMEncoder):
-        return _Stack([side.lstm], lambda outputs: _unpacked(outputs[0][0], side.left_pad))
+        left_pad = side.left_pad
+        return _Stack([side.lstm], lambda o: _unpacked(o[0][0], left_pad), side.output_units)
     if isinstance(side, LSTMDecoder):
-        return _Stack(side.layers, lambda outputs: torch.stack([h for h, _ in outputs], 1))
+        size = side.hidden_size
+        return _Stack(side.layers, lambda o: torch.stack([h for h, _ in o], 1), size)
     if isinstance(side, (FConvEncoder, FConvDecoder)) and side.fc2 is not None:
         # the outputs of single convolutions are not yet gated: there is one state, behind them all
-        return _Stack([side.fc2], lambda outputs: outputs[0])
+        return _Stack([side.fc2], lambda outputs: outputs[0], side.fc2.out_features)
     layers = _layers(model, kind)
     # fairseq's other layers give T x B x C
-    return _Stack(layers, _batch_first) if layers else None
+    if not layers:
+        return None
+    return _Stack(layers, _batch_first, getattr(layers[0], "embed_dim", None))
+
+
+def width(model: Any, kind: str) -> Optional[int]:
+    """Of the hidden states of a model's encoder or decoder; None where nobody knows."""
+    stack = _find(model, kind)
+    return None if stack is None else stack.width
 
 
 def _side(model: Any, kind: str) -> Any:
