@@ -284,7 +284,7 @@ class Plan(NamedTuple):
             f"{type(task).__name__}",
         )
         faults.check(
-            choice_value(getattr(task.cfg, "ddp_backend", "")) != "fully_sharded",
+            str(criterion.ddp_backend) != "fully_sharded",
             f"{flag} runs the student outside of a training step, which --ddp-backend "
             "fully_sharded cannot: take another backend",
         )

@@ -142,10 +142,10 @@ def test_flags_of_a_running_teacher_beside_a_cache_are_refused(data, teacher, ca
 
 
 def test_inputs_of_the_student_are_refused_where_they_cannot_be():
-    t = new_task(ddp_backend="fully_sharded")
-    t.build_criterion(criterion_config())
+    t = new_task()
+    t.build_criterion(criterion_config(ddp_backend="fully_sharded"))
     with pytest.raises(UserError, match="--ddp-backend fully_sharded cannot: take another"):
-        t.build_criterion(criterion_config(kd_inputs="argmax"))
+        t.build_criterion(criterion_config(ddp_backend="fully_sharded", kd_inputs="argmax"))
     t = new_task(data="data", teacher_cache="c")
     t.build_criterion(criterion_config(kd_inputs="sample"))
     with pytest.raises(CacheError, match="--kd-inputs sample asks the teacher about what the stu"):

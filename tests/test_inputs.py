@@ -350,9 +350,7 @@ def test_what_cannot_be_is_refused_all_at_once():
         found = refusal(**flags)
         for word in words:
             assert word in found
-    assert "--ddp-backend fully_sharded" in refusal(
-        {"ddp_backend": "fully_sharded"}, kd_inputs="sample"
-    )
+    assert "--ddp-backend fully_sharded" in refusal(ddp_backend="fully_sharded", kd_inputs="sample")
 
 
 def test_a_cache_is_refused_in_training_and_not_in_validation(data):

@@ -245,7 +245,7 @@ def test_configurations_and_models_tell_how_wide_states_are(arch, more, tmp_path
     found, _ = look(model, batch(*SENTENCES), HIDDEN, (-1,))
     for (kind, _), state in found.items():
         assert width(model, kind) == state.size(-1)
-        assert hidden_widths(TeacherSettings([str(path)]), kind) == [state.size(-1)]
+        assert hidden_widths(TeacherSettings([str(path)]), [kind]) == [{kind: state.size(-1)}]
 
 
 @pytest.mark.parametrize("arch", ["lstm", "fconv", "transformer"])

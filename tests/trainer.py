@@ -155,7 +155,6 @@ def _task_config(flags: Dict[str, Any]) -> KDTranslationConfig:
         restore_file="checkpoint_last.pt",
         update_ordered_indices_seed=False,
         seed=1,
-        ddp_backend="pytorch_ddp",
     )
     for name, value in flags.items():
         assert hasattr(config, name), name

@@ -21,6 +21,7 @@ from ..flags import (
     RUN_TEACHER,
     KDLabelSmoothedCrossEntropyCriterionConfig,
 )
+from ..plan import choice_value
 from ..tasks.translation import KDTranslationConfig, KDTranslationTask
 from ..timing import Timings, peak_memory
 
@@ -144,8 +145,9 @@ class Steps:
         return trainer, task.dataset(cfg.dataset.train_subset), [every[i] for i in chosen]
 
     def _looks_beyond_outputs(self) -> bool:
-        own = self.cfg.criterion
-        return any(str(getattr(own, n)) != str(getattr(_CRITERION, n)) for n in BEYOND_OUTPUTS)
+        both = (self.cfg.criterion, _CRITERION)
+        values = ([choice_value(getattr(one, name)) for one in both] for name in BEYOND_OUTPUTS)
+        return any(own != usual for own, usual in values)
 
     @staticmethod
     def _steps(setup: Any) -> Callable[[], None]:

@@ -19,7 +19,6 @@ from .answer import (
 from .chunks import Settings, Terms, distillation_objective
 from .divergences import Distribution, Divergence, distribution, divergence, forward_kl
 from .parameters import Parameter
-from .ranking import likeliest, ranking_loss
 from .schedules import Schedule
 from .selection import ScoreQueue, Selection, TokenStatistics
 from .states import Found, Inside, LayerPair, Place, StateTerm
@@ -51,8 +50,6 @@ __all__ = [
     "distribution",
     "divergence",
     "forward_kl",
-    "likeliest",
-    "ranking_loss",
     "rows_ahead",
     "rows_at_once",
 ]

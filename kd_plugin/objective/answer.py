@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .divergences import Distribution, ValueAndGradient, distribution
-from .ranking import likeliest
+from .ranking import RankedRows, likeliest
 from .states import Inside
 from .topk import CutBackward, Sampled, SampledBackward, Top, cut, sampled_forward_kl
 
@@ -58,7 +58,7 @@ class Comparison(NamedTuple):
     tail: str
 
 
-class TeacherRows(Protocol):
+class TeacherRows(RankedRows, Protocol):
     """A teacher's distributions at some rows, n of them."""
 
     def bad(self) -> Tensor:
@@ -72,12 +72,6 @@ class TeacherRows(Protocol):
 
     def entropy(self) -> Tensor:
         """Of each row's whole distribution at temperature 1, (n,), nats."""
-
-    def likeliest(self, k: int) -> Tuple[Tensor, Tensor]:
-        """The k likeliest symbols and their probabilities at temperature 1, (n, k) each."""
-
-    def probabilities_of(self, symbols: Tensor) -> Tensor:
-        """Of any symbols (n, m), at temperature 1, (n, m); of those that are not known, 0."""
 
     def rows(self, index: Union[Tensor, slice]) -> "TeacherRows":
         """Some of these rows."""

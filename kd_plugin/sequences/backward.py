@@ -73,25 +73,19 @@ def open_direction(
     Raises:
         UserError: it cannot be used, or has other symbols than the data.
     """
+    reader = Reader(data.target, data.source, data.langs[1], data.langs[0])
     if os.path.isdir(path):
-        return _open_ctranslate2(path, data, device, dtype)
-    return open_fairseq(path, data, device, dtype, trust)
+        score, longest = _open_ctranslate2(path, reader, device, dtype)
+    else:
+        score, longest = _open_fairseq(path, reader, device, dtype, trust)
+    langs = reader.source_lang, reader.target_lang
+    return Direction(path, langs, score, longest, -math.log(len(reader.target)))
 
 
-def open_fairseq(
-    path: str, data: DataBin, device: torch.device, dtype: torch.dtype, trust: bool = False
-) -> Direction:
-    """A checkpoint, or several with ':' between.
-
-    Args:
-        data: whose symbols its two sides are made of, in the other order.
-
-    Raises:
-        UserError: it cannot be used, or lacks symbols of the data.
-    """
-    source, target = data.target, data.source
-    langs = data.langs[1], data.langs[0]
-    reader = Reader(source, target, *langs)
+def _open_fairseq(
+    path: str, reader: Reader, device: torch.device, dtype: torch.dtype, trust: bool
+) -> Tuple[Score, Tuple[int, int]]:
+    source, target = reader.source, reader.target
     settings = TeacherSettings(utils.split_paths(path), trust=trust, role=ROLE)
     model = Teacher.open(settings, reader).place(device, dtype)
 
@@ -114,14 +108,14 @@ def open_fairseq(
                 found[i] = -mean
         return found
 
-    return Direction(path, langs, score, model.max_positions(), -math.log(len(target)))
+    return score, model.max_positions()
 
 
 def _open_ctranslate2(
-    path: str, data: DataBin, device: torch.device, dtype: torch.dtype
-) -> Direction:
+    path: str, reader: Reader, device: torch.device, dtype: torch.dtype
+) -> Tuple[Score, Tuple[int, int]]:
     model = Converted.open(Path(path))
-    if not model.has_symbols_of(data.target, data.source):
+    if not model.has_symbols_of(reader.source, reader.target):
         raise FileError(
             f"{FLAG} {path}: its vocabularies are not the data's dictionaries, in the other order. "
             "Score the lists of --write-nbest with it, and give the numbers to --select scores"
@@ -135,9 +129,8 @@ def _open_ctranslate2(
         )
         return [sum(one.log_probs) / len(one.log_probs) for one in found]
 
-    longest = [sys.maxsize if most is None else most for most in positions(model)]
-    langs, symbols = (data.langs[1], data.langs[0]), len(data.source)
-    return Direction(path, langs, score, (longest[0], longest[1]), -math.log(symbols))
+    source, target = [sys.maxsize if most is None else most for most in positions(model)]
+    return score, (source, target)
 
 
 class Backward:

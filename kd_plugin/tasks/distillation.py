@@ -126,10 +126,12 @@ class Distillation(FairseqTask):
         teacher = plan.teacher
         if not pairs or teacher is None or not all(map(os.path.isfile, teacher.paths)):
             return
+        every = hidden_widths(teacher, [pair.kind for pair in pairs])
         widths = []
         for pair in pairs:
             ours = width(self._built, pair.kind)
-            for path, theirs in zip(teacher.paths, hidden_widths(teacher, pair.kind)):
+            for path, of_model in zip(teacher.paths, every):
+                theirs = of_model[pair.kind]
                 if ours is None or theirs is None:
                     who = "the student" if ours is None else f"teacher {path}"
                     raise TeacherError(

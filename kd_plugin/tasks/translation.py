@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, Dict, Optional
 
 import numpy as np
-from fairseq.dataclass.constants import DDP_BACKEND_CHOICES
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
@@ -23,7 +22,6 @@ class KDTranslationConfig(TeacherConfig, TranslationConfig):
     restore_file: str = II("checkpoint.restore_file")
     update_ordered_indices_seed: bool = II("dataset.update_ordered_indices_seed")
     seed: int = II("common.seed")
-    ddp_backend: DDP_BACKEND_CHOICES = II("distributed_training.ddp_backend")
 
 
 @register_task("kd_translation", dataclass=KDTranslationConfig)

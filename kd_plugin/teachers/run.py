@@ -181,8 +181,10 @@ class Teacher:
         return RunningAnswer(members, self.log_weights)
 
 
-def hidden_widths(settings: TeacherSettings, kind: str) -> List[Optional[int]]:
-    """How wide the hidden states of each checkpoint's encoder or decoder are.
+def hidden_widths(
+    settings: TeacherSettings, kinds: Sequence[str]
+) -> List[Dict[str, Optional[int]]]:
+    """How wide the hidden states of each checkpoint are, by kind: encoder, decoder.
 
     No model is built for it: their configurations say so; None where they do not.
 
@@ -191,10 +193,11 @@ def hidden_widths(settings: TeacherSettings, kind: str) -> List[Optional[int]]:
     """
     if settings.user_dir:
         import_user_dir(settings.user_dir, "--teacher-user-dir")
-    return [
-        Checkpoint.open(path, settings.role, settings.trust).hidden_width(kind)
-        for path in settings.paths
-    ]
+    found = []
+    for path in settings.paths:
+        checkpoint = Checkpoint.open(path, settings.role, settings.trust)
+        found.append({kind: checkpoint.hidden_width(kind) for kind in kinds})
+    return found
 
 
 class _Model:

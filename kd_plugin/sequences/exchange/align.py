@@ -19,7 +19,7 @@ from ...files import FileError, digest
 from ...timing import progress_bar
 from ..hypotheses import HypothesisStore
 from ..student import SUBWORDS, TEXT, AnyHypothesis
-from .formats import FORMATS, Item, Translation, recognise
+from .formats import FORMATS, Item, recognise
 from .lines import FLAG, Lines
 
 logger = logging.getLogger(__name__)
@@ -255,13 +255,11 @@ def check(
         FileError: they are no translations of these, with the first line that shows it.
     """
     numbers, scored, empty, compared, position, by_number = array("q"), True, 0, 0, -1, True
-    last: List[Translation] = []
     total = None if sources is None else len(sources)
     seen = np.zeros(total or 0, dtype=bool)
     with progress_bar(total, "checking", "sentences") as progress:
         for position, item in enumerate(translations):
-            last = item.translations
-            if not last:
+            if not item.translations:
                 raise translations.fault(item, "a sentence without a translation")
             sentence = position
             if sources is None or total is None:
@@ -314,7 +312,7 @@ def check(
         missing = np.flatnonzero(~seen)
         first = f"; the first without is {missing[0]}" if len(missing) else ""
         drop = " (--import-incomplete drops those without)" if by_number else ""
-        if read == len(sources) + 1 and not by_number and last[0][0] == "":
+        if read == len(sources) + 1 and not by_number and item.translations[0][0] == "":
             drop = ": its last line is empty; delete it"
         raise FileError(
             f"{translations.names} has translations of {read} sentences, and {sources.name} has "

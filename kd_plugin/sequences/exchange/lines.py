@@ -36,15 +36,14 @@ class Lines:
         with open(self.path, "rb") as raw:
             for line in self._binary(raw):
                 self.number += 1
-                if b"\0" in line and not line.startswith(_UTF16):
+                if self.number == 1 and line.startswith(_UTF16):
+                    raise self.fault("UTF-16: make it UTF-8 with iconv -f utf-16 -t utf-8")
+                if b"\0" in line:
                     raise self.fault("NUL, which no text holds")
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    how = f"not UTF-8 ({error.reason})"
-                    if self.number == 1 and line.startswith(_UTF16):
-                        how = "UTF-16: make it UTF-8 with iconv -f utf-16 -t utf-8"
-                    raise self.fault(how) from None
+                    raise self.fault(f"not UTF-8 ({error.reason})") from None
                 if self.number == 1 and text.startswith("\ufeff"):
                     text = text[1:]
                 yield text.rstrip("\r\n")
