@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 from copy import deepcopy
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +30,11 @@ DISTILLED, CACHED = "distilled step", "cached step"
 OUTPUTS = "the same, outputs alone"
 VALIDATION, CACHING = "teacher's validation", "caching"
 _CRITERION = KDLabelSmoothedCrossEntropyCriterionConfig()
+# What is left out, by what teaches. A cache has outputs at references alone, enough for ranking
+_LEFT_OUT: Dict[Optional[str], Sequence[str]] = {
+    "outputs": BEYOND_OUTPUTS,
+    "cached": [name for name in BEYOND_OUTPUTS if not name.startswith("kd_ranking")],
+}
 # What is to be compared with what, where both were timed
 _RATIOS = (
     (DISTILLED, (STEP,)),
@@ -116,9 +121,8 @@ class Steps:
         none = KDTranslationConfig()
         with open_dict(cfg):
             cfg.task.restore_file = ""  # no checkpoint is opened
-            if with_teacher == "outputs":
-                for name in BEYOND_OUTPUTS:
-                    setattr(cfg.criterion, name, getattr(_CRITERION, name))
+            for name in _LEFT_OUT.get(with_teacher, ()):
+                setattr(cfg.criterion, name, getattr(_CRITERION, name))
             if with_teacher in ("run", "outputs"):
                 cfg.task.teacher_cache = None
                 if not cfg.criterion.kd_top_k:

@@ -151,6 +151,16 @@ def figures(value) -> List[float]:
     return [value[k] for k in ("median", "low", "high")] if isinstance(value, dict) else [value]
 
 
+def test_a_cached_step_leaves_out_what_no_cache_holds(data, teacher, tmp_path):
+    support.write_cache(data, teacher, tmp_path / "cache", tool=support.in_process).ok()
+    beyond = ("--kd-inputs", "argmax", "--kd-hidden", "relations", "--kd-ranking-weight", "1")
+    given = ("--teacher-cache", tmp_path / "cache", *beyond)
+    arguments = support.kd_arguments(data, teacher, tmp_path / "student", *given)
+    steps = benchmark.Steps(command._configuration([*map(str, arguments)]), batches=1)
+    for work in steps.works(["distilled step", "cached step"]).values():
+        work()
+
+
 def test_without_a_training_only_the_objective(tmp_path, capsys):
     output = tmp_path / "figures.json"
     chosen = ("--repeats", "1", "--rows", "8", "--vocabularies", "12", "--every-divergence")
