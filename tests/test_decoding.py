@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.data import Dictionary, LanguagePairDataset
+from fairseq.data.indexed_dataset import make_builder
 from letters import LINES, task_of, write_letters
 from omegaconf import OmegaConf
 from support import tree
@@ -115,6 +116,24 @@ def test_a_kept_text_that_is_cut_short(data, tmp_path, ending):
         assert message.endswith("Delete both files and run the same command again.")
     path.unlink()
     assert len(read().source) == 2 and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("vocabulary", [100, 70000])
+@pytest.mark.parametrize("lengths", [[], [1], [3, 1, 200, 2]])
+def test_a_side_is_written_as_fairseq_writes_it(tmp_path, vocabulary, lengths):
+    sentences = [torch.randint(vocabulary, (length,), dtype=torch.int32) for length in lengths]
+    theirs = make_builder(str(tmp_path / "theirs.bin"), impl="mmap", vocab_size=vocabulary)
+    for sentence in sentences:
+        theirs.add_item(sentence)
+    theirs.finalize(str(tmp_path / "theirs.idx"))
+    ours = databin.Writer(tmp_path / "ours", vocabulary)
+    for sentence in sentences:
+        ours.add(sentence)
+    ours.close()
+    for ending in (".bin", ".idx"):
+        written = (tmp_path / f"ours{ending}").read_bytes()
+        assert written == (tmp_path / f"theirs{ending}").read_bytes()
+    assert (ours.sentences, ours.tokens) == (len(lengths), sum(lengths))
 
 
 @pytest.mark.parametrize("langs", [("c++", "x[ab]"), ("a*", "b?"), ("(a|b)", ".c")])

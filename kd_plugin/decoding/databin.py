@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import struct
+from array import array
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -169,22 +171,48 @@ def read(prefix: str, dictionary: Optional[Dictionary] = None) -> Any:
 
 
 class Writer:
-    """Writes one side of a split, sentence by sentence."""
+    """Writes one side of a split, sentence by sentence, byte for byte as fairseq's builder does.
+
+    That one ends with two Python lists of a number for each sentence: half a gigabyte for 10
+    million.
+
+    Args:
+        prefix: of the two files' names.
+        vocabulary: size of the dictionary, which says how wide a number is.
+    """
 
     def __init__(self, prefix: Path, vocabulary: int) -> None:
         self.prefix = str(prefix)
-        self._builder = indexed_dataset.make_builder(
-            self.prefix + ".bin", impl="mmap", vocab_size=vocabulary
-        )
-        self.sentences = self.tokens = 0
+        self._type = indexed_dataset.best_fitting_int_dtype(vocabulary)
+        self._file = open(self.prefix + ".bin", "wb")
+        self._lengths = array("i")
+        self.tokens = 0
 
-    def add(self, tokens: torch.Tensor) -> None:
-        self._builder.add_item(tokens)
-        self.sentences += 1
-        self.tokens += len(tokens)
+    @property
+    def sentences(self) -> int:
+        return len(self._lengths)
+
+    def add(self, tokens: Any) -> None:
+        """The numbers of one sentence, as a tensor or an array."""
+        numbers = np.asarray(tokens, dtype=self._type)
+        self._file.write(numbers.tobytes())
+        self._lengths.append(len(numbers))
+        self.tokens += len(numbers)
 
     def close(self) -> None:
-        self._builder.finalize(self.prefix + ".idx")
+        self._file.close()
+        lengths = np.asarray(self._lengths, dtype=np.int32)
+        begins = np.zeros(len(lengths), dtype=np.int64)
+        np.cumsum(lengths[:-1], out=begins[1:])
+        begins *= np.dtype(self._type).itemsize
+        path = self.prefix + ".idx"
+        with indexed_dataset.MMapIndexedDataset.Index.writer(path, self._type) as header:
+            header.write(())  # of no sentences: ends with their number
+        with open(path, "r+b") as index:
+            index.seek(-8, os.SEEK_END)
+            index.write(struct.pack("<Q", len(lengths)))
+            index.write(lengths.data)
+            index.write(begins.data)
 
 
 def write(prefix: Path, dictionary: Dictionary, sentences: Iterable[torch.Tensor]) -> None:

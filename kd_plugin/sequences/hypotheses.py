@@ -178,6 +178,7 @@ class HypothesisStore(ShardedStore):
         finally:
             for file in files:
                 file.close()
+        self.use_plan(())  # large, and no longer needed
 
 
 def _line(sentence: int, nbest: Sequence[AnyHypothesis]) -> bytes:

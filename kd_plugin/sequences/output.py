@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
-import torch
 from fairseq.data import Dictionary
 
 from ..decoding import databin
@@ -276,7 +275,7 @@ def _write_split(
                     indices = sentence.indices
                     if indices is None:
                         indices = databin.indices(dictionaries[side], sentence.subwords)
-                    tokens.append(torch.from_numpy(np.array(indices, dtype=np.int32)))
+                    tokens.append(np.array(indices, dtype=np.int32))
                     unknown[side] += indices.count(unks[side])
                     sides[side].add(tokens[side])
                     files[side][0].write(sentence.text + "\n")

@@ -101,9 +101,10 @@ class Imported(Origin):
         )
 
     def fill(self, store: HypothesisStore, corpus: Corpus, make_room: Callable[[], None]) -> bool:
-        assert self._checked is not None
+        checked, self._checked = self._checked, None  # a number for each sentence
+        assert checked is not None
         make_room()
-        return fill(store, self.translations, self._checked)
+        return fill(store, self.translations, checked)
 
     def _check(self, subset: Optional[Corpus]) -> Checked:
         """Compare the files with what they should be translations of; nothing is written.
