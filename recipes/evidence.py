@@ -9,8 +9,8 @@ Each row is the mean over seeds with its standard deviation; scores are sacreBLE
 plain stands the p-value of a hierarchical bootstrap over sentences and seeds together: each of its
 samples draws sentences, the same for both rows, and seeds, for each row its own, both with
 replacement; p is twice the share of samples in which the difference of the means has the other
-sign. evidence.json also has the mean of the p-values that sacreBLEU's paired bootstrap gives each
-seed against its plain one.
+sign. Rows that end in -finetuned are compared with plain-finetuned. evidence.json also has the mean
+of the p-values that sacreBLEU's paired bootstrap gives each seed against its plain one.
 """
 
 import json
@@ -26,7 +26,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 SAMPLES = 1000
 METRICS = ("BLEU", "chrF2")
-BASELINE = "plain"
+BASELINE, FINETUNED = "plain", "-finetuned"  # the latter have had more updates
 
 
 def lines_of(path):
@@ -146,8 +146,9 @@ def table(rows):
             for name, seeds in rows.items()
         }
         for name in rows:
-            if name != BASELINE and "" not in rows[name] and BASELINE in rows:
-                p = p_value(computed, kept[name], kept[BASELINE], generator)
+            baseline = BASELINE + (FINETUNED if name.endswith(FINETUNED) else "")
+            if name != baseline and "" not in rows[name] and baseline in rows:
+                p = p_value(computed, kept[name], kept[baseline], generator)
                 found[name][f"p, {metric}"] = p
     for name, seeds in rows.items():
         row = found[name]

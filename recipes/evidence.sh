@@ -16,10 +16,12 @@
 #   WORK           evidence-work    results; evidence.md and evidence.json are the table
 #   ROWS           plain plain-ls0 word bucket-8 sample-8-8 sample-8-16 bucket-32 best closest mixed mixed-word
 #                  also: word-ls0, sample-8-8-ls0; keep-4 (the 4 closest), mbr (of 16 samples, by chrF), samples (4 of
-#                  these), backward (needs BACKWARD); ensemble (needs ENSEMBLE); junior (needs JUNIOR)
+#                  these), backward (needs BACKWARD); ensemble (needs ENSEMBLE); junior (needs JUNIOR);
+#                  ROW-finetuned: ROW's student after an eighth as many updates more, on the references alone
 #   SEEDS          1 2 3
 #   UPDATES        4000             of every training; choose it by plain ones: twice as many should gain nothing
 #   KD_WEIGHT      0.9              of every row at word level
+#   FINETUNE_LR    0.0015           highest learning rate of the rows that are finetuned
 #   JUDGE          1                0: only train
 #   ENSEMBLE       none             more checkpoints of teachers with the same vocabulary, with ':' between
 #   BACKWARD       none             model of the other direction: best, without the 5% that it finds least likely
@@ -35,6 +37,7 @@ ROWS=${ROWS:-plain plain-ls0 word bucket-8 sample-8-8 sample-8-16 bucket-32 best
 SEEDS=${SEEDS:-1 2 3}
 UPDATES=${UPDATES:-4000}
 KD_WEIGHT=${KD_WEIGHT:-0.9}
+FINETUNE_LR=${FINETUNE_LR:-0.0015}
 
 source "$HERE/setup.sh"
 source "$HERE/stages.sh"
@@ -80,6 +83,13 @@ row() { # NAME SEED
     local KD_CACHE= CACHE_FLAGS=${CACHE_FLAGS:-} KD_FLAGS=${KD_FLAGS:-} DATA_BIN= LABEL_SMOOTHING=${LABEL_SMOOTHING:-}
     case $1 in *-ls0) LABEL_SMOOTHING=0 ;; esac
     case $1 in
+        *-finetuned)
+            (row "${1%-finetuned}" "$2")
+            plain_flags
+            UPDATES=$((UPDATES / 8)) student "$name" "${seed[@]}" --lr "$FINETUNE_LR" \
+                --finetune-from-model "$WORK/models/${1%-finetuned}-s$2/checkpoint_last.pt"
+            return
+            ;;
         plain | plain-ls0)
             plain_flags
             ;;

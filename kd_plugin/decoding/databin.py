@@ -225,8 +225,9 @@ def write(prefix: Path, dictionary: Dictionary, sentences: Iterable[torch.Tensor
 
 def words(subwords: str) -> List[str]:
     """The symbols of a sentence; some may hold whitespace other than the space between them."""
-    symbols = subwords.split(" ")
-    return [symbol for symbol in symbols if symbol] if "" in symbols else symbols
+    if "  " in subwords or subwords[:1] in ("", " ") or subwords[-1] == " ":
+        return [symbol for symbol in subwords.split(" ") if symbol]
+    return subwords.split(" ")
 
 
 def indices(dictionary: Dictionary, subwords: str) -> List[int]:
@@ -253,13 +254,16 @@ def decode(dictionary: Dictionary, tokens: Sequence[int], *, escape_unk: bool = 
         FileError: the dictionary has no such symbol.
     """
     symbols, unk = dictionary.symbols, dictionary.unk()
-    refuse_unknown_numbers(tokens, len(symbols))
     ids = tokens if type(tokens) is list else [int(t) for t in tokens]
     if ids[-1:] == [dictionary.eos()]:
         ids = ids[:-1]
-    if not escape_unk:
-        return " ".join([symbols[i] for i in ids])
-    return " ".join(dictionary.unk_string(True) if i == unk else symbols[i] for i in ids)
+    try:
+        if not escape_unk:
+            return " ".join([symbols[i] for i in ids])
+        return " ".join(dictionary.unk_string(True) if i == unk else symbols[i] for i in ids)
+    except IndexError:
+        refuse_unknown_numbers(tokens, len(symbols))
+        raise
 
 
 def symbols_seen(dictionary: Dictionary, tokens: Sequence[int]) -> List[str]:

@@ -114,17 +114,19 @@ def test_the_quick_start(tmp_path):
 
 
 def test_the_table_of_evidence(tmp_path):
-    """Two seeds each of a row that translates all right, of one that translates half, of plain."""
+    """Two seeds each of rows that translate all right or half, and of what they stand against."""
     references = [f"the {word} sees a {other}" for word in "abcdefgh" for other in "klmn"]
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "test.en").write_text("".join(line + "\n" for line in references))
     scores = {"right": (100, 100), "half": (50, 54), "plain": (48, 52)}
+    scores.update({"right-finetuned": (99, 99), "plain-finetuned": (98, 98)})  # the same sentences
     for seed in (1, 2):
         folder = tmp_path / f"report-s{seed}"
         (folder / "translations").mkdir(parents=True)
         systems, differences = [], {}
         for name, bleu in scores.items():
-            wrong = 0 if name == "right" else len(references) // 2
+            right = name == "right" or name.endswith("-finetuned")
+            wrong = 0 if right else len(references) // 2
             lines = ["it is not here"] * wrong + references[wrong:]
             lines = lines[seed:] + lines[:seed] if name == "plain" else lines
             model = f"{name}-s{seed}"
@@ -142,12 +144,14 @@ def test_the_table_of_evidence(tmp_path):
     shown = subprocess.run(evidence, check=True, stdout=subprocess.PIPE, universal_newlines=True)
     found = json.loads((tmp_path / "evidence.json").read_text())
     rows = [line.split(" | ") for line in shown.stdout.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["| right", "| half", "| plain"]
+    names = ["| right", "| right-finetuned", "| plain-finetuned", "| half", "| plain"]
+    assert [row[0] for row in rows] == names
     assert found["half"]["BLEU, beam"] == 52 and found["half"]["seeds"] == 2
     assert found["half"]["BLEU, beam, spread"] == pytest.approx(8**0.5)
     assert found["half"]["agreement"] == pytest.approx(0.375)
     for metric in ("BLEU", "chrF2"):
         assert found["right"][f"p, {metric}"] == 0.001 and f"p, {metric}" not in found["plain"]
+        assert found["right-finetuned"][f"p, {metric}"] == 1
     # the same of the runs' files alone, without the text
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(str(tmp_path / "runs"), str(elsewhere))
