@@ -17,6 +17,7 @@
 #   ROWS           plain plain-ls0 word bucket-8 sample-8-8 sample-8-16 bucket-32 best closest mixed mixed-word
 #                  also: word-ls0, sample-8-8-ls0; keep-4 (the 4 closest), mbr (of 16 samples, by chrF), samples (4 of
 #                  these), backward (needs BACKWARD); ensemble (needs ENSEMBLE); junior (needs JUNIOR);
+#                  annealed (8 and 8, the weight falling from 1 to 0: the references alone at the end);
 #                  ROW-finetuned: ROW's student after an eighth as many updates more, on the references alone
 #   SEEDS          1 2 3
 #   UPDATES        4000             of every training; choose it by plain ones: twice as many should gain nothing
@@ -80,7 +81,7 @@ cached() { # K S [TEACHER] [SUFFIX]
 # What the rows are: the data, the teacher, the loss.
 row() { # NAME SEED
     local name=$1-s$2 seed=(--seed "$2") junior k
-    local KD_CACHE= CACHE_FLAGS=${CACHE_FLAGS:-} KD_FLAGS=${KD_FLAGS:-} DATA_BIN= LABEL_SMOOTHING=${LABEL_SMOOTHING:-}
+    local KD_CACHE= KD_WEIGHT=$KD_WEIGHT CACHE_FLAGS=${CACHE_FLAGS:-} KD_FLAGS=${KD_FLAGS:-} DATA_BIN= LABEL_SMOOTHING=${LABEL_SMOOTHING:-}
     case $1 in *-ls0) LABEL_SMOOTHING=0 ;; esac
     case $1 in
         *-finetuned)
@@ -104,6 +105,10 @@ row() { # NAME SEED
         sample-*-*)
             k=${1#sample-} k=${k%-ls0}
             cached "${k%-*}" "${k#*-}"
+            ;;
+        annealed)
+            KD_WEIGHT= KD_FLAGS="--kd-weight-schedule linear:1:0:$UPDATES $KD_FLAGS"
+            cached 8 8
             ;;
         best | closest | keep-* | mbr | samples | backward)
             choose_sequences "$1" "$teacher"
