@@ -83,6 +83,7 @@ def test_a_package_that_is_missing(monkeypatch):
 def test_the_first_metric_comes_first_and_all_have_columns():
     report = a_report()
     names = ["WER", "ROUGE-2", "TER"]
+    report["pictures"] = []
     report["metrics"] = [
         {"name": name, "source": name.lower(), "lower_is_better": low, "at_a_glance": name != "TER"}
         for name, low in zip(names, (True, False, True))

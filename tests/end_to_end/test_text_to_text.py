@@ -16,11 +16,20 @@ from support import (
     write_cache,
     write_sequences,
 )
-from toy import dictionary_lines, train_teacher
+from toy import binarise, dictionary_lines, train_teacher
 
 BART = transformer(16, "bart_base")
 # of two to eight words and an end; what is cut is padded again
 LONG = ("--truncate-source", "--max-source-positions", 6, "--required-seq-len-multiple", 4)
+
+
+@pytest.fixture(scope="module")
+def data(corpus, tmp_path_factory):
+    """With one dictionary, which fairseq's BART needs."""
+    folder = tmp_path_factory.mktemp("joined") / "data"
+    return binarise(
+        *(corpus.text, folder, "--testpref", corpus.text / "test", "--joined-dictionary")
+    )
 
 
 @pytest.fixture(scope="module")
