@@ -1,6 +1,5 @@
 """fairseq-kd-sequences: the teacher's translations, as a data-bin that trains."""
 
-import importlib.util
 import json
 import math
 import random
@@ -132,37 +131,6 @@ def test_it_trains(made, tmp_path):
     losses = run.series("train_inner", "nll_loss")
     assert losses[-1] < 0.9 * losses[0]
     assert run.series("valid", "valid_nll_loss")
-
-
-@pytest.mark.parametrize(
-    "arch",
-    [
-        *("cmlm_transformer", "nonautoregressive_transformer"),
-        pytest.param(
-            "levenshtein_transformer",
-            marks=pytest.mark.skipif(
-                not importlib.util.find_spec("fairseq.libnat"), reason="built without libnat"
-            ),
-        ),
-    ],
-)
-def test_students_that_are_not_autoregressive(arch, data, made, tmp_path):
-    """Stock fairseq trains them on what a teacher has written, and generates."""
-    flags = ("--task", "translation_lev", "--criterion", "nat_loss")
-    noise = {"levenshtein_transformer": "random_delete", "cmlm_transformer": "random_mask"}
-    run = train_plain(
-        *(made.output, tmp_path, *flags, "--noise", noise.get(arch, "full_mask")),
-        *("--apply-bert-init", "--max-epoch", 2),
-        arch=transformer(16, arch),
-    ).ok()
-    losses = run.series("train_inner", "loss")
-    assert losses[-1] < 0.9 * losses[0]
-    found = fairseq(
-        *("fairseq-generate", data, *USER_DIR, *LANGUAGES, "--cpu", "--task", "translation_lev"),
-        *("--path", tmp_path / "checkpoint_last.pt", "--iter-decode-max-iter", 3, "--beam", 1),
-        *("--iter-decode-eos-penalty", 0, "--batch-size", 16, "--print-step"),
-    ).ok()
-    assert len(support.hypotheses(found.text)) == 16
 
 
 def test_a_finished_command_again_changes_nothing(data, weak, made):

@@ -1,5 +1,7 @@
-"""BART as teacher and student, of sources that are cut: what summarisation asks of each route."""
+"""Other text to text: BART as teacher and student, of sources that are cut, as summarisation asks of
+each route; and students that are not autoregressive."""
 
+import importlib.util
 import re
 
 import pytest
@@ -37,6 +39,13 @@ def bart(data, tmp_path_factory):
     return train_teacher(data, tmp_path_factory.mktemp("bart"), BART, 120, *LONG)
 
 
+@pytest.fixture(scope="module")
+def written(data, bart, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written") / "data"
+    write_sequences(data, bart, folder, "--beam", 2, "--no-filters", *LONG).ok()
+    return folder
+
+
 def generated(data, checkpoint):
     found = fairseq(
         *("fairseq-generate", data, *USER_DIR, *LANGUAGES, "--cpu", "--path", checkpoint),
@@ -60,9 +69,7 @@ def test_online_and_from_a_cache(data, bart, tmp_path):
         assert len(generated(data, tmp_path / name / "checkpoint_last.pt")) == 16
 
 
-def test_what_it_writes_trains_a_student_and_is_judged(data, bart, tmp_path):
-    written = tmp_path / "data"
-    write_sequences(data, bart, written, "--beam", 2, "--no-filters", *LONG).ok()
+def test_what_it_writes_trains_a_student_and_is_judged(data, bart, written, tmp_path):
     train_plain(written, tmp_path / "student", "--max-update", 4, *LONG).ok()
     student = tmp_path / "student" / "checkpoint_last.pt"
     run = fairseq(
@@ -74,3 +81,34 @@ def test_what_it_writes_trains_a_student_and_is_judged(data, bart, tmp_path):
     table = (tmp_path / "report" / "report.md").read_text().split("## Quality")[1]
     assert "longer than the model" not in table  # they are cut instead
     assert re.findall(r"^\| (\w+) \| 5 \|", table, re.MULTILINE) == ["teacher", "student"]
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *("cmlm_transformer", "nonautoregressive_transformer"),
+        pytest.param(
+            "levenshtein_transformer",
+            marks=pytest.mark.skipif(
+                not importlib.util.find_spec("fairseq.libnat"), reason="built without libnat"
+            ),
+        ),
+    ],
+)
+def test_students_that_are_not_autoregressive(arch, data, written, tmp_path):
+    """Stock fairseq trains them on what a teacher has written, and generates."""
+    flags = ("--task", "translation_lev", "--criterion", "nat_loss")
+    noise = {"levenshtein_transformer": "random_delete", "cmlm_transformer": "random_mask"}
+    run = train_plain(
+        *(written, tmp_path, *flags, "--noise", noise.get(arch, "full_mask")),
+        *("--apply-bert-init", "--max-epoch", 2),
+        arch=transformer(16, arch),
+    ).ok()
+    losses = run.series("train_inner", "loss")
+    assert losses[-1] < 0.9 * losses[0]
+    found = fairseq(
+        *("fairseq-generate", data, *USER_DIR, *LANGUAGES, "--cpu", "--task", "translation_lev"),
+        *("--path", tmp_path / "checkpoint_last.pt", "--iter-decode-max-iter", 3, "--beam", 1),
+        *("--iter-decode-eos-penalty", 0, "--batch-size", 16, "--print-step"),
+    ).ok()
+    assert len(hypotheses(found.text)) == 16
