@@ -1,5 +1,5 @@
-"""Other text to text: BART as teacher and student, of sources that are cut, as summarisation asks of
-each route; and students that are not autoregressive."""
+"""Other text to text: BART as teacher and student, of sources that are cut, as summarisation asks
+of each route; and students that are not autoregressive."""
 
 import importlib.util
 import re
