@@ -49,6 +49,10 @@ setup(
         # language a text is in. The oldest are the last ones for Python 3.8.
         "mbr": ["fastchrf>=0.1,<0.3"],
         "languages": ["py3langid>=0.3,<0.5"],
+        # fairseq-kd-report --metrics rouge and wer. 0.1.2: the first whose scorer takes a
+        # tokenizer; 3.0: the first with process_words.
+        "rouge": ["rouge-score>=0.1.2,<0.2"],
+        "wer": ["jiwer>=3,<5"],
         # fairseq-kd-sequences with a tokenizer or a model of Hugging Face's. 4.46: the last for
         # Python 3.8, with torch 1.12; 4.57: tried with torch 2.13. 5 imports torchaudio with every
         # model, and ve-fairseq brings one that need not fit torch. safetensors: what weights are
@@ -69,6 +73,8 @@ setup(
             "tensorboardX>=2.6,<3",
             "fastchrf>=0.1,<0.3",
             "py3langid>=0.3,<0.5",
+            "rouge-score>=0.1.2,<0.2",
+            "jiwer>=3,<5",
         ],
     },
     entry_points={

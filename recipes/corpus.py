@@ -7,6 +7,10 @@ know will do:
 
     python recipes/corpus.py OUT --src de --tgt en --size 20000 --seed 1
 
+or, for summaries, documents of several sentences, of which the target tells the first:
+
+    python recipes/corpus.py OUT --src en --tgt en --names document summary --sentences 4
+
 What makes it a testbed rather than a table to memorise:
 
 - Every day of the year, clock time and number above 100 belongs to exactly one of train, valid and
@@ -293,6 +297,12 @@ def sentence(draw, source, target, facts):
     return pair
 
 
+def document(draw, source, target, facts, size):
+    """So many sentences, and their first one in other words: as in the news, it matters most."""
+    pairs = [sentence(draw, source, target, facts) for _ in range(size)]
+    return [" ".join(pair[0] for pair in pairs), pairs[0][1]]
+
+
 def other(rng, choice, count):
     return choice if rng.random() < AGREE else rng.randrange(count)
 
@@ -323,7 +333,7 @@ def locale_of(language):
         ) from None
 
 
-def write(folder, source, target, sizes, seed):
+def write(folder, source, target, sizes, seed, sentences=1, names=None):
     codes = {
         kind: sorted(
             code
@@ -343,12 +353,12 @@ def write(folder, source, target, sizes, seed):
         draw = Draw(random.Random("{}-{}".format(seed, split)), split, codes)
         pairs = []
         while len(pairs) < size:
-            pair = sentence(draw, source, target, facts)
+            pair = document(draw, source, target, facts, sentences)
             if pair[0] not in seen:
                 seen.add(pair[0])
                 pairs.append(pair)
-        for side, locale in enumerate((source, target)):
-            path = os.path.join(folder, "{}.{}".format(split, locale))
+        for side, name in enumerate(names or (source, target)):
+            path = os.path.join(folder, "{}.{}".format(split, name))
             with open(path, "w", encoding="utf-8", newline="\n") as file:
                 file.writelines(pair[side] + "\n" for pair in pairs)
 
@@ -363,9 +373,16 @@ def main():
         "--held-out", type=int, default=1000, help="pairs in each of valid and test"
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--sentences", type=int, default=1, help="of a source, whose first one is the target"
+    )
+    parser.add_argument("--names", nargs=2, help="how files' names end (default: the languages)")
     args = parser.parse_args()
     sizes = (args.size, args.held_out, args.held_out)
-    write(args.folder, locale_of(args.src), locale_of(args.tgt), sizes, args.seed)
+    if args.src == args.tgt and args.names is None:
+        parser.error("one language on both sides: give --names for their files")
+    languages = locale_of(args.src), locale_of(args.tgt)
+    write(args.folder, *languages, sizes, args.seed, args.sentences, args.names)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Scores, differences from the teacher, curves, and pages of the report."""
 
+import functools
 import html.parser
 import json
 import math
@@ -27,9 +28,11 @@ from kd_plugin.files import FileError, locked
 from kd_plugin.objective.answer import Member, RunningAnswer
 from kd_plugin.report import compare, curves, decode, draw, named, pick, read_models
 from kd_plugin.report import pipeline as build
-from kd_plugin.report.score import METRICS, score
+from kd_plugin.report.metrics import describe
+from kd_plugin.report.score import score
 from kd_plugin.report.systems import Model, System
 
+METRICS = ("BLEU", "chrF2", "TER")  # unless others are asked for
 REFERENCES = [
     "A dog runs across the green field.",
     "Two men are talking on the street.",
@@ -696,6 +699,7 @@ def a_report():
         **{"languages": ["de", "en"], "sentences": 1000, "references": "ref.en"},
         **{"teacher": "teacher", "baseline": "teacher", "beam": 5, "device": "CPU", "threads": 2},
         **{"repeats": 3, "significance": "paired bootstrap resampling, 1,000 samples"},
+        "metrics": describe(["bleu", "chrf", "ter"], Tokenizer()),
         "signatures": {metric: metric + " nrefs:1|bs:1000" for metric in METRICS},
         "doubts": [],
         "notes": [],
@@ -731,7 +735,8 @@ def axes_of(work, of):
 def test_pictures_show_all_that_the_report_says():
     report = a_report()
     report["systems"][1]["scores"]["TER"]["score"] = 50.0  # which is not drawn
-    (axes,) = axes_of(draw._quality_speed, report["systems"][:2])
+    quality_speed = functools.partial(draw._quality_speed, report["metrics"][0])
+    (axes,) = axes_of(quality_speed, report["systems"][:2])
     points = [line.get_xydata().tolist() for line in axes.lines]
     assert [[110.0, 39.97]] in points and [[2222.25, 38.5]] in points
     assert {text.get_text() for text in axes.texts} == {"teacher", "s|t, greedy"}

@@ -1,8 +1,8 @@
 """``fairseq-kd-report``: judge students beside their teacher.
 
-Decodes a test set with each model, and writes tables, pictures and a page: of quality (sacreBLEU,
-with significance), of cost (size, speed, memory), and of where students still differ from the
-teacher.
+Decodes a test set with each model, and writes tables, pictures and a page: of quality (BLEU,
+ROUGE and others, with significance), of cost (size, speed, memory), and of where students still
+differ from the teacher.
 """
 
 import argparse
@@ -75,6 +75,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="raw references, one per line (default: DATA's own, without subwords)",
     )
+    add(
+        "--metrics",
+        nargs="+",
+        default=list(report.USUAL),
+        choices=list(report.METRICS),
+        help="what quality is measured by, the most important first; rouge for summaries (ROUGE-1, "
+        "ROUGE-2, ROUGE-L), wer for transcripts",
+    )
     add_bleu_tokenize(add)
     add(
         "--significance",
@@ -131,6 +139,7 @@ def run(options: argparse.Namespace) -> None:
             greedy=options.greedy,
             repeats=options.repeats,
             reference=options.reference,
+            metrics=list(dict.fromkeys(options.metrics)),
             tokenize=options.bleu_tokenize,
             test=options.significance,
             samples=samples,
@@ -164,6 +173,8 @@ def _refuse(options: Any) -> None:
         "only --task translation can be given, for models that have another name for it",
     )
     faults.check(options.model_overrides in (None, "{}"), "--model-overrides cannot be used here")
+    with faults.collecting():
+        report.check(options.metrics)
     if options.bleu_tokenize:
         with faults.collecting():
             Tokenizer.of("", options.bleu_tokenize)

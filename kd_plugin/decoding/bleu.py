@@ -30,11 +30,13 @@ class Tokenizer(NamedTuple):
         name: of sacreBLEU's ``--tokenize``.
         asian: whether TER, too, has to split Chinese characters.
         note: what the user should know of the choice.
+        asked: whether it was chosen by name.
     """
 
     name: str = _DEFAULT
     asian: bool = False
     note: Optional[str] = None
+    asked: bool = False
 
     @classmethod
     def of(cls, lang: str, asked: Optional[str] = None) -> "Tokenizer":
@@ -61,10 +63,20 @@ class Tokenizer(NamedTuple):
                 f"sacreBLEU's tokenizer {name} cannot be used here (pip install "
                 f"'sacrebleu[{code}]'). --bleu-tokenize chooses another.",
             )
-        return cls(name, asian)
+        return cls(name, asian, asked=asked is not None)
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is sacreBLEU's for languages without one of their own, unasked."""
+        return self.name == _DEFAULT and not self.asked
 
     def metric(self, **options: Any) -> BLEU:
         return BLEU(tokenize=self.name, **options)
+
+    def length_ratio(self, texts: Sequence[str], references: Sequence[str]) -> float:
+        """Words of the texts divided by those of the references."""
+        found = self.metric().corpus_score(texts, [references])
+        return float(found.sys_len / max(found.ref_len, 1))
 
     def notes(self, references: Sequence[str]) -> List[str]:
         """What a user should know before believing a BLEU on these references."""

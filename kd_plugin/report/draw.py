@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
 import matplotlib
@@ -38,8 +39,9 @@ def draw(report: Dict[str, Any]) -> Dict[str, bytes]:
     styles = {name: _style(i) for i, name in enumerate(dict.fromkeys([*names, *report["curves"]]))}
     drawn = {}
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        quality_speed = partial(_quality_speed, report["metrics"][0])
         pictures: List[Tuple[str, Any, Callable[[Any, Styles], Any]]] = [  # name, content, plot
-            ("quality-speed.png", [s for s in report["systems"] if s["scores"]], _quality_speed),
+            ("quality-speed.png", [s for s in report["systems"] if s["scores"]], quality_speed),
             ("curves.png", report["curves"], _curves),
             ("differences.png", report["differences"], _differences),
         ]
@@ -57,25 +59,29 @@ def _style(i: int) -> Dict[str, Any]:
     return {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[i % len(_MARKS)]}
 
 
-def _quality_speed(systems: List[Dict[str, Any]], styles: Styles) -> Any:
+def _quality_speed(metric: Dict[str, Any], systems: List[Dict[str, Any]], styles: Styles) -> Any:
+    name = metric["name"]
     figure, axes = plt.subplots(figsize=(7.2, 4.8), constrained_layout=True)
     for model in dict.fromkeys(system["model"] for system in systems):
         own = [system for system in systems if system["model"] == model]
         x = [system["sentences_per_second"]["median"] for system in own]
-        y = [system["scores"]["BLEU"]["score"] for system in own]
+        y = [system["scores"][name]["score"] for system in own]
         style = styles[model]
         axes.plot(x, y, linewidth=1, alpha=0.6, color=style["color"])
         for system, at, score in zip(own, x, y):
             axes.plot([at], [score], markersize=7, linestyle="", **style)
-            interval = [system["scores"]["BLEU"]["ci"]]
+            interval = [system["scores"][name]["ci"]]
             axes.errorbar([at], [score], yerr=interval, color=style["color"], alpha=0.3)
     axes.set_xscale("log")
     axes.margins(x=0.18, y=0.12)
     _plain_numbers(axes.xaxis)
     axes.set_xlabel("sentences per second")
-    axes.set_ylabel("BLEU (bars: 95% intervals)")
+    axes.set_ylabel(f"{name} (bars: 95% intervals)")
+    if metric["lower_is_better"]:
+        axes.invert_yaxis()
     axes.grid(alpha=0.25)
-    _label_points(figure, axes, systems)
+    points = [(s["sentences_per_second"]["median"], s["scores"][name]["score"]) for s in systems]
+    _label_points(figure, axes, systems, points)
     return figure
 
 
@@ -86,14 +92,12 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _label_points(figure: Any, axes: Any, systems: List[Dict[str, Any]]) -> None:
+def _label_points(
+    figure: Any, axes: Any, systems: List[Dict[str, Any]], points: List[Tuple[float, float]]
+) -> None:
     """Each name beside its point, where it covers neither another name nor a point."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
-    points = [
-        (system["sentences_per_second"]["median"], system["scores"]["BLEU"]["score"])
-        for system in systems
-    ]
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in axes.transData.transform(points)]
     for system, at in zip(systems, points):
         label = None

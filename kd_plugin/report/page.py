@@ -43,26 +43,29 @@ def _tables(report: Dict[str, Any]) -> Iterator[Table]:
 
 def _overview(report: Dict[str, Any]) -> Table:
     models = {model["name"]: model for model in report["models"]}
+    first, *others = [metric["name"] for metric in report["metrics"]]
+    shown = [metric["name"] for metric in report["metrics"] if metric["at_a_glance"]]
+    others = [name for name in others if name in shown]
+    header = ["model", first, "speed-up", "MB", f"of the teacher's {first}", *others, "parameters",
+        "sentences/s"]  # fmt: skip
     rows = []
     for system in report["systems"]:
         model = models[system["model"]]
         if system["scores"] is None:
-            rows.append([system["name"], "failed", *[_NONE] * 6])
+            rows.append([system["name"], "failed", *[_NONE] * (len(header) - 2)])
             continue
         rows.append(
             [
                 system["name"],
-                f"{system['scores']['BLEU']['score']:.2f}",
+                f"{system['scores'][first]['score']:.2f}",
                 _number(system["speedup"], "{:.1f} x"),
                 _megabytes(model["bytes"]),
                 f"{system['kept']:.1%}" if system["kept"] is not None else _NONE,
-                f"{system['scores']['chrF2']['score']:.2f}",
+                *(f"{system['scores'][name]['score']:.2f}" for name in others),
                 _number(model["parameters"], "{:,}"),
                 f"{system['sentences_per_second']['median']:,.1f}",
             ]
         )
-    header = ["model", "BLEU", "speed-up", "MB", "of the teacher's BLEU", "chrF2", "parameters",
-        "sentences/s"]  # fmt: skip
     failures = [
         f"{model['name']} failed: {model['error']}" for model in report["models"] if model["error"]
     ]
@@ -89,13 +92,16 @@ def _quality(report: Dict[str, Any]) -> Table:
     header = ["model", "beam"]
     for metric in report["signatures"]:
         header += [metric, "95% interval", "p"]
+    lower = "".join(
+        f"A lower {one['name']} is better. " for one in report["metrics"] if one["lower_is_better"]
+    )
     notes = [
         f"{report['sentences']:,} sentences of {report['subset']}, "
         f"{'-'.join(report['languages'])}, against {report['references']}.",
-        f"p: {report['significance']} against {report['baseline']}. A lower TER is better. "
+        f"p: {report['significance']} against {report['baseline']}. {lower}"
         "Length is that of the translations divided by that of the references; on train: of a "
         "part of the training set, where a teacher's own length is what its students learn.",
-        *("sacreBLEU: " + signature for signature in report["signatures"].values()),
+        *(f"{one['source']}: {report['signatures'][one['name']]}" for one in report["metrics"]),
     ]  # fmt: skip
     for system in report["systems"]:
         if system["scores"] and system["left_out"]:

@@ -24,9 +24,10 @@ from ..files import all_or_nothing, differences, leftovers, locked, read_json, w
 from ..teachers import Student, Teacher, TeacherSettings
 from ..timing import Quartiles
 from . import compare, page
+from . import metrics as columns
 from .curves import read_curves
 from .decode import NUMBERS, Measured, Sample, configuration, measure, task_given
-from .score import METRICS, TESTS, score
+from .score import TESTS, score
 from .systems import CTRANSLATE2, Model, System, role_of
 
 _SETTINGS, _MEASURED, _TRANSLATIONS = "settings.json", "measured", "translations"
@@ -51,6 +52,8 @@ class Asked(NamedTuple):
         beam: of the search; with ``greedy``, beam 1 beside it.
         repeats: passes over the data that are timed.
         reference: file with the raw references; None for those of the data-bin.
+        metrics: what quality is measured by, of ``METRICS``; the first comes first in all tables
+            and is what pictures show.
         tokenize: BLEU's, as sacrebleu's ``--tokenize``; None for the target language's.
         test, samples: of significance: one of ``TESTS``, and how many samples it draws.
         logs: files of fairseq-train's logs, by name.
@@ -69,6 +72,7 @@ class Asked(NamedTuple):
     greedy: bool = False
     repeats: int = 3
     reference: Optional[str] = None
+    metrics: Sequence[str] = columns.USUAL
     tokenize: Optional[str] = None
     test: str = "bs"
     samples: int = 1000
@@ -160,7 +164,7 @@ def _make(
         "device": settings["device"],
         "threads": settings["threads"],
         "repeats": asked.repeats,
-        "doubts": data.tokenizer.notes(data.references),
+        "doubts": columns.doubts(asked.metrics, data.tokenizer, data.references),
         "notes": _notes(results),
         **_judge(results),
         "curves": curves,
@@ -206,7 +210,7 @@ def _read(asked: Asked) -> _TestSet:
             "--reference"
         )
     tokenizer = decoding.Tokenizer.of(task.cfg.target_lang, asked.tokenize)
-    for note in tokenizer.notes(references):
+    for note in columns.doubts(asked.metrics, tokenizer, references):
         logger.warning(note)
     return _TestSet(
         *(cfg, task, corpus, source, references),
@@ -421,15 +425,18 @@ def _judge(results: _Results) -> Dict[str, Any]:
         tokenizer=results.data.tokenizer,
         test=asked.test,
         samples=asked.samples,
+        metrics=asked.metrics,
     )
     rows = [
-        _row(system, results, scores[system.name])
+        _row(system, results, scores[system.name], list(signatures))
         if system in texts
         else {"name": system.name, "model": system.model.name, "beam": system.beam, "scores": None}
         for system in asked.systems()
     ]
-    _add_ratios(rows, asked.teacher)
+    metrics = columns.describe(asked.metrics, results.data.tokenizer)
+    _add_ratios(rows, asked.teacher, metrics[0]["name"])
     return {
+        "metrics": metrics,
         "baseline": baseline.name,
         "significance": f"{TESTS[asked.test]}, {asked.samples:,} samples",
         "signatures": signatures,
@@ -450,7 +457,9 @@ def _model(model: Model, results: _Results) -> Dict[str, Any]:
     }
 
 
-def _row(system: System, results: _Results, scores: Dict[str, Any]) -> Dict[str, Any]:
+def _row(
+    system: System, results: _Results, scores: Dict[str, Any], metrics: Sequence[str]
+) -> Dict[str, Any]:
     measured, translations = results.measured[system.model.name], results.translations(system)
     seconds, tokens = measured.seconds[system.beam], measured.tokens[system.beam]
     translated = sum(text is not None for text in translations)
@@ -458,7 +467,7 @@ def _row(system: System, results: _Results, scores: Dict[str, Any]) -> Dict[str,
         "name": system.name,
         "model": system.model.name,
         "beam": system.beam,
-        "scores": {metric: scores[metric] for metric in METRICS},
+        "scores": {metric: scores[metric] for metric in metrics},
         "length_ratio": scores["length_ratio"],
         "length_ratio_on_train": _length_on_train(system, results) if system.main else None,
         "identical": scores["identical"],
@@ -479,15 +488,14 @@ def _length_on_train(system: System, results: _Results) -> Optional[float]:
     if not pairs:
         return None
     translations, references = zip(*pairs)
-    score = results.data.tokenizer.metric().corpus_score(translations, [references])
-    return float(score.sys_len / max(score.ref_len, 1))
+    return results.data.tokenizer.length_ratio(translations, references)
 
 
-def _add_ratios(rows: Sequence[Dict[str, Any]], teacher: Model) -> None:
-    """To each row its share of the teacher's BLEU ("kept") and its speed-up over the teacher."""
+def _add_ratios(rows: Sequence[Dict[str, Any]], teacher: Model, metric: str) -> None:
+    """To each row its share of the teacher's score ("kept") and its speed-up over the teacher."""
 
-    def bleu(row: Dict[str, Any]) -> float:
-        return row["scores"]["BLEU"]["score"]
+    def quality(row: Dict[str, Any]) -> float:
+        return row["scores"][metric]["score"]
 
     def speed(row: Dict[str, Any]) -> float:
         return row["sentences_per_second"]["median"]
@@ -495,7 +503,7 @@ def _add_ratios(rows: Sequence[Dict[str, Any]], teacher: Model) -> None:
     judged = [row for row in rows if row["scores"]]
     best = next((row for row in judged if row["name"] == teacher.name), None)
     for row in judged:
-        row["kept"] = bleu(row) / bleu(best) if best and bleu(best) else None
+        row["kept"] = quality(row) / quality(best) if best and quality(best) else None
         row["speedup"] = speed(row) / speed(best) if best else None
 
 

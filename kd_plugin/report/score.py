@@ -1,22 +1,14 @@
-"""How good translations are: sacreBLEU's scores, intervals and significance."""
+"""How good translations are: scores, with sacreBLEU's intervals and tests of significance."""
 
 from typing import Any, Dict, List, Sequence, Tuple
 
-from sacrebleu.metrics import CHRF, TER
 from sacrebleu.significance import PairedTest
 
 from ..decoding import Tokenizer
+from . import metrics as columns
 
-METRICS = ("BLEU", "chrF2", "TER")
 TESTS = {"bs": "paired bootstrap resampling", "ar": "paired approximate randomisation"}
 _RESAMPLES = 1000  # of the confidence intervals, as sacrebleu --confidence
-
-
-class _CHRF(CHRF):
-    """With scores of one type: sacreBLEU's bootstrap stops where some samples score 0.0."""
-
-    def _compute_f_score(self, statistics: Any) -> float:
-        return float(super()._compute_f_score(statistics))
 
 
 def score(
@@ -27,6 +19,7 @@ def score(
     tokenizer: Tokenizer,
     test: str,
     samples: int,
+    metrics: Sequence[str] = columns.USUAL,
 ) -> Tuple[Dict[str, Dict[str, Any]], Dict[str, str]]:
     """Corpus scores of several systems, and the significance of their difference from a baseline.
 
@@ -34,25 +27,22 @@ def score(
         translations: running text by system, as many lines as there are references.
         baseline: the system that the others are compared with (Koehn 2004 for the bootstrap,
             Riezler & Maxwell 2005 for approximate randomisation).
-        tokenizer: BLEU's.
+        tokenizer: what tells words apart.
         test: one of ``TESTS``.
         samples: how many the test draws.
+        metrics: of ``metrics.METRICS``.
 
     Returns:
-        by system and metric ``score``, the ``mean`` and half-width ``ci`` of its 95% interval, the
-        p-value ``p`` of the comparison with the baseline (None for the baseline itself, and for
-        translations ``identical`` to its, where resampling would say 1 / (samples + 1)); and the
-        signature of each metric.
+        by system ``length_ratio``, and by system and metric ``score``, the ``mean`` and half-width
+        ``ci`` of its 95% interval, the p-value ``p`` of the comparison with the baseline (None for
+        the baseline itself, and for translations ``identical`` to its, where resampling would say
+        1 / (samples + 1)); and the signature of each metric.
     """
 
-    def metrics() -> Dict[str, Any]:
-        asian = tokenizer.asian  # split only where the text is normalised, too
-        ter = TER(normalized=asian, asian_support=asian)
-        return {"BLEU": tokenizer.metric(), "chrF2": _CHRF(), "TER": ter}
-
+    made = columns.make(metrics, tokenizer)
     scores: Dict[str, Dict[str, Any]] = {}
     signatures: Dict[str, str] = {}
-    for name, metric in metrics().items():
+    for name, metric in made.items():
         for system, text in translations.items():
             found = metric.corpus_score(text, [references], n_bootstrap=_RESAMPLES)
             scores.setdefault(system, {})[name] = {
@@ -61,8 +51,6 @@ def score(
                 "ci": float(found._ci),
                 "p": None,
             }
-            if name == "BLEU":
-                scores[system]["length_ratio"] = found.sys_len / max(found.ref_len, 1)
         signatures[name] = f"{name} {metric.get_signature()}"
 
     others = {
@@ -71,12 +59,13 @@ def score(
         if system != baseline and text != translations[baseline]
     }
     for system, text in translations.items():
+        scores[system]["length_ratio"] = tokenizer.length_ratio(text, references)
         scores[system]["identical"] = system != baseline and text == translations[baseline]
     if others:
         systems: List[Tuple[str, Sequence[str]]] = [(baseline, translations[baseline])]
         systems += others.items()
-        found = PairedTest(systems, metrics(), [references], test, samples)()[1]
-        for name in METRICS:
+        found = PairedTest(systems, made, [references], test, samples)()[1]
+        for name in made:
             for system, result in zip(found["System"], found[name]):
                 p = result.p_value  # type: ignore[union-attr]
                 scores[str(system)][name]["p"] = None if p is None else float(p)

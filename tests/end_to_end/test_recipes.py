@@ -113,6 +113,25 @@ def test_the_quick_start(tmp_path):
     assert (tmp_path / "report" / "report.md").read_text() == report
 
 
+def test_summaries(tmp_path):
+    sizes = dict(SIZE=300, HELD_OUT=16, VOCAB=250, TEACHER_UPDATES=16, STUDENT_UPDATES=3)
+    sizes.update(TEACHER_DIM=32, STUDENT_DIM=16, MAX_TOKENS=8000, MAX_SOURCE=60, KD_CACHE=4)
+    if importlib.util.find_spec("rouge_score"):
+        sizes["METRICS"] = "rouge bleu"
+    else:
+        sizes["METRICS"] = "chrf bleu"
+    done = run("summarise.sh", tmp_path, **sizes).ok()
+    expected = ["teacher", "plain", "word_level", "sequence_level"]
+    assert re.findall(ROW, done.text, re.MULTILINE) == expected
+    first = "ROUGE-1" if sizes["METRICS"].startswith("rouge") else "chrF2"
+    assert f"| model | {first} | speed-up |" in done.text
+    documents = (tmp_path / "text" / "train.document").read_text().splitlines()
+    lengths = [len(line.split()) for line in (tmp_path / "text/train.summary").open()]
+    assert sum(len(line.split()) for line in documents) > 3 * sum(lengths)
+    again = run("summarise.sh", tmp_path, **sizes).ok()
+    assert not re.search("^(training|translating|binarising) ", again.text, re.MULTILINE)
+
+
 def test_the_table_of_evidence(tmp_path):
     """Two seeds each of rows that translate all right or half, and of what they stand against."""
     references = [f"the {word} sees a {other}" for word in "abcdefgh" for other in "klmn"]
