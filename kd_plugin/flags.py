@@ -259,7 +259,7 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         default=None,
         metadata={
             "help": "which layers learn from which with --kd-hidden, as STUDENT=TEACHER, counted "
-            f"from 0 or backwards from -1 (default: {HIDDEN_LAYERS})"
+            f"from 0 or backwards from -1 (default: {HIDDEN_LAYERS}; of what a model has)"
         },
     )
     kd_attention_weight: float = field(
@@ -273,7 +273,8 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         default=None,
         metadata={
             "help": "which layers learn from which with --kd-attention-weight, as STUDENT=TEACHER, "
-            f"counted from 0 or backwards from -1 (default: {ATTENTION_LAYERS})"
+            f"counted from 0 or backwards from -1 (default: {ATTENTION_LAYERS}; of what a model "
+            "has)"
         },
     )
     # fairseq's own, which criterions are not told otherwise

@@ -1,12 +1,12 @@
 """The flags of task and criterion, read once into one ``Plan``, or refused, every fault at once."""
 
 import math
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from fairseq import utils
 from fairseq.tasks.translation import TranslationTask
 
-from .checkpoints import AskedTags, parse_overrides, parse_symbols
+from .checkpoints import TRANSLATION, AskedTags, Kind, parse_overrides, parse_symbols
 from .errors import Faults, UserError
 from .flags import (
     ATTENTION_LAYERS,
@@ -112,7 +112,7 @@ class Plan(NamedTuple):
         taught = faults.check(
             hasattr(flags, "teacher_cache"),
             "the criterion kd_label_smoothed_cross_entropy needs a task with a teacher: --task "
-            f"kd_translation; got {type(task).__name__}",
+            f"kd_translation or kd_language_modeling; got {type(task).__name__}",
         )
         cache = flags.teacher_cache if taught else None
         teacher = None
@@ -169,7 +169,7 @@ class Plan(NamedTuple):
             queue_size=_given(
                 selection.QUEUE_SIZE, criterion, faults, chosen in selection.WITH_QUEUE, where
             ),
-            inside=tuple(_inside(criterion, faults)),
+            inside=tuple(_inside(criterion, getattr(task, "kind", TRANSLATION), faults)),
             inputs=_inputs(criterion, faults),
         )
         plan._check_tail(criterion, len(task.target_dictionary), faults)
@@ -312,8 +312,16 @@ class Plan(NamedTuple):
         faults.check(not flags, f"--kd-weight 0 distils nothing: leave out {flags}")
 
 
-def _inside(criterion: Any, faults: Faults) -> Iterator[StateTerm]:
-    """The terms of the teacher's inside, if flags ask for any."""
+def _inside(criterion: Any, kind: Kind, faults: Faults) -> Iterator[StateTerm]:
+    """The terms of the teacher's inside, if flags ask for any.
+
+    Args:
+        kind: of the student: by default its layers learn, those of the sides that it has.
+    """
+
+    def present(layers: str) -> str:
+        pairs = [pair for pair in layers.split(",") if _sides(pair) <= {*kind.sides}]
+        return ",".join(pairs)
 
     def term(name: str, how: str, weight: float, layers: str, kinds: Sequence[str]) -> Any:
         flag, where = states.FLAG[kinds[0]], states.LAYERS_FLAG[kinds[0]]
@@ -334,19 +342,24 @@ def _inside(criterion: Any, faults: Faults) -> Iterator[StateTerm]:
     if criterion.kd_hidden is not None:
         weight = HIDDEN_WEIGHT if weight is None else weight
         how = choice_value(criterion.kd_hidden)
-        yield from term("kd-hidden", how, weight, layers or HIDDEN_LAYERS, states.HIDDEN)
+        yield from term("kd-hidden", how, weight, layers or present(HIDDEN_LAYERS), states.HIDDEN)
     else:
         for flag, value in {"--kd-hidden-weight": weight, "--kd-hidden-layers": layers}.items():
             faults.check(value is None, f"{flag} has no effect without --kd-hidden")
     weight, layers = criterion.kd_attention_weight, criterion.kd_attention_layers
     if weight != 0:
         yield from term(
-            "kd-attention", "attention", weight, layers or ATTENTION_LAYERS, states.MAPS
+            "kd-attention", "attention", weight, layers or present(ATTENTION_LAYERS), states.MAPS
         )
     else:
         faults.check(
             layers is None, "--kd-attention-layers has no effect with --kd-attention-weight 0"
         )
+
+
+def _sides(pair: str) -> Set[str]:
+    """Of a model, that a pair of layers is about."""
+    return {*states.SIDES[pair.partition(":")[0]]}
 
 
 def read_teacher(task: Any) -> Optional[TeacherSettings]:

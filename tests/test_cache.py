@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kills import at_each_line, in_a_child
 from support import tree
+from trainer import new_task
 
 from kd_plugin import files
 from kd_plugin import shards as store
@@ -33,7 +34,6 @@ from kd_plugin.cache import (
     CachedSubset,
     CacheError,
     TaughtDataset,
-    describe_data,
     layout,
     reader,
     writer,
@@ -1408,9 +1408,7 @@ def test_temperatures_that_are_none(text):
 def about(folder, subset="train", combine=True, **more):
     given = dict(source_lang="aa", target_lang="bb", upsample_primary=1, truncate_source=False)
     more = {"max_source_positions": 7, "num_batch_buckets": 0, **more}
-    cfg = Namespace(data=str(folder), **{**given, **more})
-    task = Namespace(cfg=cfg, source_dictionary=dictionary(), target_dictionary=dictionary())
-    return describe_data(task, str(folder), subset, combine, whole=True)
+    return new_task(**{**given, **more}).describe_data(str(folder), subset, combine, True)
 
 
 def test_every_file_and_setting_counts(tmp_path):

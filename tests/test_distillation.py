@@ -149,7 +149,7 @@ def test_inputs_of_the_student_are_refused_where_they_cannot_be():
     t = new_task(data="data", teacher_cache="c")
     t.build_criterion(criterion_config(kd_inputs="sample"))
     with pytest.raises(CacheError, match="--kd-inputs sample asks the teacher about what the stu"):
-        t.source.begin_training(None, None, "train")
+        t.source.begin_training(None, None, None, "train")
 
 
 def test_translating_never_opens_a_teacher(data):

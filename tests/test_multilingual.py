@@ -277,10 +277,10 @@ def test_the_longest_sentence_with_its_tags(data, tmp_path):
     lengths = torch.tensor([[8, 8]]).numpy()
     source.look_over(None, lengths, lengths[:, 0] > 0)
     with pytest.raises(TeacherError) as error:
-        source.begin_training(None, None, "train")
+        source.begin_training(None, None, None, "train")
     for words in (
         "up to 8 source and 8 target tokens",
-        "at most 7 and 1023 beside its tags, which take 1 and 1",
+        "at most 7 source and 1023 target tokens beside its tags, which take 1 and 1",
         "--max-source-positions 7",
     ):
         assert words in str(error.value)

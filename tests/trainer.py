@@ -140,26 +140,29 @@ def write_data(
 
 def new_task(**flags: Any) -> KDTranslationTask:
     """A task with these flags, on its own."""
-    return KDTranslationTask(_task_config(flags), dictionary(SOURCE), dictionary(TARGET))
+    return KDTranslationTask(_translation(flags), dictionary(SOURCE), dictionary(TARGET))
 
 
-def _task_config(flags: Dict[str, Any]) -> KDTranslationConfig:
-    config = KDTranslationConfig(
-        source_lang="aa",
-        target_lang="bb",
+def _translation(flags: Dict[str, Any]) -> KDTranslationConfig:
+    own = dict(source_lang="aa", target_lang="bb", required_seq_len_multiple=1)
+    return task_config({**own, **flags}, KDTranslationConfig, "kd_translation")
+
+
+def task_config(flags: Dict[str, Any], kind: Any, name: str) -> Any:
+    """A task's configuration, with what fairseq's other configurations would give it."""
+    config = kind(
         train_subset="train",
         dataset_impl=None,
-        required_seq_len_multiple=1,
         disable_validation=False,
         save_dir="nowhere",
         restore_file="checkpoint_last.pt",
         update_ordered_indices_seed=False,
         seed=1,
     )
-    for name, value in flags.items():
-        assert hasattr(config, name), name
-        setattr(config, name, value)
-    config._name = "kd_translation"
+    for field, value in flags.items():
+        assert hasattr(config, field), field
+        setattr(config, field, value)
+    config._name = name
     return config
 
 
@@ -206,7 +209,7 @@ class Training:
     """
 
     def __init__(self, data: Path, task: Dict[str, Any], **criterion: Any) -> None:
-        self.task = KDTranslationTask.setup_task(_task_config({"data": str(data), **task}))
+        self.task = KDTranslationTask.setup_task(_translation({"data": str(data), **task}))
         torch.manual_seed(2)
         self.model = self.task.build_model(arguments())
         self.criterion = self.task.build_criterion(criterion_config(**criterion))
@@ -215,13 +218,15 @@ class Training:
             backward=lambda loss: loss.backward(), step=lambda: None, zero_grad=lambda: None
         )
 
+    positions: Any = (1024, 1024)  # tokens of the longest source and target
+
     def load(self, subset: str) -> Any:
         """Its batch iterator."""
         self.task.load_dataset(subset)
         return self.task.get_batch_iterator(
             self.task.dataset(subset),
             max_sentences=2,
-            max_positions=(1024, 1024),
+            max_positions=self.positions,
             seed=1,
             epoch=1,
         )

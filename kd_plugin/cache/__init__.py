@@ -1,8 +1,8 @@
 """A teacher's distributions on disk: run it once, train from them as often as you like."""
 
-from .dataset import TaughtDataset
+from .dataset import TaughtDataset, target_sizes
 from .fill import rows_of_batch
-from .layout import CacheError, Describe, describe_data
+from .layout import CacheError, Describe, data_files, describe_data
 from .pipeline import Asked, make, verify
 from .reader import CachedSubset
 
@@ -12,8 +12,10 @@ __all__ = [
     "CachedSubset",
     "Describe",
     "TaughtDataset",
+    "data_files",
     "describe_data",
     "make",
     "rows_of_batch",
+    "target_sizes",
     "verify",
 ]

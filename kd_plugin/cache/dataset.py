@@ -12,12 +12,21 @@ from .reader import CachedSubset
 
 def target_tokens(dataset: Any, sentence: Any, pad: int) -> np.ndarray:
     """A sentence's target symbols, without padding symbols in its text: no loss counts those."""
-    symbols = dataset.tgt[int(sentence)].numpy()
+    target = getattr(dataset, "tgt", None)  # of sentence pairs; reads no source
+    symbols = dataset[int(sentence)]["target"] if target is None else target[int(sentence)]
+    symbols = symbols.numpy()
     return symbols[symbols != pad]
 
 
+def target_sizes(dataset: Any) -> np.ndarray:
+    """Target tokens of each sentence, or block of text, with padding symbols in it."""
+    if hasattr(dataset, "tgt_sizes"):
+        return np.asarray(dataset.tgt_sizes)
+    return np.asarray(dataset.sizes) + bool(dataset.add_bos_token)  # which fairseq does not count
+
+
 class TaughtDataset(BaseWrapperDataset):
-    """A translation dataset whose batches hold the cached rows of their sentences.
+    """A dataset whose batches hold the cached rows of their sentences.
 
     ``batch["teacher"]`` is a plain dict of integer and float16 tensors with one row for every real
     target token of the batch, in its order.
@@ -35,7 +44,7 @@ class TaughtDataset(BaseWrapperDataset):
                 f"the cache {cache.folder} holds {len(lengths)} sentences, the data {len(dataset)}"
             )
         # no rows: the teacher could not read it
-        suspect = np.flatnonzero((lengths != dataset.tgt_sizes) & (lengths > 0))
+        suspect = np.flatnonzero((lengths != target_sizes(dataset)) & (lengths > 0))
         wrong = [i for i in suspect if lengths[i] != len(target_tokens(dataset, i, pad))]
         if wrong:
             cache.verify_offsets()  # damage is the likelier reason
@@ -45,6 +54,8 @@ class TaughtDataset(BaseWrapperDataset):
             )
         self.has_rows = lengths > 0
 
+    # What some datasets have and others have not
+
     @property
     def src_sizes(self) -> np.ndarray:
         return self.dataset.src_sizes
@@ -52,6 +63,10 @@ class TaughtDataset(BaseWrapperDataset):
     @property
     def tgt_sizes(self) -> np.ndarray:
         return self.dataset.tgt_sizes
+
+    @property
+    def add_bos_token(self) -> bool:
+        return self.dataset.add_bos_token
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
         return {**self.dataset[index], "teacher": self.cache.rows(index)}

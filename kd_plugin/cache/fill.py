@@ -32,7 +32,7 @@ def open_writer(
     """Plan the batches of a loaded subset, and return what writes one shard of its cache.
 
     Args:
-        task: a ``kd_translation`` task with the subset loaded.
+        task: one with a teacher, and with the subset loaded.
         limits: longest source and target, in tokens, that the teacher can read.
         cache: the cache's folder.
         header: what the manifest will say: of the subset, the teacher and the data; ``k`` and

@@ -113,32 +113,22 @@ def array_file(folder: Path, name: str) -> Path:
 
 
 def describe_data(
-    task: Any, folder: str, subset: str, combine: bool, whole: bool
+    dictionaries: Dict[str, Sequence[str]],
+    settings: Dict[str, Any],
+    paths: Sequence[str],
+    whole: bool,
 ) -> Dict[str, Any]:
     """What a row's meaning depends on: files by content, dictionaries, and the task's settings.
 
     Args:
-        folder: the data folder, one of the task's.
+        dictionaries: the symbols of each.
+        settings: what the task makes of the files, as plain types.
+        paths: the subset's files.
         whole: also compute the digests of whole files, whose cost grows with them.
-
-    Raises:
-        CacheError: the task pads sentences to buckets.
     """
-    cfg = task.cfg
-    if cfg.num_batch_buckets > 0:
-        raise CacheError("a teacher cache cannot be used with --num-batch-buckets")
-    settings = {
-        "source_lang": cfg.source_lang,
-        "target_lang": cfg.target_lang,
-        "upsample_primary": cfg.upsample_primary,
-        # only then does the position's limit change what the teacher reads
-        "truncate_source": cfg.max_source_positions if cfg.truncate_source else None,
-    }
-    paths = _data_files(folder, subset, cfg, combine)
     described = {
         "dictionaries": {
-            "source": _digest_of_text("\n".join(task.source_dictionary.symbols)),
-            "target": _digest_of_text("\n".join(task.target_dictionary.symbols)),
+            side: _digest_of_text("\n".join(symbols)) for side, symbols in dictionaries.items()
         },
         "data": {os.path.basename(path): digest_of_sample(path) for path in paths},
         "settings": settings,
@@ -148,16 +138,19 @@ def describe_data(
     return described
 
 
-def _data_files(folder: str, subset: str, cfg: Any, combine: bool) -> List[str]:
-    """The files that fairseq reads for a subset: with ``combine`` also train1, train2, ..."""
+def data_files(folder: str, subset: str, combine: bool, endings: Sequence[str]) -> List[str]:
+    """The files that fairseq reads for a subset: with ``combine`` also train1, train2, ...
+
+    Args:
+        endings: of the names, behind the subset's: ``.de-en.de``, say.
+    """
     found: List[str] = []
     for i in count():
-        here = []
-        for pair in ((cfg.source_lang, cfg.target_lang), (cfg.target_lang, cfg.source_lang)):
-            prefix = os.path.join(folder, "{}{}.{}-{}.".format(subset, i or "", *pair))
-            for lang in pair:
-                name = glob.escape(prefix + lang)
-                here += glob.glob(name) + glob.glob(name + ".bin") + glob.glob(name + ".idx")
+        here: List[str] = []
+        for ending in endings:
+            name = glob.escape(os.path.join(folder, f"{subset}{i or ''}{ending}"))
+            here += glob.glob(name) + glob.glob(name + ".bin") + glob.glob(name + ".idx")
+        here = list(filter(os.path.isfile, here))
         found += sorted(here)
         if not here or not combine:
             return found

@@ -62,7 +62,7 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
     """
     cfg, task = _setup(asked)
     teacher = task.open_teacher(asked.device, asked.dtype, ROLE)
-    limits = [min(pair) for pair in zip(teacher.max_positions(), task.max_positions())]
+    limits = utils.resolve_max_positions(teacher.max_positions(), task.max_positions())
     described = teacher.describe()
     made: List[Dict[str, Any]] = []
     for number, part in enumerate(_parts(asked, cfg, task)):

@@ -20,7 +20,16 @@ from .checkpoint import (
     count_parameters,
     refuse_cut_short,
 )
-from .dictionaries import MISSING, Dictionaries, VocabularyError, index_map, is_padding, lacking
+from .dictionaries import (
+    MISSING,
+    Dictionaries,
+    VocabularyError,
+    first,
+    index_map,
+    is_padding,
+    lacking,
+)
+from .kinds import LANGUAGE_MODEL, TRANSLATION, Kind
 from .roles import Role
 from .tags import FAMILIES, MULTILINGUAL, AskedTags, Tags, family_tags, nearest, parse_symbols
 from .tasks import STOCK_OTHERS, reads_as_translation, translates_otherwise
@@ -29,14 +38,17 @@ from .torchfile import allow_fairseq_globals
 __all__ = [
     "DTYPES",
     "FAMILIES",
+    "LANGUAGE_MODEL",
     "MISSING",
     "MULTILINGUAL",
     "SECOND_COPIES",
     "STOCK_OTHERS",
+    "TRANSLATION",
     "AskedTags",
     "Checkpoint",
     "CheckpointError",
     "Dictionaries",
+    "Kind",
     "Role",
     "Tags",
     "VocabularyError",
@@ -46,6 +58,7 @@ __all__ = [
     "count_parameters",
     "digest",
     "family_tags",
+    "first",
     "import_user_dir",
     "index_map",
     "is_autoregressive",

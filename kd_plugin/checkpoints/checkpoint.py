@@ -19,17 +19,18 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary
-from fairseq.models import ARCH_MODEL_REGISTRY, FairseqEncoderDecoderModel, FairseqMultiModel
+from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.models.fconv import FConvModel
 from fairseq.models.lstm import LSTMModel
+from fairseq.models.lstm_lm import LSTMLanguageModel
 from fairseq.models.multilingual_transformer import MultilingualTransformerModel
-from fairseq.tasks.translation import TranslationTask
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from ..errors import UserError
 from . import build, dictionaries, tags, tasks, torchfile, untrusted
 from .dictionaries import Dictionaries, VocabularyError
+from .kinds import TRANSLATION, Kind, kind_of
 from .roles import Role
 from .tags import Tags
 
@@ -44,6 +45,7 @@ _LONGEST_LIST = 1 << 16  # bytes of a list of languages
 _LANGUAGES = ("source_lang", "target_lang")
 _DICTIONARIES = ("source_dict", "target_dict")
 _POSITIONS = ("max_source_positions", "max_target_positions")
+_OUTPUTS = "output_dictionary_size"  # of a language model: the first symbols, all if negative
 _DIRECTION = re.compile(r"^models\.[^.]+\.")
 _NO_PARAMETERS = re.compile(r"_float_tensor$|coder\.version$")
 _TABLES = re.compile(
@@ -57,7 +59,7 @@ class CheckpointError(UserError):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Checkpoint:
-    """A translation model as fairseq-train saved it. Make one with ``Checkpoint.open``.
+    """A model as fairseq-train saved it. Make one with ``Checkpoint.open``.
 
     Attributes:
         path: the file.
@@ -161,7 +163,7 @@ class Checkpoint:
         for language in self.languages:
             if language is not None and not re.fullmatch(r"[\w(\[][\w@.+*?|()\[\]-]*", language):
                 raise ValueError(f"{language!r} is not the name of a language"[:200])
-        kinds = dict.fromkeys(_POSITIONS, int)
+        kinds = dict.fromkeys((*_POSITIONS, _OUTPUTS), int)
         for part in (self.options, self.task_options):
             for name, kind in {**kinds, "data": str, "_name": str, "arch": str}.items():
                 if not isinstance(part.get(name), (kind, type(None))):
@@ -184,6 +186,11 @@ class Checkpoint:
     def is_translation(self) -> bool:
         """Whether it was trained for fairseq's ``translation``, by that name or another."""
         return tasks.is_translation(self.task)
+
+    @property
+    def kind(self) -> Optional[Kind]:
+        """What kind of model it is; None where it is none that word-level distillation knows."""
+        return kind_of(self.task, self.architecture)
 
     def as_task(self, name: Optional[str]) -> "Checkpoint":
         """The same as one that was trained for another task; None changes nothing."""
@@ -353,9 +360,12 @@ class Checkpoint:
         return dictionaries.read_folder(folder, *names)
 
     def _with_added_symbols(self, found: Dictionaries) -> Dictionaries:
-        """Dictionaries with what its task adds to those of the files."""
+        """Dictionaries with what its task adds to those of the files, or leaves out of them."""
         with self._understanding_tags():
             added = tags.added_symbols(self.task, self.task_options)
+        outputs = self.task_options.get(_OUTPUTS)
+        if outputs is not None and 0 <= outputs < len(found.target):
+            return found._replace(target=dictionaries.first(found.target, outputs))
         if not added:
             return found
         sides = copy.deepcopy((found.source, found.target))  # which may be the data's own
@@ -464,37 +474,35 @@ class Checkpoint:
             return f" {self.role.data} names the folder with {own}{names}."
         return f" Put {own} beside it{names}."
 
-    def check_sizes(self, found: Dictionaries) -> None:
-        """Its dictionaries must have as many symbols as it has embeddings.
+    def check_sizes(self, found: Dictionaries, kind: Kind = TRANSLATION) -> None:
+        """Its dictionaries must have as many symbols as it has embeddings, or outputs.
 
         Raises:
             VocabularyError: they have not.
         """
-        for side, key, symbols in (
-            ("source", "encoder.embed_tokens.weight", found.source),
-            ("target", "decoder.embed_tokens.weight", found.target),
-        ):
-            weight = self.weights.get(key)
+        for (what, name), symbols in zip(kind.tables, (found.source, found.target)):
+            weight = self.weights.get(name)
             if weight is not None and weight.size(0) != len(symbols):
                 raise VocabularyError(
-                    f"{self} has {weight.size(0)} {side} embeddings, but the dictionary "
+                    f"{self} has {weight.size(0)} {what}, but the dictionary "
                     f"{found.origin} has {len(symbols)} symbols.{self._advise_data()}"
                 )
 
-    def translation_task(self, found: Dictionaries) -> TranslationTask:
-        """A task of its own to build it with, with its dictionaries."""
-        return build.translation_task(found.source, found.target, self.max_positions)
-
-    def build(self, task: Any, overrides: Optional[Mapping[str, Any]] = None) -> Any:
+    def build(
+        self,
+        task: Any,
+        overrides: Optional[Mapping[str, Any]] = None,
+        kind: Kind = TRANSLATION,
+    ) -> Any:
         """Build its model and load its weights; in eval mode.
 
         Args:
-            task: one with its dictionaries, as ``translation_task``. Not the student's.
+            task: one with its dictionaries, as ``kind.new_task`` makes. Not the student's.
             overrides: options of the model to change; ``source_lang`` and ``target_lang`` may be
                 among them.
 
         Raises:
-            CheckpointError: it cannot be built, or is not an encoder-decoder.
+            CheckpointError: it cannot be built, or is not of this kind.
         """
         overrides = overrides or {}
         self._check_architecture()
@@ -535,17 +543,15 @@ class Checkpoint:
                 f"{self}: its model cannot be rebuilt with this fairseq "
                 f"({type(error).__name__}: {str(error)[:500]}).{advice}"
             ) from error
-        if not isinstance(model, (FairseqEncoderDecoderModel, FairseqMultiModel)):
-            raise CheckpointError(
-                f"{self} is a {type(model).__name__}; expected an encoder-decoder translation model"
-            )
+        if not isinstance(model, kind.classes):
+            raise CheckpointError(f"{self} is a {type(model).__name__}; expected {kind.model}")
         return model.eval()
 
     def hidden_width(self, side: str) -> Optional[int]:
         """How wide the hidden states of its encoder or decoder are; None if it does not say."""
         model, options = ARCH_MODEL_REGISTRY.get(self.architecture or ""), self.options
         name, factor = f"{side}_embed_dim", 1
-        if model is LSTMModel:
+        if model in (LSTMModel, LSTMLanguageModel):
             name = f"{side}_hidden_size"
             factor = 2 if side == "encoder" and options.get("encoder_bidirectional") else 1
         elif model is FConvModel and side == "decoder":

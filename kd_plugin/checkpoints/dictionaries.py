@@ -43,9 +43,14 @@ def read(path: str) -> Dictionary:
         ) from error
 
 
+def file_of(language: Optional[str]) -> str:
+    """The file with the dictionary of a language; "" is text in no named language."""
+    return "dict.txt" if language == "" else f"dict.{language}.txt"
+
+
 def files(languages: Sequence[Optional[str]]) -> str:
     """The files with the dictionaries of a source and a target language, for messages."""
-    return " and ".join(f"dict.{language}.txt" for language in languages)
+    return " and ".join(dict.fromkeys(map(file_of, languages)))
 
 
 def named(folder: str) -> List[str]:
@@ -66,7 +71,7 @@ def read_folder(
         VocabularyError: one cannot be read.
     """
     for languages in names:
-        source, target = [os.path.join(folder, f"dict.{language}.txt") for language in languages]
+        source, target = [os.path.join(folder, file_of(language)) for language in languages]
         if os.path.isfile(source) and os.path.isfile(target):
             return read(source), read(target)
     return None
@@ -87,6 +92,15 @@ def of_symbols(symbols: Sequence[str]) -> Dictionary:
     for symbol in symbols[dictionary.nspecial :]:
         dictionary.add_symbol(symbol, overwrite=True)
     return dictionary
+
+
+def first(dictionary: Dictionary, size: int) -> Dictionary:
+    """The first symbols of a dictionary, as one of its own.
+
+    Raises:
+        VocabularyError: they lack some of fairseq's special symbols.
+    """
+    return of_symbols(dictionary.symbols[:size])
 
 
 def is_padding(symbol: str) -> bool:

@@ -9,8 +9,9 @@ criterion finds both there.
 import logging
 import math
 import os
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import FairseqTask
+from omegaconf import II
 
-from ..checkpoints import Role, is_autoregressive, refuse_cut_short
+from ..cache import data_files, describe_data
+from ..checkpoints import Kind, Role, is_autoregressive, refuse_cut_short
 from ..errors import UserError
 from ..files import read_whole, reading_binarised
-from ..flags import CRITERION
+from ..flags import CRITERION, TeacherConfig
 from ..objective import ScoreQueue
 from ..objective.states import first_maps
 from ..plan import Plan, read_teacher
@@ -46,11 +49,26 @@ from .inputs import StudentInputs
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class DistillationConfig(TeacherConfig):
+    """The teacher's flags, and those of fairseq's that tasks are not told otherwise."""
+
+    train_subset: str = II("dataset.train_subset")
+    disable_validation: bool = II("dataset.disable_validation")
+    save_dir: str = II("checkpoint.save_dir")
+    restore_file: str = II("checkpoint.restore_file")
+    update_ordered_indices_seed: bool = II("dataset.update_ordered_indices_seed")
+    seed: int = II("common.seed")
+
+
 class Distillation(FairseqTask):
     """Mixed into a fairseq task, before its class.
 
-    What a task must say of itself is ``student``, ``lengths`` and ``describe_data``.
+    What a task must say of itself is ``kind``, ``student``, ``lengths``, ``data_endings`` and
+    ``data_settings``.
     """
+
+    kind: Kind
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,20 +81,23 @@ class Distillation(FairseqTask):
     # What differs between tasks
 
     def student(self) -> Student:
-        """The vocabularies and languages that a teacher must fit."""
+        """The data that a teacher must fit."""
         raise NotImplementedError
 
     def lengths(self, dataset: Any) -> Optional[np.ndarray]:
-        """Source and target tokens of each sentence, (n, 2); None of a text without targets."""
+        """Source and target tokens of each sample, (n, 2), as fairseq's length filter counts them;
+        None of data without targets."""
         raise NotImplementedError
 
-    def describe_data(self, folder: str, subset: str, combine: bool, whole: bool) -> Dict[str, Any]:
-        """What the meaning of a cached row depends on, as plain types.
+    def data_endings(self) -> Sequence[str]:
+        """How the names of a subset's files end, behind ``train``, say, and before ``.bin``."""
+        raise NotImplementedError
 
-        Args:
-            folder: where the subset is read.
-            combine: whether train1, train2, ... belong to it.
-            whole: look at all of its files, and not at samples of them alone.
+    def data_settings(self) -> Dict[str, Any]:
+        """The flags on which it depends what the task makes of the files, as plain types.
+
+        Raises:
+            CacheError: no cache can hold a teacher's answers about it.
         """
         raise NotImplementedError
 
@@ -97,7 +118,7 @@ class Distillation(FairseqTask):
         if name != CRITERION:
             raise UserError(
                 f"--task {self.cfg._name} needs --criterion {CRITERION}, which learns from the "
-                f"teacher; got {name}. For training without a teacher use --task translation."
+                f"teacher; got {name}. For training without a teacher use --task {self.kind.task}."
             )
         if not self._has_checkpoint:
             # nothing of ours is asked again before fairseq opens the checkpoint to go on from
@@ -145,16 +166,20 @@ class Distillation(FairseqTask):
         if plan.cache:
             pad = self.target_dictionary.pad()
             caches = utils.split_paths(plan.cache)
-            return CachedTeacher(caches, self.data_folders(), plan.needs, pad, plan.beside_cache)
+            return CachedTeacher(
+                caches, self.data_folders(), plan.needs, pad, self.kind, plan.beside_cache
+            )
         if plan.teacher:
             return RunningTeacher(plan.teacher, self.student(), plan.needs.layers)
-        return NoTeacher()
+        return NoTeacher(self.kind.task)
 
     # The data: validation's, then training's
 
     def load_dataset(
         self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
     ) -> None:
+        if str(self.cfg.dataset_impl) == "lazy":
+            self.cfg.dataset_impl = None  # the same files, read whole
         with reading_binarised(f"{self.cfg.data}: {split}"):
             super().load_dataset(split, epoch, combine, **kwargs)
             dataset = self.datasets[split]
@@ -171,6 +196,25 @@ class Distillation(FairseqTask):
 
     def data_folders(self) -> List[str]:
         return utils.split_paths(self.cfg.data)
+
+    def describe_data(self, folder: str, subset: str, combine: bool, whole: bool) -> Dict[str, Any]:
+        """What the meaning of a cached row depends on, as plain types.
+
+        Args:
+            folder: where the subset is read.
+            combine: whether train1, train2, ... belong to it.
+            whole: look at all of its files, and not at samples of them alone.
+
+        Raises:
+            CacheError: no cache can hold a teacher's answers about it.
+        """
+        student, settings = self.student(), self.data_settings()
+        return describe_data(
+            {"source": student.source.symbols, "target": student.target.symbols},
+            settings,
+            data_files(folder, subset, combine, self.data_endings()),
+            whole,
+        )
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)
@@ -224,7 +268,8 @@ class Distillation(FairseqTask):
                 if split != self.cfg.train_subset:
                     self._look_over(dataset, limits)
         subset = self.cfg.train_subset
-        self.source.begin_training(model, self.datasets[subset], subset)
+        dataset = self.datasets[subset]
+        self.source.begin_training(model, dataset, self.lengths(dataset), subset)
         if self.inputs is not None:
             self.inputs.begin(model, self.source.longest_target())
 
@@ -310,7 +355,8 @@ class Distillation(FairseqTask):
         Raises:
             UserError: it is.
         """
-        probe(teacher, self.dataset(subset), self.student(), subset)
+        dataset = self.dataset(subset)
+        probe(teacher, dataset, self.lengths(dataset), self.student(), subset)
 
 
 def _refuse_student(student: Any) -> None:

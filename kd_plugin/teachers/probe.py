@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -18,21 +18,26 @@ _SENTENCES, _BATCH, _LONGEST = 64, 8, 512
 
 
 @torch.no_grad()
-def probe(teacher: Teacher, dataset: Any, student: Student, subset: str) -> None:
-    """Refuse a teacher that is worse than a uniform guess on some sentences of the data.
+def probe(
+    teacher: Teacher, dataset: Any, lengths: Optional[np.ndarray], student: Student, subset: str
+) -> None:
+    """Refuse a teacher that is worse than a uniform guess on some samples of the data.
 
     Args:
-        dataset: sentence pairs in the student's vocabulary; ``subset`` is its name.
+        dataset: sentence pairs, or blocks of text, in the student's vocabulary; ``subset`` is its
+            name.
+        lengths: source and target tokens of each, (n, 2); None of a text without targets.
 
     Raises:
         UserError: it is, or it gives NaN, or the data hold numbers that no symbol has.
     """
-    limits = teacher.max_positions()
-    fits = np.flatnonzero(
-        (dataset.src_sizes <= limits[0]) & (dataset.tgt_sizes <= min(limits[1], _LONGEST))
-    )
+    if lengths is None:
+        return
+    source, target = teacher.max_positions()
+    fits = np.flatnonzero((lengths <= [source, min(target, _LONGEST)]).all(axis=1))
     if len(fits) == 0:
         return
+    samples = student.kind.samples[0]
     chosen = fits[np.linspace(0, len(fits) - 1, min(_SENTENCES, len(fits))).astype(int)]
     nll, count = 0.0, 0
     for start in range(0, len(chosen), _BATCH):
@@ -43,12 +48,12 @@ def probe(teacher: Teacher, dataset: Any, student: Student, subset: str) -> None
         nll, count = nll + found.sum().item(), count + found.numel()
     bits, guess = nll / count / math.log(2), math.log2(len(student.target))
     logger.info(
-        f"teacher on {len(chosen)} sentences of {subset}: nll_loss {bits:.3f} (a uniform guess has "
+        f"teacher on {len(chosen)} {samples} of {subset}: nll_loss {bits:.3f} (a uniform guess has "
         f"{guess:.3f})"
     )
     if not bits <= guess:
         raise TeacherError(
-            f"the teacher knows nothing of this data: on {len(chosen)} sentences of {subset} its "
+            f"the teacher knows nothing of this data: on {len(chosen)} {samples} of {subset} its "
             f"nll_loss is {bits:.2f} bits per token, a uniform guess over the "
             f"{len(student.target)} symbols has {guess:.2f}. Likely causes: its vocabulary is "
             "in a different order from the dictionaries found for it (--teacher-data), it "

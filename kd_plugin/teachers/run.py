@@ -1,4 +1,4 @@
-"""Load, check, freeze, place and run a teacher: one fairseq encoder-decoder or an ensemble."""
+"""Load, check, freeze, place and run a teacher: one model of fairseq's or an ensemble."""
 
 import contextlib
 import logging
@@ -7,16 +7,17 @@ import os
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+from fairseq.models import FairseqLanguageModel
 from fairseq.models.bart import BARTModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
 from torch import Tensor
 
 from ..checkpoints import (
     DTYPES,
-    MULTILINGUAL,
     AskedTags,
     Checkpoint,
     Dictionaries,
+    Kind,
     Role,
     Tags,
     digest,
@@ -28,7 +29,7 @@ from ..checkpoints import (
 from ..errors import UserError
 from ..objective import Member, Place, RunningAnswer
 from .states import looking_inside
-from .view import Student, TeacherView
+from .view import Student, TeacherView, decoder_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,8 @@ class Teacher:
         """Run the teacher on a batch given in the student's indices.
 
         Args:
-            net_input: ``src_tokens`` (B, S), ``src_lengths`` (B,), ``prev_output_tokens`` (B, T).
+            net_input: ``src_tokens`` (B, S), ``src_lengths`` (B,) and, where the student has an
+                encoder, ``prev_output_tokens`` (B, T).
             amp: run under CUDA autocast.
             places: in each of its models, what is found there is part of the answer.
         """
@@ -213,7 +215,8 @@ class _Model:
         self.path, self.overrides = checkpoint.path, settings.overrides
         languages = (student.source_lang, student.target_lang)
         named = settings.tags.languages or languages
-        _check_task(checkpoint, languages, named, self.overrides)
+        kind = student.kind
+        _check_task(checkpoint, student, settings.tags, self.overrides)
         checkpoint = checkpoint.for_direction(named, data)
         found = checkpoint.dictionaries(
             languages,
@@ -221,15 +224,16 @@ class _Model:
             otherwise=("student", student.source, student.target),
         )
         assert found is not None  # there are the student's
-        checkpoint.check_sizes(found)
+        checkpoint.check_sizes(found, kind)
         tags = _tags(checkpoint, settings.tags, named, found)
         self.view = TeacherView(student, found, checkpoint, tags)
-        self.model = checkpoint.build(checkpoint.translation_task(found), self.overrides)
+        own_task = kind.new_task(found, checkpoint.max_positions)
+        self.model = checkpoint.build(own_task, self.overrides, kind)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         if not is_autoregressive(self.model):
             raise TeacherError(
-                f"{checkpoint} is a {type(self.model).__name__}: {_WHAT_TEACHES}{_SEQUENCES}"
+                f"{checkpoint} is a {type(self.model).__name__}: {_what_teaches(kind)}{_SEQUENCES}"
             )
         if getattr(self.model.decoder, "adaptive_softmax", None) is not None:
             raise TeacherError(
@@ -251,7 +255,8 @@ class _Model:
 
     def max_positions(self) -> Tuple[int, int]:
         """Longest source and target of the student's data, in tokens, that it can read."""
-        (source, target), longer = self.model.max_positions(), self.view.longer
+        found, longer = self.model.max_positions(), self.view.longer
+        source, target = found if isinstance(found, tuple) else (found, found)
         return source - longer[0], target - longer[1]
 
     def inputs(self, net_input: Dict[str, Tensor]) -> Dict[str, Tensor]:
@@ -266,7 +271,7 @@ class _Model:
             output = model(**inputs, **({"features_only": True} if lazy else {}))
         inside = view.inside(found, net_input, inputs) if places else None
         output = output[0].flatten(0, 1)  # features or logits, one row for each target position
-        width = net_input["prev_output_tokens"].size(1)
+        width = decoder_inputs(net_input).size(1)
 
         def logits(rows: Tensor) -> Tensor:
             some = output[view.rows(rows.to(output.device), width)]
@@ -279,10 +284,14 @@ class _Model:
         return Member(self.path, logits, inside)
 
 
-_WHAT_TEACHES = (
-    "word-level distillation learns from distributions over the next symbol, and asks "
-    f"autoregressive models of the tasks translation, {', '.join(MULTILINGUAL)} for them."
-)
+def _what_teaches(kind: Kind) -> str:
+    return (
+        "word-level distillation learns from distributions over the next symbol, and asks "
+        f"autoregressive models of the task{'s' if len(kind.tasks) > 1 else ''} "
+        f"{', '.join(kind.tasks)} for them."
+    )
+
+
 _SEQUENCES = " Sequence-level distillation (fairseq-kd-sequences) takes it."
 
 
@@ -311,28 +320,39 @@ def _said(tags: Tags) -> Dict[str, Any]:
 
 
 def _check_task(
-    checkpoint: Checkpoint,
-    ours: Tuple[str, str],
-    named: Tuple[str, str],
-    overrides: Mapping[str, Any],
+    checkpoint: Checkpoint, student: Student, asked: AskedTags, overrides: Mapping[str, Any]
 ) -> None:
-    """Refuse what cannot teach at word level, or translates between other languages.
-
-    Args:
-        ours: what the data call the languages; ``named``: what flags say that the teacher does.
-    """
-    arch = str(checkpoint.architecture)
-    if checkpoint.task == "language_modeling" or arch.endswith("_lm") or "_lm_" in arch:
+    """Refuse what cannot teach at word level, was trained for something else than the student is,
+    or translates between other languages."""
+    kind, found = student.kind, checkpoint.kind
+    if found is not None and found is not kind:
         raise TeacherError(
-            f"{checkpoint} is a decoder-only language model ({arch}); a translation student needs "
-            "an encoder-decoder teacher"
+            f"{checkpoint} is {found.model} ({checkpoint.architecture}); a student of the task "
+            f"{kind.task} needs {kind.model} for a teacher"
         )
-    if not (checkpoint.task in (None, *MULTILINGUAL) or checkpoint.is_translation):
+    if found is None:
         raise TeacherError(
-            f"{checkpoint} was trained for the task {checkpoint.task!r}: {_WHAT_TEACHES}"
+            f"{checkpoint} was trained for the task {checkpoint.task!r}: {_what_teaches(kind)}"
             f"{_SEQUENCES if translates_otherwise(checkpoint.task) else ''}"
             f"{checkpoint.advise_task()}"
         )
+    for name, ours in student.options.items():
+        theirs = checkpoint.task_options.get(name) or False
+        if theirs != ours:
+            raise TeacherError(
+                f"{checkpoint} was trained with {_option(name, theirs)}, and the student with "
+                f"{_option(name, ours)}: both must read and predict the same"
+            )
+    ours = student.source_lang, student.target_lang
+    if not any(ours):
+        if asked != AskedTags():
+            raise TeacherError(
+                f"{checkpoint} reads text in no particular language: leave out --teacher-tags, "
+                "--teacher-langs, --teacher-source-prefix, --teacher-source-suffix and "
+                "--teacher-target-prefix"
+            )
+        return
+    named = asked.languages or ours
     theirs = checkpoint.languages_with(overrides)
     if all(theirs) and theirs not in (ours, named):
         advice = ""
@@ -348,6 +368,11 @@ def _check_task(
         )
 
 
+def _option(name: str, value: Any) -> str:
+    flag = "--" + name.replace("_", "-")
+    return f"{flag} {value}" if value not in (True, False) else flag if value else f"no {flag}"
+
+
 def _autocast(enabled: bool) -> Any:
     """CUDA autocast on or off for a while, whatever the student's forward pass runs under."""
     if enabled == torch.is_autocast_enabled():
@@ -358,6 +383,7 @@ def _autocast(enabled: bool) -> Any:
 def _is_lazy(model: Any) -> bool:
     """Whether features and their projection can be had apart, as in fairseq's own transformer."""
     return (
-        type(model).forward in (TransformerModelBase.forward, BARTModel.forward)
+        type(model).forward
+        in (TransformerModelBase.forward, BARTModel.forward, FairseqLanguageModel.forward)
         and type(model.decoder).output_layer is TransformerDecoderBase.output_layer
     )

@@ -14,6 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from ..cache import CachedSubset, CacheError, Describe, TaughtDataset
+from ..checkpoints import TRANSLATION, Kind
 from ..errors import UserError
 from ..objective import Answer, CachedAnswer, LayerPair, Schedule
 from ..objective.states import FLAG
@@ -156,12 +157,15 @@ class Source:
             kept: which sentences batches are made of, bool (n,).
         """
 
-    def begin_training(self, model: Any, dataset: Any, subset: str) -> None:
+    def begin_training(
+        self, model: Any, dataset: Any, lengths: Optional[np.ndarray], subset: str
+    ) -> None:
         """Open the teacher, or refuse to train.
 
         Args:
             model: the student, where it will be trained.
             dataset: the training data; ``subset`` is its name.
+            lengths: source and target tokens of each of its samples, (n, 2).
 
         Raises:
             UserError: anything speaks against this teacher.
@@ -180,15 +184,21 @@ class Source:
 
 
 class NoTeacher(Source):
-    """No flag names a teacher: fine for translating, not for training."""
+    """No flag names a teacher: fine for translating, not for training.
 
-    def __init__(self) -> None:
-        self._warned = False
+    Args:
+        plain: the task that trains without one.
+    """
 
-    def begin_training(self, model: Any, dataset: Any, subset: str) -> None:
+    def __init__(self, plain: str = TRANSLATION.task) -> None:
+        self.plain, self._warned = plain, False
+
+    def begin_training(
+        self, model: Any, dataset: Any, lengths: Optional[np.ndarray], subset: str
+    ) -> None:
         raise TeacherError(
             "the task needs a teacher: give --teacher-checkpoint-path or --teacher-cache (for "
-            "training without one use --task translation)"
+            f"training without one use --task {self.plain})"
         )
 
     def begin_validation(self, model: Any) -> None:
@@ -219,9 +229,11 @@ class RunningTeacher(Source):
         if kept.any():
             self._longest = np.maximum(self._longest, lengths[kept].max(axis=0))
 
-    def begin_training(self, model: Any, dataset: Any, subset: str) -> None:
+    def begin_training(
+        self, model: Any, dataset: Any, lengths: Optional[np.ndarray], subset: str
+    ) -> None:
         if self.teacher is None:
-            probe(self._open(model), dataset, self.student, subset)
+            probe(self._open(model), dataset, lengths, self.student, subset)
         self._check_lengths()
 
     def begin_validation(self, model: Any) -> None:
@@ -268,12 +280,11 @@ class RunningTeacher(Source):
         limits, tags = self.teacher.max_positions(), self.teacher.longer
         if (self._longest > limits).any():
             beside = f" beside its tags, which take {tags[0]} and {tags[1]}" if any(tags) else ""
+            kind = self.student.kind
             raise TeacherError(
-                f"the data holds sentences of up to {self._longest[0]} source and "
-                f"{self._longest[1]} target tokens, the teacher reads at most {limits[0]} and "
-                f"{limits[1]}{beside}. Leave the longer ones out with --max-source-positions "
-                f"{limits[0]} --max-target-positions {limits[1]} (for validation data also "
-                "--skip-invalid-size-inputs-valid-test), or cut sources with --truncate-source."
+                f"the data holds {kind.samples[0]} of up to {kind.lengths(*self._longest)}, the "
+                f"teacher reads at most {kind.lengths(*limits)}{beside}. "
+                f"{kind.shorten.format(*limits)}"
             )
 
 
@@ -285,6 +296,7 @@ class CachedTeacher(Source):
         data: the data folders.
         needs: what training asks of it.
         pad: the padding symbol of the target.
+        kind: of the student.
         faults: what already speaks against it.
     """
 
@@ -294,9 +306,10 @@ class CachedTeacher(Source):
         data: Sequence[str],
         needs: Needs,
         pad: int,
+        kind: Kind = TRANSLATION,
         faults: Sequence[str] = (),
     ) -> None:
-        self.folders, self.needs, self.pad = folders, needs, pad
+        self.folders, self.needs, self.pad, self.kind = folders, needs, pad, kind
         self.cache: Optional[CachedSubset] = None  # of any subset: they are alike
         self.faults = [*faults]
         if len(folders) != len(data):
@@ -359,16 +372,17 @@ class CachedTeacher(Source):
             return
         untaught = kept & ~dataset.has_rows
         if untaught.any():
-            source, target = lengths[untaught].max(axis=0)
+            kind, longest = self.kind, lengths[untaught].max(axis=0)
             self.faults.append(
-                f"the cache {dataset.cache.folder} has no rows for {untaught.sum()} sentences of "
-                f"up to {source} source and {target} target tokens: they were longer than the "
-                "teacher, or the limits that the cache was made with, allow. Leave them out with "
-                "--max-source-positions and --max-target-positions (for validation data also "
-                "--skip-invalid-size-inputs-valid-test)."
+                f"the cache {dataset.cache.folder} has no rows for {untaught.sum()} "
+                f"{kind.samples[0]} of up to {kind.lengths(*longest)}: they were longer than the "
+                "teacher, or the limits that the cache was made with, allow. "
+                f"{kind.shorten.format('N', 'M')}"
             )
 
-    def begin_training(self, model: Any, dataset: Any, subset: str) -> None:
+    def begin_training(
+        self, model: Any, dataset: Any, lengths: Optional[np.ndarray], subset: str
+    ) -> None:
         if self.faults:
             raise CacheError("; ".join(dict.fromkeys(self.faults)))
 

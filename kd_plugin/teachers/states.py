@@ -66,6 +66,9 @@ def lacking(model: Any, places: Sequence[Place], owner: str, learns: bool = Fals
     for kind in dict.fromkeys(place.kind for place in places):
         hidden, stack = kind in HIDDEN, _find(model, kind)
         flag = LAYERS_FLAG[kind]
+        if _side(model, kind) is None:
+            reasons.append(f"{owner} has no encoder: leave out {kind} in {flag}")
+            continue
         if stack is None:
             what = "a hidden state for each position" if hidden else "attention as transformers do"
             reasons.append(

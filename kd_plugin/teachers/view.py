@@ -8,18 +8,43 @@ import torch.nn.functional as F
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from ..checkpoints import MISSING, Checkpoint, Dictionaries, Tags, VocabularyError, index_map
+from ..checkpoints import (
+    MISSING,
+    TRANSLATION,
+    Checkpoint,
+    Dictionaries,
+    Kind,
+    Tags,
+    VocabularyError,
+    index_map,
+)
 from ..objective import Inside, Place
 from ..objective.states import SIDES
 
 
 class Student(NamedTuple):
-    """What a teacher must fit: the vocabularies and languages of the student's data."""
+    """What a teacher must fit: the student's data.
+
+    Attributes:
+        source, target: the vocabularies of what is read and of what is predicted.
+        source_lang, target_lang: the languages, which name the files of the dictionaries; "" is no
+            particular one.
+        kind: of model.
+        options: of the task, by name, that a teacher must have been trained with as well; False
+            is a teacher's that has none of the name.
+    """
 
     source: Dictionary
     target: Dictionary
     source_lang: str
     target_lang: str
+    kind: Kind = TRANSLATION
+    options: Mapping[str, Any] = {}
+
+
+def decoder_inputs(net_input: Mapping[str, Tensor]) -> Tensor:
+    """What the decoder of a batch reads, (B, T); a language model reads nothing else."""
+    return net_input["prev_output_tokens" if "prev_output_tokens" in net_input else "src_tokens"]
 
 
 class TeacherView:
@@ -79,6 +104,9 @@ class TeacherView:
     def inputs(self, net_input: Dict[str, Tensor], device: torch.device) -> Dict[str, Tensor]:
         """The student's ``net_input`` as the teacher's forward pass takes it."""
         source = _look_up(self._read_source, net_input["src_tokens"].to(device))
+        lengths = net_input["src_lengths"].to(device) + self.longer[0]
+        if "prev_output_tokens" not in net_input:
+            return {"src_tokens": source, "src_lengths": lengths}
         target = _look_up(self._read_target, net_input["prev_output_tokens"].to(device))
         if self.tags != Tags():
             # the student's source ends with the end of sentence, and its target begins with it
@@ -86,7 +114,7 @@ class TeacherView:
             target = _around(target, self._before_target, [], self._pad, first=1)
         return {
             "src_tokens": source,
-            "src_lengths": net_input["src_lengths"].to(device) + self.longer[0],
+            "src_lengths": lengths,
             "prev_output_tokens": target,
         }
 

@@ -1,0 +1,70 @@
+"""The task ``kd_language_modeling``: fairseq's ``language_modeling`` with a teacher."""
+
+from dataclasses import dataclass
+from typing import Any, Dict, List
+
+import numpy as np
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+
+from ..cache import CacheError
+from ..checkpoints import LANGUAGE_MODEL, first
+from ..errors import UserError
+from ..plan import choice_value
+from ..teachers import Student
+from .distillation import Distillation, DistillationConfig
+
+
+@dataclass
+class KDLanguageModelingConfig(DistillationConfig, LanguageModelingConfig):
+    pass
+
+
+@register_task("kd_language_modeling", dataclass=KDLanguageModelingConfig)
+class KDLanguageModelingTask(Distillation, LanguageModelingTask):
+    """Predict the next symbol of a text, taught by a bigger model."""
+
+    kind = LANGUAGE_MODEL
+
+    def __init__(self, cfg: KDLanguageModelingConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(cfg, *args, **kwargs)
+        self.cfg: KDLanguageModelingConfig = cfg  # fairseq's has it as args alone
+        if self.targets != ["future"]:
+            raise UserError(
+                f"--task {cfg._name} predicts the next symbol, which a teacher does, too: leave "
+                f"out --self-target and --past-target; got the targets {', '.join(self.targets)}"
+            )
+
+    def student(self) -> Student:
+        outputs = self.target_dictionary
+        options: Dict[str, Any] = dict.fromkeys(("self_target", "past_target"), False)
+        options["add_bos_token"] = self.cfg.add_bos_token
+        if len(outputs) < len(self.dictionary):
+            # <unk> stands for all others then, and a teacher of more symbols gives it nothing
+            options["output_dictionary_size"] = len(outputs)
+            outputs = first(outputs, len(outputs))  # fairseq's own list of its symbols is whole
+        return Student(self.dictionary, outputs, "", "", self.kind, options)
+
+    def lengths(self, dataset: Any) -> np.ndarray:
+        sizes = np.asarray(dataset.sizes)
+        return np.stack([sizes, sizes], axis=1)
+
+    def data_endings(self) -> List[str]:
+        return [""]
+
+    def data_settings(self) -> Dict[str, Any]:
+        cfg = self.cfg
+        mode, shorten = choice_value(cfg.sample_break_mode), choice_value(cfg.shorten_method)
+        if shorten == "random_crop":
+            raise CacheError(
+                "a teacher cache cannot be used with --shorten-method random_crop, which crops "
+                "otherwise in each epoch"
+            )
+        cut = mode != "eos" or shorten != "none"  # otherwise blocks are sentences, however long
+        return {
+            "sample_break_mode": mode.lower(),
+            "tokens_per_sample": cfg.tokens_per_sample if cut else None,
+            "add_bos_token": cfg.add_bos_token,
+            "shorten_method": shorten,
+            "shorten_data_split_list": cfg.shorten_data_split_list,
+        }
