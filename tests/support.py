@@ -38,6 +38,7 @@ _MODULES = {
     "fairseq-generate": "fairseq_cli.generate",
     "fairseq-interactive": "fairseq_cli.interactive",
     "fairseq-validate": "fairseq_cli.validate",
+    "fairseq-eval-lm": "fairseq_cli.eval_lm",
     "fairseq-preprocess": "fairseq_cli.preprocess",
 }
 _COMMANDS = {
@@ -340,21 +341,33 @@ ARCHITECTURES: Dict[str, List[Any]] = {
 }
 STUDENT = ARCHITECTURES["transformer"]
 
-TRAINING = (
+_TRAINING = (
     *("--cpu", "--optimizer", "adam", "--lr", 0.005, "--max-sentences", 16, "--seed", 3),
     *("--required-batch-size-multiple", 1, "--num-workers", 0),
     *("--log-format", "json", "--log-interval", 1, "--no-epoch-checkpoints"),
     *("--valid-subset", "valid", "--ignore-unused-valid-subsets"),
-    *LANGUAGES,
 )
-KD = (
-    *("--task", "kd_translation", "--criterion", "kd_label_smoothed_cross_entropy"),
-    *("--label-smoothing", 0.1),
-)
+TRAINING = (*_TRAINING, *LANGUAGES)
+_KD_CRITERION = ("--criterion", "kd_label_smoothed_cross_entropy", "--label-smoothing", 0.1)
+KD = ("--task", "kd_translation", *_KD_CRITERION)
 STOCK = (
     *("--task", "translation", "--criterion", "label_smoothed_cross_entropy"),
     *("--label-smoothing", 0.1),
 )
+
+
+def language_model(data: Any, save_dir: Any, *more: Any, kd: bool = False, dim: int = 16) -> List:
+    """Arguments of a training of a language model, by fairseq's own task or by ours; later ones
+    override earlier ones."""
+    task = ["--task", "language_modeling", "--criterion", "label_smoothed_cross_entropy"]
+    task += ["--label-smoothing", 0.1]
+    if kd:
+        task = [*USER_DIR, "--task", "kd_language_modeling", *_KD_CRITERION]
+    sizes = {"embed-dim": dim, "ffn-embed-dim": 2 * dim, "layers": 1, "attention-heads": 2}
+    sizes.update({"input-dim": dim, "output-dim": dim})
+    model = [part for name, size in sizes.items() for part in (f"--decoder-{name}", size)]
+    shape = ["--arch", "transformer_lm", "--dropout", 0, *model, "--tokens-per-sample", 16]
+    return [data, *task, *_TRAINING, *shape, "--save-dir", save_dir, *more]
 
 
 # Adam would blow rounding noise in a gradient that is 0 up to its step size

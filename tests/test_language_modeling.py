@@ -23,6 +23,8 @@ from kd_plugin.teachers import Student, Teacher, TeacherSettings
 SYMBOLS = "abcdefgh"
 TEXT = {"train": ["abca", "bbcd", "efgh", "a", "hgfe", "dcba", "abab"], "valid": ["abc", "hgd"]}
 BLOCK = 6
+# fairseq makes the last with numpy before 2 alone
+MODES = ["none", "complete", "complete_doc", *(["eos"] if hasattr(np, "compat") else [])]
 
 
 def write_text(folder):
@@ -126,7 +128,7 @@ def taught(training, batch):
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("mode", ["none", "complete", "eos"])
+@pytest.mark.parametrize("mode", MODES)
 def test_weight_0_is_stock(mode, bos, data, tmp_path):
     path, _ = write_lm(tmp_path / "teacher", add_bos_token=bos)
     flags = {"sample_break_mode": mode, "add_bos_token": bos}
@@ -189,10 +191,9 @@ def test_a_dictionary_in_another_order_and_larger_is_mapped(data, tmp_path):
         answers(path, data)
 
 
-@pytest.mark.parametrize("arch", ["lstm_lm", "fconv_lm", "lightconv_lm"])
+@pytest.mark.parametrize("arch", ["lstm_lm", "fconv_lm"])
 def test_other_architectures_teach(arch, data, tmp_path):
     more = dict(decoder_layers="[(8, 3)]") if arch == "fconv_lm" else {}
-    more.update(decoder_kernel_size_list=[3]) if arch == "lightconv_lm" else None
     path, model = write_lm(tmp_path / "teacher", arch=arch, **more)
     found, batch = answers(path, data)
     with torch.no_grad():
@@ -312,8 +313,11 @@ def test_flags_that_mean_nothing_here(data):
         Learning(data, flags={"self_target": True})
     with pytest.raises(UserError, match="--kd-inputs argmax is for tasks that translate"):
         Learning(data, kd_inputs="argmax")
-    with pytest.raises(UserError, match="without a teacher use --task language_modeling"):
+    with pytest.raises(UserError, match="without one use --task language_modeling"):
         Learning(data).begin()
+    if "eos" not in MODES:
+        with pytest.raises(UserError, match="eos: fairseq makes such blocks with numpy below 2"):
+            Learning(data, flags={"sample_break_mode": "eos"}).begin()
 
 
 def test_the_inside_of_decoders(data, teacher):

@@ -35,6 +35,14 @@ class KDLanguageModelingTask(Distillation, LanguageModelingTask):
                 f"out --self-target and --past-target; got the targets {', '.join(self.targets)}"
             )
 
+    def load_dataset(self, *args: Any, **kwargs: Any) -> None:
+        if choice_value(self.cfg.sample_break_mode) == "eos" and not hasattr(np, "compat"):
+            raise UserError(
+                "--sample-break-mode eos: fairseq makes such blocks with numpy below 2 alone, and "
+                f"this is numpy {np.__version__}; take complete, or install an older numpy"
+            )
+        super().load_dataset(*args, **kwargs)
+
     def student(self) -> Student:
         outputs = self.target_dictionary
         options: Dict[str, Any] = dict.fromkeys(("self_target", "past_target"), False)
