@@ -1,7 +1,8 @@
 """Kinds of models that teach and learn: all that differs between them before a batch is read."""
 
-from typing import Any, Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple, Type
 
+import torch
 from fairseq.models import (
     ARCH_MODEL_REGISTRY,
     FairseqEncoderDecoderModel,
@@ -37,7 +38,7 @@ class Kind(NamedTuple):
     task: str
     tasks: Tuple[str, ...]
     model: str
-    classes: Tuple[type, ...]
+    classes: Tuple[Type[torch.nn.Module], ...]
     sides: Tuple[str, ...]
     tables: Tuple[Tuple[str, str], Tuple[str, str]]
     new_task: Callable[[Dictionaries, Tuple[int, int]], Any]
