@@ -59,8 +59,8 @@ def _sections() -> Iterator[Any]:
     from kd_plugin.tasks.translation import KDTranslationConfig
 
     yield (
-        "Task `kd_translation`",
-        "Beside the flags of fairseq's `translation`.",
+        "Tasks `kd_translation` and `kd_language_modeling`",
+        "Beside the flags of fairseq's `translation` and `language_modeling`.",
         {"": dataclass_flags(KDTranslationConfig)},
     )
     yield (

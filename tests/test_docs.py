@@ -170,6 +170,8 @@ def check(words: List[str]) -> bool:
                 fairseq_options.get_training_parser(),
                 [*TRAINING, *arguments] if arguments != rest else arguments,
             )
+        elif word == "fairseq-eval-lm":
+            parse(fairseq_options.get_eval_lm_parser(), rest)
         elif word == "fairseq-generate":
             parse(fairseq_options.get_generation_parser(), rest)
         elif word == "fairseq-preprocess":
@@ -220,6 +222,7 @@ def known_flags() -> Set[str]:
     for parser, arguments in (
         (fairseq_options.get_training_parser(), [*TRAINING, *kd, "kd_translation"]),
         (fairseq_options.get_training_parser(), [*TRAINING, *kd, *multilingual]),
+        (fairseq_options.get_training_parser(), [*TRAINING, *kd, "kd_language_modeling"]),
         (fairseq_options.get_generation_parser(), ["data-bin", "--bpe", "sentencepiece"]),
     ):
         fairseq_options.parse_args_and_arch(parser, arguments, modify_parser=parsers.append)

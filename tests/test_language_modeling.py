@@ -320,6 +320,18 @@ def test_flags_that_mean_nothing_here(data):
             Learning(data, flags={"sample_break_mode": "eos"}).begin()
 
 
+def test_text_without_blocks_is_not_looked_over(data):
+    """What fairseq-interactive reads, and fairseq-eval-lm with --context-window."""
+    task = Learning(data).task
+    task.load_dataset("valid")
+    batches = task.eval_lm_dataloader(task.dataset("valid"), num_workers=0, context_window=2)
+    assert sum(batch["ntokens"] for batch in batches) > 0
+    if "eos" in MODES:
+        text = task.build_dataset_for_inference([torch.tensor([4, 5, 2])], [3])
+        (batch,) = task.get_batch_iterator(text, max_tokens=9, max_positions=16).next_epoch_itr()
+        assert batch["net_input"]["src_tokens"].tolist() == [[2, 4, 5]]
+
+
 def test_the_inside_of_decoders(data, teacher):
     t = Learning(data, teacher[0], kd_hidden="relations", kd_attention_weight=1.0).begin()
     (log, *_) = t.update(t.batches())

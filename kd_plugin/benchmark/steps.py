@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from fairseq import utils
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
-from fairseq.tasks.translation import TranslationTask
+from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
-from ..cache import rows_of_batch
+from ..cache import rows_of_batch, target_sizes
 from ..errors import UserError
 from ..flags import (
     BEYOND_OUTPUTS,
     RUN_TEACHER,
     KDLabelSmoothedCrossEntropyCriterionConfig,
+    TeacherConfig,
 )
 from ..plan import choice_value
-from ..tasks.translation import KDTranslationConfig, KDTranslationTask
 from ..timing import Timings, peak_memory
 
 STEP, TEACHER = "plain step", "teacher forward"
@@ -49,8 +49,8 @@ class Steps:
     """Training steps of one student on the same batches, plain and with what teaches it.
 
     Args:
-        cfg: fairseq's configuration of a distillation run, with a teacher to run, a cache, or
-            both.
+        cfg: fairseq's configuration of a distillation run, of any task with a teacher, with one
+            to run, a cache, or both.
         batches: how many of its batches to take, from the shortest to the longest sentences.
 
     Raises:
@@ -61,6 +61,8 @@ class Steps:
         with open_dict(cfg):
             cfg.distributed_training.distributed_world_size = 1
         self.cfg, self.batches = cfg, batches
+        self.taught: Any = TASK_REGISTRY[cfg.task._name]
+        self.stock: Any = TASK_REGISTRY[self.taught.kind.task]
 
     def works(self, names: Iterable[str] = ()) -> Dict[str, Callable[[], None]]:
         """Each goes once over all batches, fetching them included; by default all there are."""
@@ -84,7 +86,7 @@ class Steps:
         """Seconds of one round over the batches, and how they compare."""
         timings = Timings(self.works(), repeats, "steps")
         _, dataset, batches = self._trainer(with_teacher=None)
-        tokens = int(sum(dataset.tgt_sizes[batch].sum() for batch in batches))
+        tokens = int(sum(target_sizes(dataset)[batch].sum() for batch in batches))
         costs: Dict[str, Any] = {}
         for name in timings.seconds:
             spread = timings.quartiles(name)
@@ -118,7 +120,7 @@ class Steps:
                 distributions learnt.
         """
         cfg = deepcopy(self.cfg)
-        none = KDTranslationConfig()
+        none = TeacherConfig()
         with open_dict(cfg):
             cfg.task.restore_file = ""  # no checkpoint is opened
             for name in _LEFT_OUT.get(with_teacher, ()):
@@ -134,7 +136,7 @@ class Steps:
                 cfg.criterion.kd_temperature = temperature
         utils.set_torch_seed(cfg.common.seed)
         with _refusing_as_fairseq():
-            task = (KDTranslationTask if with_teacher else TranslationTask).setup_task(cfg.task)
+            task = (self.taught if with_teacher else self.stock).setup_task(cfg.task)
             model = task.build_model(cfg.model)
         if with_teacher:
             criterion = task.build_criterion(cfg.criterion)
@@ -193,7 +195,8 @@ class Steps:
     def _validation(self) -> Callable[[], None]:
         """What fairseq-validate does with the teacher."""
         trainer, dataset, batches = self._trainer("run")
-        stock = TranslationTask(self.cfg.task, trainer.task.src_dict, trainer.task.tgt_dict)
+        sides = trainer.task.source_dictionary, trainer.task.target_dictionary
+        stock = self.stock(self.cfg.task, *sides)
         criterion = _stock_criterion(stock, self.cfg)
         criterion.eval()
 
@@ -204,7 +207,7 @@ class Steps:
                     inputs = member.inputs(sample["net_input"])
                     # tags before the target are no words to predict
                     padding = (member.view.longer[1], 0)
-                    target = F.pad(sample["target"], padding, value=stock.tgt_dict.pad())
+                    target = F.pad(sample["target"], padding, value=sides[1].pad())
                     own = {**sample, "net_input": inputs, "target": target}
                     stock.valid_step(own, member.model, criterion)
 
@@ -213,7 +216,7 @@ class Steps:
     def _caching(self) -> Callable[[], None]:
         """What fairseq-kd-cache does, with its defaults."""
         trainer, dataset, batches = self._trainer("run")
-        vocabulary = len(trainer.task.tgt_dict)
+        vocabulary = len(trainer.task.target_dictionary)
         header = {"vocabulary": vocabulary, "k": min(8, vocabulary), "temperatures": []}
 
         def work() -> None:

@@ -209,13 +209,17 @@ def _in_order(real: Tensor, ids: np.ndarray, plan: np.ndarray) -> Tensor:
     return flat[order][real[order]]
 
 
-def summary_lines(manifest: Dict[str, Any], folder: Any) -> List[str]:
-    """What a user wants to know of a finished cache."""
-    s, samples = manifest["summary"], manifest.get("tail_samples", 0)
-    drawn = f" and {samples} drawn from the tail" if samples else ""
+def summary_lines(manifest: Dict[str, Any], folder: Any, samples: str = "sentences") -> List[str]:
+    """What a user wants to know of a finished cache.
+
+    Args:
+        samples: what the data consist of.
+    """
+    s, draws = manifest["summary"], manifest.get("tail_samples", 0)
+    drawn = f" and {draws} drawn from the tail" if draws else ""
     teachers = " + ".join(os.path.basename(teacher["path"]) for teacher in manifest["teachers"])
     return [
-        f"{folder}: {manifest['sentences']} sentences, {manifest['rows']} target tokens, top "
+        f"{folder}: {manifest['sentences']} {samples}, {manifest['rows']} target tokens, top "
         f"{manifest['k']}{drawn} of {teachers}",
         f"  {s['bytes'] / 1e6:.1f} MB, {s['bytes_per_token']:.2f} bytes per target token",
         f"  covered probability mass: mean {s['covered_mean']:.4f}, 1st percentile "

@@ -87,7 +87,8 @@ def make(asked: Asked) -> List[Dict[str, Any]]:
             task.probe(teacher, part.subset)
         if fill(task, teacher, writer, cfg.dataset.num_workers):
             made.append(writer.manifest())
-            print("\n".join(summary_lines(made[-1], writer.folder)), flush=True)
+            lines = summary_lines(made[-1], writer.folder, task.kind.samples[0])
+            print("\n".join(lines), flush=True)
         else:
             print(
                 f"{writer.folder}: shard {asked.shard_id} of {asked.num_shards} is done; the last "

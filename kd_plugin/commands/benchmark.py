@@ -16,10 +16,12 @@ import torch
 from fairseq import options as fairseq_options
 from fairseq.dataclass.configs import OptimizationConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
+from fairseq.tasks import TASK_REGISTRY
 
 from .. import benchmark
 from ..checkpoints import DTYPES
 from ..flags import CRITERION, KDLabelSmoothedCrossEntropyCriterionConfig
+from ..tasks.distillation import Distillation
 from ..tasks.translation import KDTranslationConfig
 from .arguments import Help, exit_code, import_user_dir, parse_like_fairseq
 
@@ -133,7 +135,8 @@ def _configuration(training: List[str]) -> Any:
         )
     parser = fairseq_options.get_training_parser()
     cfg = convert_namespace_to_omegaconf(parse_like_fairseq(parser, training))
-    if cfg.task._name != "kd_translation" or cfg.criterion._name != CRITERION:
+    taught = issubclass(TASK_REGISTRY.get(cfg.task._name, object), Distillation)
+    if not taught or cfg.criterion._name != CRITERION:
         make_parser().error(  # fairseq's would print its hundreds of flags first
             "expected the arguments of a distillation run (--task kd_translation --criterion "
             f"{CRITERION}); plain steps are timed as well"

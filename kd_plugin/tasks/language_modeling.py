@@ -1,7 +1,7 @@
 """The task ``kd_language_modeling``: fairseq's ``language_modeling`` with a teacher."""
 
 from dataclasses import dataclass
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 from fairseq.tasks import register_task
@@ -53,8 +53,10 @@ class KDLanguageModelingTask(Distillation, LanguageModelingTask):
             outputs = first(outputs, len(outputs))  # fairseq's own list of its symbols is whole
         return Student(self.dictionary, outputs, "", "", self.kind, options)
 
-    def lengths(self, dataset: Any) -> np.ndarray:
-        sizes = np.asarray(dataset.sizes)
+    def lengths(self, dataset: Any) -> Optional[np.ndarray]:
+        sizes = getattr(dataset, "sizes", None)
+        if not isinstance(sizes, np.ndarray):
+            return None  # text to go on with, or blocks with a window of context before them
         return np.stack([sizes, sizes], axis=1)
 
     def data_endings(self) -> List[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..objective import Place
-from ..objective.states import HIDDEN, LAYERS_FLAG, MAPS, full_precision
+from ..objective.states import HIDDEN, LAYERS_FLAG, MAPS, SIDES, full_precision
 
 # Where a model has the attention of each kind: on which side, and under which name in its layers
 _ATTENTION = {
@@ -67,7 +67,8 @@ def lacking(model: Any, places: Sequence[Place], owner: str, learns: bool = Fals
         hidden, stack = kind in HIDDEN, _find(model, kind)
         flag = LAYERS_FLAG[kind]
         if _side(model, kind) is None:
-            reasons.append(f"{owner} has no encoder: leave out {kind} in {flag}")
+            side = SIDES[kind][0]
+            reasons.append(f"{owner} has no {side}: leave out {kind} in {flag}")
             continue
         if stack is None:
             what = "a hidden state for each position" if hidden else "attention as transformers do"
