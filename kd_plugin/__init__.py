@@ -1,4 +1,4 @@
-"""kd_plugin: knowledge distillation for translation and language models, as a fairseq ``--user-dir``.
+"""kd_plugin: knowledge distillation, as a fairseq ``--user-dir``.
 
 Importing it registers the tasks ``kd_translation`` and ``kd_language_modeling`` and the criterion
 ``kd_label_smoothed_cross_entropy``, and lets torch open fairseq's checkpoints safely.
