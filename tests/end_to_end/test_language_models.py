@@ -16,6 +16,9 @@ from support import (
     train_on_two_ranks,
 )
 
+from kd_plugin import benchmark
+from kd_plugin.commands import benchmark as benchmark_command
+
 WORDS = 30
 
 
@@ -148,3 +151,11 @@ def test_two_ranks_are_one_with_two_batches(text, teacher, tmp_path):
         rtol=1e-3,
         atol=1e-5,
     )
+
+
+def test_the_benchmark_times_it(text, teacher, tmp_path):
+    arguments = [*map(str, distilled(text, teacher, tmp_path))]
+    steps = benchmark.Steps(benchmark_command._configuration(arguments), batches=1)
+    measured = steps.costs(1)
+    assert measured["target_tokens"] > 16
+    assert {"plain step", "distilled step", "caching"} < set(measured["costs"])
