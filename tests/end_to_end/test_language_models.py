@@ -7,12 +7,14 @@ import shutil
 import pytest
 import torch
 from support import (
+    CHECKOUT,
     PLUGIN,
     SGD,
     USER_DIR,
     assert_same_weights,
     fairseq,
     language_model,
+    script,
     train_on_two_ranks,
 )
 
@@ -159,3 +161,17 @@ def test_the_benchmark_times_it(text, teacher, tmp_path):
     measured = steps.costs(1)
     assert measured["target_tokens"] > 16
     assert {"plain step", "distilled step", "caching"} < set(measured["costs"])
+
+
+def test_the_shipped_yaml_runs(text, teacher, tmp_path):
+    sizes = ("embed_dim", "input_dim", "output_dim")
+    run = script(
+        *("fairseq-hydra-train", "--config-dir", CHECKOUT / "recipes" / "config"),
+        *("--config-name", "kd_language_modeling", f"common.user_dir={PLUGIN}"),
+        *("common.cpu=true", f"task.data={text}", "task.tokens_per_sample=16"),
+        *(f"task.teacher_checkpoint_path={teacher}", "optimization.max_update=3"),
+        *(*(f"model.decoder_{size}=16" for size in sizes), "common.log_format=json"),
+        cwd=tmp_path,
+    ).ok()
+    assert "valid_kd_loss" in run.text
+    assert list(tmp_path.glob("outputs/*/*/checkpoints/checkpoint_best.pt"))
