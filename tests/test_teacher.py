@@ -197,7 +197,6 @@ def test_the_probe_looks_at_a_few_rows_of_the_vocabulary_at_a_time(tmp_path, mon
     """All positions of eight long sentences at once would be gigabytes of logits."""
     from trainer import SENTENCES, new_task, write_data
 
-    from kd_plugin.teachers import probe as public
     from kd_plugin.teachers import run
 
     teacher = write_teacher(tmp_path, knowing=True)
@@ -215,6 +214,6 @@ def test_the_probe_looks_at_a_few_rows_of_the_vocabulary_at_a_time(tmp_path, mon
     module = __import__("sys").modules["kd_plugin.teachers.probe"]
     monkeypatch.setattr(module, "rows_at_once", lambda device, vocabulary: 1)
     monkeypatch.setattr(module, "rows_ahead", lambda device: 3)
-    public(opened, task.dataset("train"), task.student(), "train")
+    task.probe(opened, "train")
     tokens = sum(len(target) + 1 for _, target in SENTENCES["train"])
     assert max(sizes) == 3 and sum(sizes) == tokens
