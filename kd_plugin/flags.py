@@ -259,7 +259,8 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         default=None,
         metadata={
             "help": "which layers learn from which with --kd-hidden, as STUDENT=TEACHER, counted "
-            f"from 0 or backwards from -1 (default: {HIDDEN_LAYERS}; of what a model has)"
+            "from 0 or backwards from -1; a language model has no encoder (default: "
+            f"{HIDDEN_LAYERS})"
         },
     )
     kd_attention_weight: float = field(
@@ -273,8 +274,8 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
         default=None,
         metadata={
             "help": "which layers learn from which with --kd-attention-weight, as STUDENT=TEACHER, "
-            f"counted from 0 or backwards from -1 (default: {ATTENTION_LAYERS}; of what a model "
-            "has)"
+            "counted from 0 or backwards from -1; a language model has decoder-self (default: "
+            f"{ATTENTION_LAYERS})"
         },
     )
     # fairseq's own, which criterions are not told otherwise
