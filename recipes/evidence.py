@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-SAMPLES = 1000
+SAMPLES = 4000
 METRICS = ("BLEU", "chrF2")
 BASELINE, FINETUNED = "plain", "-finetuned"  # the latter have had more updates
 
@@ -118,13 +118,14 @@ class Scores:
         return self.metric._compute_score_from_stats(list(counts)).score
 
 
-def p_value(scores, ours, plain, generator):
+def p_value(scores, ours, plain):
     """Of the hierarchical bootstrap, two-sided.
 
     Args:
         ours, plain: of each seed, the sentences' statistics.
     """
     n, signs = len(plain[0]), []
+    generator = np.random.default_rng(1)  # anew, so that no other row makes a difference
     for _ in range(SAMPLES):
         sentences = np.bincount(generator.integers(n, size=n), minlength=n)
         means = []
@@ -137,7 +138,6 @@ def p_value(scores, ours, plain, generator):
 
 
 def table(rows):
-    generator = np.random.default_rng(1)
     found = {name: {} for name in rows}
     tokenize = next(iter(next(iter(rows.values())).values()))["tokenize"]
     for metric, computed in scores(None, tokenize).items():
@@ -148,7 +148,7 @@ def table(rows):
         for name in rows:
             baseline = BASELINE + (FINETUNED if name.endswith(FINETUNED) else "")
             if name != baseline and "" not in rows[name] and baseline in rows:
-                p = p_value(computed, kept[name], kept[baseline], generator)
+                p = p_value(computed, kept[name], kept[baseline])
                 found[name][f"p, {metric}"] = p
     for name, seeds in rows.items():
         row = found[name]
