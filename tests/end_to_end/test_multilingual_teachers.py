@@ -134,7 +134,7 @@ def test_a_cache_of_other_tags_is_another(data, tagged, cached, tmp_path):
         (("--teacher-langs", "dd,bb"), ["dd is none of the languages", "(bb, cc, aa)"]),
         (
             ("--teacher-overrides", "{'max_source_positions': 21}"),
-            ["up to 21 source", "at most 20 and 1023 beside its tags, which take 1 and 1"],
+            ["up to 21 source", "at most 20 source and 1023 target tokens beside its tags"],
         ),
         (("--teacher-user-dir", "nowhere"), ["--teacher-user-dir: no such folder"]),
     ],
