@@ -17,6 +17,8 @@
 #   ROWS           plain plain-ls0 word bucket-8 sample-8-8 sample-8-16 bucket-32 best closest mixed mixed-word
 #                  also: word-ls0, sample-8-8-ls0; keep-4 (the 4 closest), mbr (of 16 samples, by chrF), samples (4 of
 #                  these), backward (needs BACKWARD); ensemble (needs ENSEMBLE); junior (needs JUNIOR);
+#                  of the running teacher hidden-relations, hidden-mse, attention, inputs-argmax, inputs-sample (half of
+#                  the batches); ranking (8 and 8);
 #                  annealed (8 and 8, the weight falling from 1 to 0: the references alone at the end);
 #                  ROW-finetuned: ROW's student after an eighth as many updates more, on the references alone
 #   SEEDS          1 2 3
@@ -105,6 +107,18 @@ row() { # NAME SEED
         sample-*-*)
             k=${1#sample-} k=${k%-ls0}
             cached "${k%-*}" "${k#*-}"
+            ;;
+        hidden-* | attention | inputs-*)
+            case $1 in
+                hidden-*) KD_FLAGS="--kd-hidden ${1#hidden-} $KD_FLAGS" ;;
+                attention) KD_FLAGS="--kd-attention-weight 1 $KD_FLAGS" ;;
+                inputs-*) KD_FLAGS="--kd-inputs ${1#inputs-} --kd-inputs-rate 0.5 $KD_FLAGS" ;;
+            esac
+            distil_flags "$teacher"
+            ;;
+        ranking)
+            KD_FLAGS="--kd-ranking-weight 1 $KD_FLAGS"
+            cached 8 8
             ;;
         annealed)
             KD_WEIGHT= KD_FLAGS="--kd-weight-schedule linear:1:0:$UPDATES $KD_FLAGS"
