@@ -75,8 +75,12 @@ class Tokenizer(NamedTuple):
 
     def length_ratio(self, texts: Sequence[str], references: Sequence[str]) -> float:
         """Words of the texts divided by those of the references."""
-        found = self.metric().corpus_score(texts, [references])
-        return float(found.sys_len / max(found.ref_len, 1))
+        split = self.metric().tokenizer
+        length, expected = (
+            sum(len(split(line.rstrip()).split()) for line in lines)
+            for lines in (texts, references)
+        )
+        return length / max(expected, 1)
 
     def notes(self, references: Sequence[str]) -> List[str]:
         """What a user should know before believing a BLEU on these references."""

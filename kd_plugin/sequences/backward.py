@@ -78,8 +78,7 @@ def open_direction(
         score, longest = _open_ctranslate2(path, reader, device, dtype)
     else:
         score, longest = _open_fairseq(path, reader, device, dtype, trust)
-    langs = reader.source_lang, reader.target_lang
-    return Direction(path, langs, score, longest, -math.log(len(reader.target)))
+    return Direction(path, reader.languages, score, longest, -math.log(len(reader.target)))
 
 
 def _open_fairseq(

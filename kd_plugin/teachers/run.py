@@ -213,9 +213,8 @@ class _Model:
         settings: TeacherSettings,
     ) -> None:
         self.path, self.overrides = checkpoint.path, settings.overrides
-        languages = (student.source_lang, student.target_lang)
+        languages, kind = student.languages, student.kind
         named = settings.tags.languages or languages
-        kind = student.kind
         _check_task(checkpoint, student, settings.tags, self.overrides)
         checkpoint = checkpoint.for_direction(named, data)
         found = checkpoint.dictionaries(
@@ -343,7 +342,7 @@ def _check_task(
                 f"{checkpoint} was trained with {_option(name, theirs)}, and the student with "
                 f"{_option(name, ours)}: both must read and predict the same"
             )
-    ours = student.source_lang, student.target_lang
+    ours = student.languages
     if not any(ours):
         if asked != AskedTags():
             raise TeacherError(

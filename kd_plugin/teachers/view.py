@@ -41,6 +41,10 @@ class Student(NamedTuple):
     kind: Kind = TRANSLATION
     options: Mapping[str, Any] = {}
 
+    @property
+    def languages(self) -> Tuple[str, str]:
+        return self.source_lang, self.target_lang
+
 
 def decoder_inputs(net_input: Mapping[str, Tensor]) -> Tensor:
     """What the decoder of a batch reads, (B, T); a language model reads nothing else."""
