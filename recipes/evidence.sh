@@ -108,12 +108,16 @@ row() { # NAME SEED
             k=${1#sample-} k=${k%-ls0}
             cached "${k%-*}" "${k#*-}"
             ;;
-        hidden-* | attention | inputs-*)
-            case $1 in
-                hidden-*) KD_FLAGS="--kd-hidden ${1#hidden-} $KD_FLAGS" ;;
-                attention) KD_FLAGS="--kd-attention-weight 1 $KD_FLAGS" ;;
-                inputs-*) KD_FLAGS="--kd-inputs ${1#inputs-} --kd-inputs-rate 0.5 $KD_FLAGS" ;;
-            esac
+        hidden-*)
+            KD_FLAGS="--kd-hidden ${1#hidden-} $KD_FLAGS"
+            distil_flags "$teacher"
+            ;;
+        attention)
+            KD_FLAGS="--kd-attention-weight 1 $KD_FLAGS"
+            distil_flags "$teacher"
+            ;;
+        inputs-*)
+            KD_FLAGS="--kd-inputs ${1#inputs-} --kd-inputs-rate 0.5 $KD_FLAGS"
             distil_flags "$teacher"
             ;;
         ranking)
