@@ -110,18 +110,12 @@ class Dense:
         """The distribution at temperature 1."""
         return distribution(self.logits)
 
-    @cached_property
-    def log_normaliser(self) -> Tensor:
-        if "plain" in self.__dict__:
-            return self.plain.log_normaliser
-        return torch.logsumexp(self.logits, dim=-1, keepdim=True)
-
     def bad(self) -> Tensor:
-        return ~self.log_normaliser.isfinite().squeeze(-1)
+        return ~self.plain.log_normaliser.isfinite().squeeze(-1)
 
     def nll(self, target: Tensor) -> Tensor:
         at_target = self.logits.gather(-1, target.unsqueeze(-1))
-        return (self.log_normaliser - at_target).squeeze(-1)
+        return (self.plain.log_normaliser - at_target).squeeze(-1)
 
     def best(self) -> Tensor:
         return self.logits.argmax(dim=-1)
@@ -135,7 +129,7 @@ class Dense:
         return symbols, self.probabilities_of(symbols)
 
     def probabilities_of(self, symbols: Tensor) -> Tensor:
-        return (self.logits.gather(-1, symbols) - self.log_normaliser).exp_()
+        return (self.logits.gather(-1, symbols) - self.plain.log_normaliser).exp_()
 
     def rows(self, index: Union[Tensor, slice]) -> "Dense":
         plain = self.__dict__.get("plain")

@@ -199,7 +199,7 @@ def _evaluate(
     selected = None
     if answer is not None and settings.selection.looks_at_batch:
         chunks = ((logits[place(here)].to(like), target[here]) for here in _slices(0, n, size))
-        nll = torch.cat([_nll(z, t, torch.logsumexp(z, -1, keepdim=True)) for z, t in chunks])
+        nll = torch.cat([_nll(z, t, distribution(z).log_normaliser) for z, t in chunks])
         selected = settings.selection(TokenStatistics(nll))
 
     parts: List[_RowTerms] = []
