@@ -77,7 +77,7 @@ class Text(NamedTuple):
         if data.side(subset, data.langs[0]) is None:
             decoding.Corpus.of_subset(task, data, subset)  # names what there is
         corpus = decoding.Corpus.of_subset(task, decoding.DataBin(str(folder), *data.langs), subset)
-        batches = decoding.plan(task, corpus, [max_positions], max_tokens=MAX_TOKENS)
+        batches = decoding.plan(task, corpus.dataset, [max_positions], max_tokens=MAX_TOKENS)
         if not batches:
             raise FileError(f"{data.folder}, {subset}: no sentence to verify with")
         return cls(folder, subset, task, corpus, batches)
