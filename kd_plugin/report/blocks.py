@@ -10,7 +10,6 @@ from fairseq import tasks, utils
 from .. import decoding
 from ..cache.layout import data_files
 from ..checkpoints import LANGUAGE_MODEL
-from ..decoding import databin
 from ..errors import UserError
 from ..files import digest, read_whole, reading_binarised
 from ..tasks.language_modeling import as_student, describe_blocks, refuse_blocks
@@ -38,7 +37,8 @@ class Blocks(TestSet):
         self.cfg = cfg = configuration(options)
         utils.import_user_module(cfg.common)
         refuse_blocks(cfg.task)
-        self.folder, self.subset = Path(cfg.task.data or ""), cfg.dataset.gen_subset
+        self.subset, self.bins = cfg.dataset.gen_subset, decoding.DataBin(cfg.task.data, "", "")
+        self.folder = self.bins.folder
         try:
             self.task = tasks.setup_task(cfg.task)
             with reading_binarised(self.folder / self.subset):
@@ -49,8 +49,8 @@ class Blocks(TestSet):
             raise
         except Exception as error:  # fairseq's may be a bare one
             raise UserError(
-                f"{self.folder}: expected a folder of fairseq-preprocess --only-source with "
-                f"dict.txt and the subset {self.subset} ({error or repr(error)})"
+                f"{self.folder}: the subset {self.subset!r} of fairseq-preprocess --only-source "
+                f"cannot be read ({error or repr(error)})"
             ) from error
         self.student = as_student(self.task, cfg.task)
 
@@ -71,7 +71,7 @@ class Blocks(TestSet):
         return {
             "subset": self.subset,
             "files": {Path(name).name: digest(name) for name in files},
-            "dictionary": digest(str(self.folder / "dict.txt")),
+            "dictionary": digest(str(self.bins.dictionary_files()[0])),
             "outputs": len(self.student.target),
             **describe_blocks(self.cfg.task),
         }
@@ -104,11 +104,7 @@ class Blocks(TestSet):
             yield batch
 
     def training_set(self) -> Optional[Any]:
-        prefix = str(self.folder / "train")
-        if not databin.exists(prefix):
-            return None
-        with reading_binarised(prefix):
-            return databin.read(prefix, self.student.source)
+        return self.bins.side("train", "")
 
     def texts(self, i: int, results: Results, student: Model) -> Dict[str, Optional[str]]:
         return dict.fromkeys(("source", "reference", "teacher", "student"))
