@@ -284,7 +284,7 @@ def compare_scores(
     """
     logger.info(f"scoring text with {checkpoint}, and with the export in stock fairseq")
     model = checkpoint.build(text.task, kind=LANGUAGE_MODEL).float()
-    model.prepare_for_inference_(Namespace())
+    model.prepare_for_inference_(Namespace(generation=verify.generation(1)))
     expected = text.scores(model)
     printed = _in_stock_fairseq(
         *("eval_lm", text.folder, exported, user_dir, "--gen-subset", text.subset),
