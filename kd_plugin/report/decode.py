@@ -138,7 +138,7 @@ class _Worker:
     """A process for one model."""
 
     def __init__(self, model: Model, role: Role, options: Namespace) -> None:
-        self._unit = " blocks" if models_language(options) else " sentences"
+        self._unit = "blocks" if models_language(options) else "sentences"
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(

@@ -169,12 +169,12 @@ def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
 
 
 def task_given(options: Namespace) -> bool:
-    """Whether --task translation is to hold whatever the checkpoints were trained for."""
+    """Whether --task is to hold whatever the checkpoints say that they were trained for."""
     return getattr(options, "task_given", False)
 
 
 def kind_of_models(models: Sequence[Model], trust: bool = False) -> Kind:
-    """What all models are, by their checkpoints; those that cannot be told are left to their fate.
+    """What all models are, by their checkpoints; of one that cannot be read its own row says why.
 
     Args:
         trust: open them with the full pickle machinery.
@@ -187,7 +187,7 @@ def kind_of_models(models: Sequence[Model], trust: bool = False) -> Kind:
         kinds = {TRANSLATION} if model.kind == CTRANSLATE2 else set()
         if model.kind == FAIRSEQ:
             for path in model.paths:
-                with contextlib.suppress(UserError):  # its row of the report says it
+                with contextlib.suppress(UserError):
                     checkpoint = Checkpoint.open(path, Role("model"), trust)
                     kinds.add(checkpoint.kind or TRANSLATION)
         for kind in kinds:
