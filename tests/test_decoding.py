@@ -274,12 +274,12 @@ def test_batches_of_sentences_that_fit(data, monkeypatch, subset):
     task = task_of(data)
     corpus = Corpus.of_subset(task, data, subset)
     monkeypatch.setattr(LanguagePairDataset, "size", None)
-    found = plan(task, corpus, [(4, 4)], max_tokens=8)
+    found = plan(task, corpus.dataset, [(4, 4)], max_tokens=8)
     assert sorted(i for batch in found for i in batch) == [0, 1, 2, 3, 4]
     assert [len(batch) for batch in found] == [2, 2, 1]
-    assert plan(task_of(data), corpus, [(3, 4)], max_tokens=3) == []
+    assert plan(task_of(data), corpus.dataset, [(3, 4)], max_tokens=3) == []
     with pytest.raises(FileError, match="sentence has 4 tokens, more than --max-tokens 3"):
-        plan(task, corpus, [(4, 4)], max_tokens=3)
+        plan(task, corpus.dataset, [(4, 4)], max_tokens=3)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,9 @@ def check(words: List[str]) -> bool:
                 kd = ["--task", "kd_translation", "--criterion", "kd_label_smoothed_cross_entropy"]
                 parse(fairseq_options.get_training_parser(), [*kd, *training])
         elif word in COMMANDS:
-            parser = COMMANDS[word].make_parser()
+            # the checkpoints, which are not here, would tell the command what they are
+            of_text = word == report.PROG and "--sample-break-mode" in rest
+            parser = COMMANDS[word].make_parser(*["language_modeling"] * of_text)
             parser.allow_abbrev = False
             parse(parser, rest)
         else:

@@ -408,8 +408,8 @@ def test_parameters_are_counted_once(name, tables, data, tmp_path):
 def test_other_tasks_and_architectures_are_named(data, tmp_path):
     path = made(data, tmp_path / "model.pt", MODELS["tied"])
     checkpoint = read(path)
-    other = dataclasses.replace(checkpoint, task_options={"_name": "language_modeling"})
-    with pytest.raises(ExportError, match="'language_modeling'; only models of.*translation"):
+    other = dataclasses.replace(checkpoint, task_options={"_name": "masked_lm"})
+    with pytest.raises(ExportError, match="'masked_lm'; only models of.*translation"):
         to_fairseq.model_arguments(other)
     other = dataclasses.replace(checkpoint, options={"arch": "nobody_knows"})
     with pytest.raises(ExportError, match="no architecture 'nobody_knows'"):

@@ -12,11 +12,17 @@ from fairseq.data import indexed_dataset
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from trainer import Training, criterion_config, dictionary, task_config, write_teacher
 
+from kd_plugin import export
 from kd_plugin.cache import CacheError, TaughtDataset
 from kd_plugin.cache.fill import fill, open_writer
 from kd_plugin.cache.reader import CachedSubset
+from kd_plugin.checkpoints import Role
+from kd_plugin.commands import report as report_command
+from kd_plugin.commands.arguments import parse_like_fairseq
 from kd_plugin.decoding import databin
 from kd_plugin.errors import UserError
+from kd_plugin.report import Model, scoring
+from kd_plugin.report.blocks import Blocks
 from kd_plugin.tasks.language_modeling import KDLanguageModelingConfig, KDLanguageModelingTask
 from kd_plugin.teachers import Student, Teacher, TeacherSettings
 
@@ -340,3 +346,80 @@ def test_the_inside_of_decoders(data, teacher):
     assert [tuple(one.shape) for one in t.criterion.maps] == [(12, 8)]
     with pytest.raises(UserError, match="student has no encoder: leave out encoder in --kd-hidd"):
         Learning(data, teacher[0], kd_hidden="relations", kd_hidden_layers="encoder:0=0").begin()
+
+
+# reports and exports
+
+
+def parsed(data, *more):
+    given = [str(data), "--models", "x=y", "--output", "z", "--cpu", "--gen-subset", "valid"]
+    given += ["--tokens-per-sample", str(BLOCK), *more]
+    return parse_like_fairseq(report_command.make_parser("language_modeling"), given)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("mode", ["none", "complete"])
+def test_a_block_is_scored_as_its_model_says(mode, bos, data, tmp_path, monkeypatch):
+    """Against log-probabilities in float64 of the blocks' own text, however it is batched."""
+    monkeypatch.setattr(scoring.Memory, "forget_peak", lambda self: None)
+    path, model = write_lm(tmp_path / "lm", add_bos_token=bos)
+    options = parsed(data, "--sample-break-mode", mode, *["--add-bos-token"][: int(bos)])
+    scorer = scoring.Scorer(Model("lm", path, str(data)), Role("model"), options)
+    done = scorer.decode(5, Namespace(send=lambda _: None))
+    own = dictionary(SYMBOLS)
+    text = [databin.encode(own, " ".join(s)).tolist() for s in TEXT["valid"]]
+    assert [len(tokens) for tokens in text] == [4, 4]
+    blocks = [text[0] + text[1][:2], text[1][2:]] if mode == "none" else text
+    found, before = [], own.eos()
+    for block in blocks:
+        inputs = [own.bos()] * bos + [before] + block[:-1]
+        lprobs = model(torch.tensor([inputs]))[0][0].double().log_softmax(-1)[int(bos) :]
+        found.append(-lprobs[range(len(block)), block].sum().item() / np.log(2))
+        before = block[-1] if mode == "none" else own.eos()
+    assert done.outcomes == pytest.approx(found, rel=1e-5) and done.tokens == 8
+
+
+def test_blocks_that_a_model_cannot_read_are_refused(data, teacher):
+    long = parsed(data, "--tokens-per-sample", "20", "--sample-break-mode", "none")
+    Blocks(long)  # the text has 8 tokens
+    model, role = Model("lm", teacher[0], str(data)), Role("model")
+    scoring.Scorer(model, role, long)
+    train = parsed(data, "--gen-subset", "train", "--tokens-per-sample", "20")
+    with pytest.raises(UserError, match="reads 16 tokens at most, and the longest block has 20"):
+        scoring.Scorer(model, role, train)
+    with pytest.raises(UserError, match="the subset 'other' .* cannot be read"):
+        Blocks(parsed(data, "--gen-subset", "other"))
+
+
+def test_models_of_two_kinds_are_refused(data, teacher, tmp_path, capsys):
+    (tmp_path / "mt").mkdir()
+    translates = write_teacher(tmp_path / "mt")
+    models = [f"a={teacher[0]}", f"b={translates}", f"c={tmp_path}/no.pt"]
+    command = [str(data), "--output", str(tmp_path / "report"), "--models"]
+    assert report_command.main([*command, *models]) == 1
+    assert (
+        "expected models of one kind; a model language, b translate: make a report of each"
+        in capsys.readouterr().err
+    )
+    useless = ["--greedy", "--reference", "x", "--lenpen", "0.5"]
+    assert report_command.main([*command, models[0], *useless]) == 1
+    told = capsys.readouterr().err
+    assert "--greedy, --reference, --lenpen: of no use to language models" in told
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("bos, outputs", [(False, None), (True, 9)])
+def test_an_export_builds_in_stock_fairseq(bos, outputs, data, tmp_path):
+    path, model = write_lm(tmp_path / "lm", add_bos_token=bos, outputs=outputs)
+    lines = export.make(
+        export.Asked([path], str(tmp_path / "out.pt"), data=str(data), task="language_modeling")
+    )
+    assert "verified in stock fairseq: 8 tokens of valid scored the same" in lines[-1]
+    state = torch.load(str(tmp_path / "out.pt"))
+    own = dictionary(SYMBOLS).symbols
+    assert state["task_state"] == {"source_symbols": own, "target_symbols": own[:outputs]}
+    with pytest.raises(UserError, match="decoder-only language model, which --format fairseq"):
+        export.make(export.Asked([path], str(tmp_path / "x"), "ctranslate2", data=str(data)))
+    with pytest.raises(UserError, match="leave out --source-lang"):
+        export.make(export.Asked([path], str(tmp_path / "x"), source_lang="aa", data=str(data)))
+    assert not (tmp_path / "x").exists()

@@ -101,6 +101,8 @@ def test_the_first_metric_comes_first_and_all_have_columns():
     text = page.markdown(report)
     assert "A lower WER is better. A lower TER is better. Length" in text
     assert "rouge-2: ROUGE-2 x:y" in text
-    axes = axes_of(lambda *a: draw._quality_speed(report["metrics"][0], *a), report["systems"][:2])
+    axes = axes_of(
+        lambda *a: draw._quality_speed(report["metrics"][0], "sentences", *a), report["systems"][:2]
+    )
     low, high = axes[0].get_ylim()
     assert low > high and "WER" in axes[0].get_ylabel()  # up is better

@@ -22,11 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainer import write_data, write_mbart
 
-from kd_plugin.decoding import DataBin, Tokenizer
+from kd_plugin.decoding import Tokenizer
 from kd_plugin.errors import UserError
 from kd_plugin.files import FileError, locked
 from kd_plugin.objective.answer import Member, RunningAnswer
-from kd_plugin.report import compare, curves, decode, draw, named, pick, read_models
+from kd_plugin.report import asked as records
+from kd_plugin.report import compare, curves, decode, draw, measured, named, pick, read_models
 from kd_plugin.report import pipeline as build
 from kd_plugin.report.metrics import describe
 from kd_plugin.report.score import score
@@ -448,11 +449,11 @@ class FakeWorker:
         self.events.append(("open", self.name))
         if self.name in self.broken:
             raise FileError("unreadable")
-        return {"precision": None, **dict.fromkeys(decode.NUMBERS, 1)}
+        return {"precision": None, **dict.fromkeys(measured.NUMBERS, 1)}
 
     def decode(self, beam, description):
         self.events.append(("decode", self.name))
-        return decode.Pass(["a"], 2, 0.5)
+        return measured.Pass(["a"], 2, 0.5)
 
     def memory(self):
         return 7
@@ -466,9 +467,9 @@ def test_models_are_opened_one_after_the_other_and_decode_in_turns(tmp_path, mon
     monkeypatch.setattr(FakeWorker, "events", [])
     monkeypatch.setattr(FakeWorker, "broken", ("b",))
     models = [Model(name, name, "data") for name in "abc"]
-    measured = {m.name: decode.Measured(tmp_path / (m.name + ".json"), {}) for m in models}
+    kept = {m.name: measured.Measured(tmp_path / (m.name + ".json"), {}) for m in models}
     systems = [System(model, 5, True) for model in models]
-    assert decode.measure(*(systems, measured), teacher=models[0], options=None, repeats=2) == {
+    assert decode.measure(*(systems, kept), teacher=models[0], options=None, repeats=2) == {
         "b": "unreadable"
     }
     assert FakeWorker.events == [
@@ -479,8 +480,8 @@ def test_models_are_opened_one_after_the_other_and_decode_in_turns(tmp_path, mon
         *(("decode", "a"), ("decode", "c")) * 2,
         *(("stop", "a"), ("stop", "c")),
     ]
-    again = decode.Measured(tmp_path / "a.json", {})
-    assert again.translations == {5: ["a"]} and again.seconds == {5: [0.5, 0.5]}
+    again = measured.Measured(tmp_path / "a.json", {})
+    assert again.outcomes == {5: ["a"]} and again.seconds == {5: [0.5, 0.5]}
     assert again.memory == 7 and again.tokens == {5: 2}
 
 
@@ -526,20 +527,17 @@ def test_two_models_at_most_are_held_to_compare_any_number(monkeypatch):
 
     def compared(teacher, student, batches, dictionary):
         most.append(len(alive))
-        assert teacher.name == "teacher" and list(batches) == [["second", "first"]]
+        assert teacher.name == "teacher" and batches == ["batch"] and dictionary == "dictionary"
         return student.name
 
     models = [Model(n, n, "data") for n in ("a", "teacher", "b", "failed", "broken", "c", "int8")]
-    asked = build.Asked(models, models[1], models[0], None, "out")
+    asked = records.Asked(models, models[1], models[0], None, "out")
 
-    class Sentences(list):
-        def collater(self, sentences):
-            return sentences
+    def batches(limits):
+        assert limits == [(5, 9)] * 5
+        return ["batch"]
 
-    data = SimpleNamespace(
-        corpus=SimpleNamespace(dataset=Sentences(["first", "second"])),
-        task=SimpleNamespace(target_dictionary=None),
-    )
+    data = SimpleNamespace(batches=batches, student=SimpleNamespace(target="dictionary"))
 
     def limits(model, results):
         if model.name in ("failed", "int8"):
@@ -548,11 +546,10 @@ def test_two_models_at_most_are_held_to_compare_any_number(monkeypatch):
 
     monkeypatch.setattr(build, "_open", open_one)
     monkeypatch.setattr(build, "_max_positions", limits)
-    monkeypatch.setattr(build, "_plan", lambda data, limits: [[1, 0]])
     monkeypatch.setattr(build, "_counts", lambda data: None)
     monkeypatch.setattr(build.compare, "compare", compared)
     monkeypatch.setattr(build, "_difference", lambda model, tokens, counts, results: tokens)
-    results = build._Results(asked, data, {}, {})
+    results = records.Results(asked, data, {}, {})
     found, reasons = build._differences(results)
     assert found == {"a": "a", "b": "b", "c": "c"}
     assert most == [2, 2, 2]
@@ -571,7 +568,9 @@ def test_without_a_teacher_that_can_be_compared_no_student_is(monkeypatch):
         return 5, 9
 
     monkeypatch.setattr(build, "_max_positions", limits)
-    results = build._Results(build.Asked(models, models[0], models[1], None, "out"), None, {}, {})
+    results = records.Results(
+        records.Asked(models, models[0], models[1], None, "out"), None, {}, {}
+    )
     reason = "the teacher cannot be compared: it failed"
     assert build._differences(results) == ({}, {"a": reason, "b": reason})
 
@@ -586,12 +585,11 @@ def test_workers_of_ctranslate2_are_part_of_what_is_kept(tmp_path, monkeypatch):
         common=SimpleNamespace(cpu=True, fp16=False, bf16=False),
         distributed_training=SimpleNamespace(device_id=0),
     )
-    corpus = SimpleNamespace(data=SimpleNamespace(folder=tmp_path))
-    data = build._TestSet(cfg, None, corpus, [], [], True, Tokenizer(), None)
+    data = SimpleNamespace(cfg=cfg, folder=tmp_path)
 
     def settings_with(workers, path):
         monkeypatch.setattr(build, "threads", lambda: workers, raising=False)
-        asked = SimpleNamespace(options=SimpleNamespace())
+        asked = records.Asked([], None, None, SimpleNamespace(), "out")
         return build._model_settings(Model("m", str(path), str(tmp_path)), asked, data)
 
     assert settings_with(1, folder) != settings_with(2, folder)
@@ -643,12 +641,13 @@ def test_a_folder_of_other_files_named_new_is_refused(tmp_path):
 
 def test_after_an_error_the_folder_is_free(tmp_path, monkeypatch):
     models = [Model(name, name, "data") for name in ("teacher", "a")]
-    asked = build.Asked(models, models[0], models[1], None, str(tmp_path))
+    asked = records.Asked(models, models[0], models[1], None, str(tmp_path))
 
     def fail(*_):
         raise UserError("no model could be judged")
 
-    monkeypatch.setattr(build, "_read", lambda asked: None)
+    data = SimpleNamespace(describe=lambda asked: {"doubts": []})
+    monkeypatch.setattr(build, "Translations", lambda asked: data)
     monkeypatch.setattr(build, "_settings", lambda data: {})
     monkeypatch.setattr(build, "_measure", fail)
     with pytest.raises(UserError, match="could be judged") as kept:
@@ -696,10 +695,11 @@ def a_report():
     }
     return {
         **{"format": "kd_plugin report", "version": 1, "settings": {}, "subset": "test"},
+        "task": "translation",
         **{"languages": ["de", "en"], "sentences": 1000, "references": "ref.en"},
         **{"teacher": "teacher", "baseline": "teacher", "beam": 5, "device": "CPU", "threads": 2},
         **{"repeats": 3, "significance": "paired bootstrap resampling, 1,000 samples"},
-        "metrics": describe(["bleu", "chrf", "ter"], Tokenizer()),
+        "metrics": describe(["bleu", "chrf", "ter"]),
         "signatures": {metric: metric + " nrefs:1|bs:1000" for metric in METRICS},
         "doubts": [],
         "notes": [],
@@ -735,7 +735,7 @@ def axes_of(work, of):
 def test_pictures_show_all_that_the_report_says():
     report = a_report()
     report["systems"][1]["scores"]["TER"]["score"] = 50.0  # which is not drawn
-    quality_speed = functools.partial(draw._quality_speed, report["metrics"][0])
+    quality_speed = functools.partial(draw._quality_speed, report["metrics"][0], "sentences")
     (axes,) = axes_of(quality_speed, report["systems"][:2])
     points = [line.get_xydata().tolist() for line in axes.lines]
     assert [[110.0, 39.97]] in points and [[2222.25, 38.5]] in points
@@ -990,10 +990,13 @@ def test_models_are_compared_on_what_they_read_with_their_tags(tmp_path):
     data = write_data(tmp_path / "data")
     path, _, _ = write_mbart(tmp_path, data, True)
     model = Model("teacher", path, str(data))
-    asked = SimpleNamespace(teacher=model, trust=False, options=SimpleNamespace())
-    corpus = SimpleNamespace(data=DataBin(str(data), "aa", "bb"))
-    of_test = SimpleNamespace(binarised=True, corpus=corpus)
-    results = SimpleNamespace(failures={}, asked=asked, data=of_test)
+    options = SimpleNamespace(task="translation")
+    of_test = SimpleNamespace(
+        folder=data,
+        student=SimpleNamespace(languages=("aa", "bb")),
+        refuse_comparison=lambda model: None,
+    )
+    results = records.Results(records.Asked([model], model, model, options, "out"), of_test, {}, {})
     assert build._max_positions(model, results) == (10, 9)
-    asked.options.task_given = True
+    options.task_given = True
     assert build._max_positions(model, results) == (12, 10)

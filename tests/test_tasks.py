@@ -90,7 +90,9 @@ def by_us(data, path, *flags):
         one.tolist() for one in data.side("valid", "aa")
     ]
     engine = decoding.FairseqEngine(task, built, cfg.generation, 1)
-    plan = decoding.plan(task, corpus, [one.max_positions() for one in built], max_sentences=99)
+    plan = decoding.plan(
+        task, corpus.dataset, [one.max_positions() for one in built], max_sentences=99
+    )
     batches = [corpus.dataset.collater([corpus.dataset[int(i)] for i in batch]) for batch in plan]
     return {i: nbest[0] for found in engine.decode(batches) for i, nbest in found.items()}, engine
 
@@ -117,7 +119,8 @@ def test_models_of_other_tasks_are_decoded_as_stock_does(name, data, tmp_path, c
 def test_the_report_decodes_them_so(name, data, tmp_path, monkeypatch):
     arch, flags = OTHERS[name]
     model = write_model(tmp_path / "model.pt", data, arch, flags)
-    monkeypatch.setattr(decode, "_forget_peak", lambda: None)  # of the process of all tests
+    # of the process of all tests
+    monkeypatch.setattr(decode.Memory, "forget_peak", lambda self: None)
     given = [str(data.folder), "--models", "x=y", "--output", "z", "--cpu", "-s", "aa", "-t", "bb"]
     given += ["--gen-subset", "valid", "--max-len-b", "8"]
 
@@ -129,7 +132,7 @@ def test_the_report_decodes_them_so(name, data, tmp_path, monkeypatch):
     opened = decoder()
     done = opened.decode(5, Namespace(send=lambda _: None))
     expected = by_stock(data, model, flags)
-    assert done.translations == [expected[i][0] for i in range(len(expected))]
+    assert done.outcomes == [expected[i][0] for i in range(len(expected))]
     assert opened.facts["refines"] is (arch in REFINING)
     with pytest.raises(UserError):  # in one sentence
         decoder("--task", "translation")

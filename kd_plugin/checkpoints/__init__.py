@@ -29,7 +29,7 @@ from .dictionaries import (
     is_padding,
     lacking,
 )
-from .kinds import LANGUAGE_MODEL, TRANSLATION, Kind
+from .kinds import LANGUAGE_MODEL, TRANSLATION, Kind, kind_of
 from .roles import Role
 from .tags import FAMILIES, MULTILINGUAL, AskedTags, Tags, family_tags, nearest, parse_symbols
 from .tasks import STOCK_OTHERS, reads_as_translation, translates_otherwise
@@ -63,6 +63,7 @@ __all__ = [
     "index_map",
     "is_autoregressive",
     "is_padding",
+    "kind_of",
     "lacking",
     "parse_overrides",
     "nearest",

@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--task",
         dest="trained_for",
-        choices=("translation",),
+        choices=("translation", "language_modeling"),
         help="what the model was trained for, where a fork of fairseq has another name for it",
     )
     add(

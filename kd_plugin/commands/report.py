@@ -2,17 +2,20 @@
 
 Decodes a test set with each model, and writes tables, pictures and a page: of quality (BLEU,
 ROUGE and others, with significance), of cost (size, speed, memory), and of where students still
-differ from the teacher.
+differ from the teacher. Language models score a text instead, in blocks that are cut as by
+fairseq-eval-lm: --task language_modeling --help shows the flags.
 """
 
 import argparse
 import os
 import sys
-from typing import Any, List, Optional
+from typing import Any, Iterable, List, Optional
 
 from fairseq import options as fairseq_options
+from fairseq.dataclass.configs import GenerationConfig
 
 from .. import report
+from ..checkpoints import LANGUAGE_MODEL, TRANSLATION
 from ..decoding import Tokenizer
 from ..errors import Faults, UserError
 from .arguments import (
@@ -20,6 +23,7 @@ from .arguments import (
     add_bleu_tokenize,
     add_trust,
     at_least,
+    flag_of,
     refuse_unsupported,
     run_like_fairseq,
 )
@@ -27,8 +31,9 @@ from .arguments import (
 PROG = "fairseq-kd-report"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = fairseq_options.get_generation_parser(default_task="translation")
+def make_parser(task: str = TRANSLATION.task) -> argparse.ArgumentParser:
+    """The parser, with the flags of fairseq's task of this name unless --task names another."""
+    parser = fairseq_options.get_generation_parser(default_task=task)
     parser.prog, parser.description, parser.formatter_class = PROG, __doc__, Help
     parser.usage = "%(prog)s DATA --models NAME=CHECKPOINT [...] --output DIR [options]"
     # without a multiple: newer fairseq would leave sentences out
@@ -119,7 +124,27 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    return run_like_fairseq(PROG, make_parser, run, arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def make() -> argparse.ArgumentParser:
+        return make_parser(_task_of_models(given))
+
+    return run_like_fairseq(PROG, make, run, given)
+
+
+def _task_of_models(arguments: List[str]) -> str:
+    """fairseq's task for the kind of the models, which knows its flags.
+
+    Raises:
+        UserError: the models are of several kinds.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--models", nargs="*", default=[])
+    add_trust(parser.add_argument)
+    found = parser.parse_known_args(arguments)[0]
+    pairs = [pair.partition("=") for pair in found.models]
+    models = [report.Model(name, path, "") for name, _, path in pairs]
+    return report.kind_of_models(models, found.trust_checkpoint).task
 
 
 def run(options: argparse.Namespace) -> None:
@@ -160,6 +185,22 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
+# What language models have no use for
+_OF_TRANSLATIONS = (
+    *("greedy", "model_data", "model_langs", "reference", "metrics", "bleu_tokenize"),
+    *("baseline", "significance", "significance_samples", "train_sample", "post_process"),
+    *(name for name in GenerationConfig.__dataclass_fields__ if name != "_name"),
+)
+
+
+def _given(options: Any, names: Iterable[str]) -> List[str]:
+    """Which of these flags have another value than they have by themselves."""
+    usual = make_parser(options.task)
+    return [
+        flag_of(name) for name in names if getattr(options, name, None) != usual.get_default(name)
+    ]
+
+
 def _refuse(options: Any) -> None:
     faults = Faults()
     refuse_unsupported(options, faults)
@@ -168,10 +209,14 @@ def _refuse(options: Any) -> None:
     at_least(options, faults, 1, "repeats", "significance_samples")
     at_least(options, faults, 0, "examples", "train_sample")
     faults.check(
-        options.task == "translation",
+        options.task in (TRANSLATION.task, LANGUAGE_MODEL.task),
         "--task: leave it out, and each model is decoded with the task that its checkpoint names; "
-        "only --task translation can be given, for models that have another name for it",
+        "only --task translation or language_modeling can be given, for models that have another "
+        "name for it",
     )
+    if options.task == LANGUAGE_MODEL.task:
+        useless = ", ".join(_given(options, _OF_TRANSLATIONS))
+        faults.check(not useless, f"{useless}: of no use to language models, which score a text")
     faults.check(options.model_overrides in (None, "{}"), "--model-overrides cannot be used here")
     with faults.collecting():
         report.check(options.metrics)

@@ -258,7 +258,7 @@ def _binarise(
 
 def plan(
     task: Any,
-    corpus: Corpus,
+    dataset: Any,
     max_positions: Sequence[Any],
     *,
     max_tokens: Optional[int] = None,
@@ -279,8 +279,8 @@ def plan(
     if isinstance(limits, dict):  # multilingual_translation's, by direction
         (limits,) = limits.values()
     # a column for the source, and one for references if the dataset has them
-    sizes = np.asarray(corpus.dataset.sizes).reshape(len(corpus.source), -1)
-    sizes = sizes[(sizes <= np.array(limits)[: sizes.shape[1]]).all(axis=1)]
+    sizes = np.asarray(dataset.sizes).reshape(len(dataset), -1)
+    sizes = sizes[(sizes <= np.atleast_1d(limits)[: sizes.shape[1]]).all(axis=1)]
     longest = sizes.max(initial=0)
     if max_tokens is not None and longest > max_tokens:
         raise FileError(
@@ -288,7 +288,7 @@ def plan(
             "raise it"
         )
     batches = task.get_batch_iterator(
-        dataset=corpus.dataset,
+        dataset=dataset,
         max_tokens=max_tokens,
         max_sentences=max_sentences,
         max_positions=limits,

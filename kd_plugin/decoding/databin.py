@@ -22,12 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 class DataBin:
-    """A binarised parallel corpus in a folder.
+    """A binarised parallel corpus in a folder, or a text of language models.
 
     Args:
         folder: it, with ``dict.LANG.txt`` and ``SPLIT.SRC-TGT.LANG.{bin,idx}``, or text in
             subwords, ``SPLIT.SRC-TGT.LANG`` (of ``--dataset-impl raw``).
-        source_lang, target_lang: the languages; fairseq takes either order in file names.
+        source_lang, target_lang: the languages; fairseq takes either order in file names. Both are
+            "" for ``dict.txt`` and ``SPLIT.{bin,idx}``, of --only-source.
         renamed: the flag that says what the folder calls them, "--student-langs {}", for messages.
 
     Raises:
@@ -38,7 +39,7 @@ class DataBin:
         self, folder: str, source_lang: str, target_lang: str, renamed: Optional[str] = None
     ) -> None:
         self.folder, self.langs = Path(folder), (source_lang, target_lang)
-        missing = [str(path) for path in self.dictionary_files() if not path.is_file()]
+        missing = sorted({str(path) for path in self.dictionary_files() if not path.is_file()})
         if missing:
             raise FileError(
                 f"{folder}: expected a folder of fairseq-preprocess; missing: {', '.join(missing)}"
@@ -47,7 +48,7 @@ class DataBin:
         self.source, self.target = [vocabulary.read(str(f)) for f in self.dictionary_files()]
 
     def dictionary_files(self) -> List[Path]:
-        return [self.folder / f"dict.{lang}.txt" for lang in self.langs]
+        return [self.folder / vocabulary.file_of(lang) for lang in self.langs]
 
     def side(self, split: str, lang: str) -> Optional[Any]:
         """A split's sentences on one side, or None.
@@ -69,6 +70,8 @@ class DataBin:
 
     def _prefix(self, split: str) -> str:
         """Where fairseq reads a split, but for the language: in the order that has the source."""
+        if not any(self.langs):
+            return str(self.folder / split)
         asked, reversed_ = [
             str(self.folder / "{}.{}-{}.".format(split, *pair))
             for pair in (self.langs, self.langs[::-1])

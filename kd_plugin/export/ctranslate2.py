@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 from fairseq.data import Dictionary
 
 from .. import decoding
-from ..checkpoints import Checkpoint, digest
+from ..checkpoints import LANGUAGE_MODEL, Checkpoint, digest
 from ..decoding import databin
 from ..errors import Faults
 from ..files import FileError, naming, passing_folder, read_json, write_json
@@ -159,6 +159,10 @@ def check(checkpoint: Checkpoint) -> None:
     Raises:
         ExportError: the architecture or an option, by name; or CTranslate2 is not installed.
     """
+    if checkpoint.kind is LANGUAGE_MODEL:
+        raise ExportError(
+            f"{_cannot_take(checkpoint)}it is {LANGUAGE_MODEL.model}, which --format fairseq writes"
+        )
     converter = _ctranslate2().converters.fairseq
     args = model_arguments(checkpoint)
     faults = Faults()
@@ -265,6 +269,7 @@ def compare(
         ExportError: CTranslate2 says something else in float32.
     """
     text = proof.text
+    assert isinstance(text, verify.Text)
 
     def engine(folder: Path) -> Any:
         settings, longest = verify.generation(proof.beam), model.max_positions[1]

@@ -16,15 +16,17 @@ from fairseq import models
 from fairseq.data import Dictionary
 from fairseq.dataclass.configs import DatasetConfig, GenerationConfig
 from fairseq.modules import SinusoidalPositionalEmbedding
-from fairseq.tasks.translation import TranslationConfig
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 
 from ..checkpoints import (
+    LANGUAGE_MODEL,
     SECOND_COPIES,
+    TRANSLATION,
     Checkpoint,
     CheckpointError,
+    Dictionaries,
     build_model,
-    translation_task,
 )
 from ..files import naming
 from . import verify
@@ -36,11 +38,11 @@ TOLERANCE = 1e-5  # of log-probabilities per token: rounding, and no more
 
 _FAIRSEQS = frozenset(models.ARCH_MODEL_REGISTRY)  # as long as no --user-dir has been imported
 
-# fairseq-generate; that the plugin is not there is part of the proof, unless a --user-dir that an
-# architecture needs imports it
+# A command of fairseq's; that the plugin is not there is part of the proof, unless a --user-dir
+# that an architecture needs imports it
 _STOCK = """
 import sys
-from fairseq_cli.generate import cli_main
+from fairseq_cli.{} import cli_main
 cli_main()
 without = "--user-dir" not in sys.argv
 sys.exit("the plugin was imported" if without and "kd_plugin" in sys.modules else 0)
@@ -48,7 +50,8 @@ sys.exit("the plugin was imported" if without and "kd_plugin" in sys.modules els
 
 
 class FairseqFormat(Format):
-    """A checkpoint that stock fairseq opens, verified by fairseq-generate in another process."""
+    """A checkpoint that stock fairseq opens, verified by fairseq-generate, or a language model by
+    fairseq-eval-lm, in another process."""
 
     name = "fairseq"
 
@@ -60,25 +63,29 @@ class FairseqFormat(Format):
     ) -> Verdict:
         text = proof.text
         user_dir = None if model.checkpoint.architecture in _FAIRSEQS else proof.user_dir
-        difference = compare(model.checkpoint, text, output, proof.beam, user_dir)
         where = f"fairseq with --user-dir {user_dir}" if user_dir else "stock fairseq"
-        line = (
-            f"verified in {where}: {text.sentences} sentences of {text.subset} translated "
-            f"the same (beam {proof.beam}), scores within {difference:.1g} per token"
-        )
-        return Verdict([line], {})
+        if isinstance(text, verify.Blocks):
+            tokens, difference = compare_scores(model.checkpoint, text, output, user_dir)
+            same = f"{tokens} tokens of {text.subset} scored the same, within"
+        else:
+            difference = compare(model.checkpoint, text, output, proof.beam, user_dir)
+            same = (
+                f"{text.sentences} sentences of {text.subset} translated the same (beam "
+                f"{proof.beam}), scores within"
+            )
+        return Verdict([f"verified in {where}: {same} {difference:.1g} per token"], {})
 
 
 def model_arguments(checkpoint: Checkpoint) -> Namespace:
     """What building a checkpoint's model reads of its options, plain types, defaults filled in.
 
     Raises:
-        ExportError: stock fairseq could not translate with such a model or task.
+        ExportError: stock fairseq could not use such a model or task.
     """
-    if not checkpoint.is_translation:
+    if not (checkpoint.is_translation or checkpoint.kind is LANGUAGE_MODEL):
         raise ExportError(
-            f"{checkpoint} was trained for the task {checkpoint.task!r}; only models of the task "
-            f"'translation' can be exported.{checkpoint.advise_task()}"
+            f"{checkpoint} was trained for the task {checkpoint.task!r}; only models of the tasks "
+            f"'translation' and 'language_modeling' can be exported.{checkpoint.advise_task()}"
         )
     try:
         complete = vars(checkpoint.complete_options())
@@ -97,11 +104,11 @@ def model_arguments(checkpoint: Checkpoint) -> Namespace:
 def stock_state(
     checkpoint: Checkpoint, source: Dictionary, target: Dictionary, langs: Tuple[str, str]
 ) -> Dict[str, Any]:
-    """A checkpoint's model as a checkpoint that stock fairseq translates with.
+    """A checkpoint's model as a checkpoint that stock fairseq uses.
 
-    It holds weights, what building the model and the task ``translation`` reads, and both symbol
-    lists; no optimizer, no criterion, nothing of a teacher, and nothing but dictionaries, lists,
-    strings, numbers and tensors. Both ends of the supported versions build from it.
+    It holds weights, what building the model and its task reads, and both symbol lists; no
+    optimizer, no criterion, nothing of a teacher, and nothing but dictionaries, lists, strings,
+    numbers and tensors. Both ends of the supported versions build from it.
 
     Args:
         source, target: its dictionaries.
@@ -110,7 +117,8 @@ def stock_state(
         ExportError: this fairseq cannot rebuild the model.
     """
     args = model_arguments(checkpoint)
-    task = translation_task(source, target, checkpoint.max_positions)
+    kind = checkpoint.kind or TRANSLATION
+    task = kind.new_task(Dictionaries(source, target, "its own"), checkpoint.max_positions)
     try:
         # building completes the arguments, too
         model = build_model(args, checkpoint.weights, task)
@@ -173,10 +181,13 @@ def shortened(stock: Dict[str, Any], longest: int) -> Dict[str, Any]:
 
 
 def _task_section(checkpoint: Checkpoint, langs: Tuple[str, str]) -> Dict[str, Any]:
-    names = [name for name in TranslationConfig.__dataclass_fields__ if name[:5] != "eval_"]
+    kind = checkpoint.kind or TRANSLATION
+    fields = TASK_DATACLASS_REGISTRY[kind.task].__dataclass_fields__
+    names = [name for name in fields if name[:5] != "eval_"]
     found = {name: _plain(checkpoint, name, checkpoint.task_options.get(name)) for name in names}
     kept = {name: value for name, value in found.items() if value is not None and name != "_name"}
-    return {**kept, "_name": "translation", "source_lang": langs[0], "target_lang": langs[1]}
+    named = dict(zip(("source_lang", "target_lang"), langs)) if any(langs) else {}
+    return {**kept, "_name": kind.task, **named}
 
 
 def _plain(checkpoint: Checkpoint, name: str, value: Any) -> Any:
@@ -234,29 +245,16 @@ def compare(
     expected = verify.by_fairseq(verify.build(checkpoint, text, beam), text, beam)
     logger.info("translating them with the export, in stock fairseq without the plugin")
     source, target = text.corpus.data.langs
-    command = [
-        *(sys.executable, "-W", "ignore", "-c", _STOCK, str(text.folder.resolve())),
-        *("--path", str(exported.resolve()), "--gen-subset", text.subset, "--beam", str(beam)),
-        *("--source-lang", source, "--target-lang", target, "--cpu", "--num-workers", "0"),
-        *("--max-tokens", str(verify.MAX_TOKENS), "--required-batch-size-multiple", "1"),
+    printed = _in_stock_fairseq(
+        *("generate", text.folder, exported, user_dir, "--gen-subset", text.subset),
+        *("--beam", str(beam), "--source-lang", source, "--target-lang", target),
+        *("--max-tokens", str(verify.MAX_TOKENS)),
         *("--max-source-positions", str(text.task.cfg.max_source_positions)),
         *("--max-target-positions", str(text.task.cfg.max_target_positions)),
         "--skip-invalid-size-inputs-valid-test",
-        *(("--user-dir", str(Path(user_dir).resolve())) if user_dir else ()),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=str(text.folder),
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
     )
-    if done.returncode:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
-        raise ExportError(f"stock fairseq cannot use the export: {lines[-1][:500]}")
     found = {}
-    for line in re.findall(r"^H-(.*)$", done.stdout.decode("utf-8"), re.MULTILINE):
+    for line in re.findall(r"^H-(.*)$", printed, re.MULTILINE):
         i, score, subwords = line.split("\t", 2)
         found[int(i)] = (float(score) * math.log(2), subwords)  # it prints them to base 2
     if found.keys() != expected.keys():
@@ -270,10 +268,83 @@ def compare(
                 f"the export differs from the checkpoint: sentence {i} is {found[i][1]!r} in stock "
                 f"fairseq, {hypothesis.subwords!r} before"
             )
-    difference = max(abs(found[i][0] - expected[i].score) for i in expected)
+    return _tolerable(max(abs(found[i][0] - expected[i].score) for i in expected))
+
+
+def compare_scores(
+    checkpoint: Checkpoint, text: verify.Blocks, exported: Path, user_dir: Optional[str] = None
+) -> Tuple[int, float]:
+    """The same of a language model: how it scores each token of a text.
+
+    Returns:
+        the number of tokens, and the largest difference of two scores, in nats.
+
+    Raises:
+        ExportError: the scores are not the checkpoint's.
+    """
+    logger.info(f"scoring text with {checkpoint}, and with the export in stock fairseq")
+    model = checkpoint.build(text.task, kind=LANGUAGE_MODEL).float()
+    model.prepare_for_inference_(Namespace(generation=verify.generation(1)))
+    expected = text.scores(model)
+    printed = _in_stock_fairseq(
+        *("eval_lm", text.folder, exported, user_dir, "--gen-subset", text.subset),
+        *("--batch-size", "1", "--output-word-probs", *text.flags),
+    )
+    found = {
+        int(number): [float(score) for score in _SCORE.findall(words)]
+        for number, words in _SCORED.findall(printed)
+    }
+    lengths = [{i: len(scores) for i, scores in one.items()} for one in (found, expected)]
+    if lengths[0] != lengths[1]:
+        raise ExportError(
+            f"stock fairseq scores {sum(lengths[0].values())} tokens with the export, the "
+            f"checkpoint {sum(lengths[1].values())}"
+        )
+    pairs = [pair for i in expected for pair in zip(found[i], expected[i])]
+    return len(pairs), _tolerable(max(abs(a - b) for a, b in pairs))
+
+
+# What fairseq-eval-lm prints of a block: its number, and each symbol with its score
+_SCORED = re.compile(r"fairseq_cli\.eval_lm(?: \| |:)(\d+) (.+)$", re.MULTILINE)
+_SCORE = re.compile(r" \[(-?(?:\d+\.\d+|inf|nan))\](?=\t|$)")
+
+
+def _tolerable(difference: float) -> float:
     if not difference <= TOLERANCE:
         raise ExportError(
             f"the export differs from the checkpoint: its scores by up to {difference:.2g} per "
             f"token ({TOLERANCE:.0e} at most was expected)"
         )
     return difference
+
+
+def _in_stock_fairseq(
+    program: str, data: Path, exported: Path, user_dir: Optional[str], *more: str
+) -> str:
+    """What a program of fairseq's prints of an export, in a process without the plugin.
+
+    Args:
+        program: a module of ``fairseq_cli``.
+
+    Raises:
+        ExportError: it fails.
+    """
+    command = [
+        *(sys.executable, "-W", "ignore", "-c", _STOCK.format(program), str(data.resolve())),
+        *("--path", str(exported.resolve()), "--cpu", "--num-workers", "0"),
+        *("--required-batch-size-multiple", "1", *more),
+        *(("--user-dir", str(Path(user_dir).resolve())) if user_dir else ()),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=str(data),
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    printed = [part.decode("utf-8", "replace") for part in (done.stdout, done.stderr)]
+    if done.returncode:
+        lines = printed[1].strip().splitlines() or ["no message"]
+        raise ExportError(f"stock fairseq cannot use the export: {lines[-1][:500]}")
+    return "\n".join(printed)

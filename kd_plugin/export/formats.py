@@ -5,12 +5,12 @@ A new one is a file with a subclass of ``Format``, and a line in ``pipeline.FORM
 
 import abc
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-from ..checkpoints import Checkpoint, count_parameters
+from ..checkpoints import LANGUAGE_MODEL, Checkpoint, count_parameters
 from ..decoding import Tokenizer
 from ..errors import UserError
-from .verify import Text
+from .verify import Blocks, Text
 
 
 class ExportError(UserError):
@@ -31,13 +31,21 @@ class Model(NamedTuple):
     @property
     def languages(self) -> Tuple[str, str]:
         task = self.stock["cfg"]["task"]
-        return task["source_lang"], task["target_lang"]
+        return task.get("source_lang", ""), task.get("target_lang", "")
 
     @property
     def max_positions(self) -> Tuple[int, int]:
-        """Tokens of the longest source and target that it takes."""
+        """Tokens of the longest source and target that it takes; of a language model, twice those
+        of the longest block."""
         options = self.stock["cfg"]["model"]
-        return options["max_source_positions"], options["max_target_positions"]
+        if not self.models_language:
+            return options["max_source_positions"], options["max_target_positions"]
+        longest = options.get("max_target_positions") or options.get("tokens_per_sample") or 1024
+        return longest, longest
+
+    @property
+    def models_language(self) -> bool:
+        return self.checkpoint.kind is LANGUAGE_MODEL
 
     def parameters(self) -> Tuple[int, int]:
         return count_parameters(self.stock["model"])
@@ -47,14 +55,14 @@ class Proof(NamedTuple):
     """What an export is compared on.
 
     Attributes:
-        text: the sentences.
+        text: the sentences, or blocks of a language model's.
         beam: of the translations that are compared.
         post_process: what BLEU is scored without, as fairseq's ``--post-process``.
         tokenizer: BLEU's.
         user_dir: folder that was imported for architectures that are not fairseq's.
     """
 
-    text: Text
+    text: Union[Text, Blocks]
     beam: int
     post_process: Optional[str]
     tokenizer: Tokenizer = Tokenizer()

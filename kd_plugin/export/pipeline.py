@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 
 from fairseq.data import Dictionary
 
-from ..checkpoints import Checkpoint, Role, average
+from ..checkpoints import LANGUAGE_MODEL, Checkpoint, Role, average, dictionaries
 from ..decoding import DataBin, Tokenizer, infer_languages
 from ..errors import Faults, UserError
 from ..files import FileError, replacing
@@ -17,7 +17,7 @@ from . import fairseq
 from .ctranslate2 import CTranslate2Format
 from .fairseq import FairseqFormat
 from .formats import ExportError, Format, Model, Proof, flag_name
-from .verify import Text
+from .verify import Blocks, Text
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +169,12 @@ def _refuse(asked: Asked) -> None:
 
 
 def _languages(asked: Asked, checkpoint: Checkpoint) -> Tuple[str, str]:
+    if checkpoint.kind is LANGUAGE_MODEL:
+        if asked.source_lang or asked.target_lang:
+            raise ExportError(
+                f"{checkpoint} is {LANGUAGE_MODEL.model}: leave out --source-lang and --target-lang"
+            )
+        return "", ""
     found = checkpoint.languages
     if not all(found) and not (asked.source_lang and asked.target_lang):
         # fairseq-train had them from the data's file names, and told nobody
@@ -195,19 +201,21 @@ def _dictionaries(
             data = _data_bin(checkpoint.data, checkpoint, langs)
     if found is None:
         if data is None:
-            files = " and ".join(f"dict.{lang}.txt" for lang in langs)
             raise ExportError(
                 f"{checkpoint}: its dictionaries were not found; --data DIR names a folder "
-                f"with {files}"
+                f"with {dictionaries.files(langs)}"
             )
         return data, data.source, data.target
     if data is not None:
-        for lang, mine, other in zip(data.langs, found, (data.source, data.target)):
+        theirs = [data.source, data.target]
+        if checkpoint.kind is LANGUAGE_MODEL:  # what it predicts may be the first of these
+            theirs = theirs[:1]
+        for lang, mine, other in zip(data.langs, found, theirs):
             if mine.symbols != other.symbols:
                 raise ExportError(
-                    f"{checkpoint}: dict.{lang}.txt in {data.folder} ({len(other)} symbols) is not "
-                    f"the model's, {found.origin} ({len(mine)} symbols); --data names a data-bin "
-                    "that was made with the model's dictionaries"
+                    f"{checkpoint}: {dictionaries.file_of(lang)} in {data.folder} ({len(other)} "
+                    f"symbols) is not the model's, {found.origin} ({len(mine)} symbols); --data "
+                    "names a data-bin that was made with the model's dictionaries"
                 )
     return data, found.source, found.target
 
@@ -235,8 +243,16 @@ def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Opti
     format = FORMATS[asked.format]
     count = format.sentences if asked.sentences is None else asked.sentences
     with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder)
+        if model.models_language:
+            options, longest = model.stock["cfg"]["task"], model.max_positions[1]
+            blocks = Blocks.cut(
+                *(data, asked.subset, count), options=options, longest=longest, folder=where
+            )
+            yield Proof(blocks, asked.beam, asked.post_process, user_dir=asked.user_dir)
+            return
         text = Text.cut(
-            *(data, asked.subset, count), max_positions=model.max_positions, folder=Path(folder)
+            *(data, asked.subset, count), max_positions=model.max_positions, folder=where
         )
         if format.needs_references and text.corpus.references is None:
             raise ExportError(

@@ -4,10 +4,12 @@ import logging
 import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq.dataclass.configs import GenerationConfig
+from fairseq.sequence_scorer import SequenceScorer
+from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import OmegaConf
 
 from .. import decoding
@@ -16,6 +18,7 @@ from ..decoding import databin
 from ..files import FileError
 
 MAX_TOKENS = 2048  # of a batch
+_LONGEST_BLOCK = 512
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ class Text(NamedTuple):
         if data.side(subset, data.langs[0]) is None:
             decoding.Corpus.of_subset(task, data, subset)  # names what there is
         corpus = decoding.Corpus.of_subset(task, decoding.DataBin(str(folder), *data.langs), subset)
-        batches = decoding.plan(task, corpus, [max_positions], max_tokens=MAX_TOKENS)
+        batches = decoding.plan(task, corpus.dataset, [max_positions], max_tokens=MAX_TOKENS)
         if not batches:
             raise FileError(f"{data.folder}, {subset}: no sentence to verify with")
         return cls(folder, subset, task, corpus, batches)
@@ -91,6 +94,79 @@ class Text(NamedTuple):
     @property
     def sentences(self) -> int:
         return sum(map(len, self.batches))
+
+
+class Blocks(NamedTuple):
+    """Text to compare a language model's scores of, cut into blocks of one length.
+
+    Attributes:
+        folder: a data-bin of this text alone.
+        task: a language model's, which has read it.
+        flags: of fairseq-eval-lm, to read it in the same way.
+    """
+
+    folder: Path
+    subset: str
+    task: Any
+    flags: List[str]
+
+    @classmethod
+    def cut(
+        cls,
+        data: decoding.DataBin,
+        subset: str,
+        sentences: int,
+        *,
+        options: Mapping[str, Any],
+        longest: int,
+        folder: Path,
+    ) -> "Blocks":
+        """The first sentences of a subset, as a data-bin in a new folder.
+
+        Args:
+            sentences: how many; 0 for all.
+            options: of the model's task.
+            longest: tokens of the longest block that the model reads.
+
+        Raises:
+            FileError: no such subset, or nothing in it.
+        """
+        side = data.side(subset, "")
+        if side is None or not len(side):
+            raise FileError(f"{data.folder}, {subset}: no text to verify with")
+        shutil.copyfile(str(data.dictionary_files()[0]), str(folder / "dict.txt"))
+        count = min(len(side), sentences or len(side))
+        databin.write(folder / subset, data.source, (side[i] for i in range(count)))
+        begins = bool(options.get("add_bos_token"))
+        tokens = max(min(longest, _LONGEST_BLOCK) - begins, 1)
+        outputs = options.get("output_dictionary_size", -1)
+        flags = ["--tokens-per-sample", str(tokens), "--output-dictionary-size", str(outputs)]
+        flags += ["--add-bos-token"] if begins else []
+        cfg = Namespace(
+            **{"data": str(folder), "sample_break_mode": "none", "tokens_per_sample": tokens},
+            **{"output_dictionary_size": outputs, "add_bos_token": begins, "seed": 1},
+            **{"shorten_method": "none", "shorten_data_split_list": "", "dataset_impl": None},
+            **dict.fromkeys(("self_target", "future_target", "past_target"), False),
+            **dict.fromkeys(("pad_to_fixed_length", "pad_to_fixed_bsz"), False),
+            **{"use_plasma_view": False, "plasma_path": ""},
+        )
+        task = LanguageModelingTask.setup_task(cfg)
+        task.load_dataset(subset)
+        return cls(folder, subset, task, flags)
+
+    @torch.no_grad()
+    def scores(self, model: Any) -> Dict[int, List[float]]:
+        """Log-probabilities of each block's tokens, in nats, as fairseq-eval-lm counts them."""
+        scorer, dataset = (
+            SequenceScorer(self.task.target_dictionary),
+            self.task.dataset(self.subset),
+        )
+        begins = int(self.task.args.add_bos_token)  # a symbol that the target begins with, too
+        found = {}
+        for i in range(len(dataset)):
+            ((best,),) = scorer.generate([model], dataset.collater([dataset[i]]))
+            found[i] = best["positional_scores"][begins:].tolist()
+        return found
 
 
 def build(checkpoint: Checkpoint, text: Text, beam: int) -> Any:

@@ -1,17 +1,20 @@
 """Judge students: how good, at what cost, and where they still differ from the teacher."""
 
+from .asked import Asked
 from .metrics import METRICS, USUAL, check
 from .page import summary
-from .pipeline import Asked, make
+from .pipeline import make
 from .score import TESTS
-from .systems import named, pick, read_models
+from .systems import Model, kind_of_models, named, pick, read_models
 
 __all__ = [
     "METRICS",
     "TESTS",
     "USUAL",
     "Asked",
+    "Model",
     "check",
+    "kind_of_models",
     "make",
     "named",
     "pick",

@@ -6,7 +6,7 @@ included.
 """
 
 import math
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -68,29 +68,19 @@ def compare(
         all tokens of the references, in the order of the batches.
     """
     parts: List[Tuple[torch.Tensor, ...]] = []
-    step = rows_ahead(teacher.device) * rows_at_once(teacher.device, len(dictionary))
     like = torch.zeros((), device=teacher.device)
     for batch in batches:
-        target = batch["target"].to(teacher.device)
-        real = target.ne(dictionary.pad())
-        sentence, position = real.nonzero(as_tuple=True)
-        rows = sentence * target.size(1) + position
-        position = real.cumsum(1)[real]
-        sentence = batch["id"].to(target.device)[sentence]
-        references = target[real]
         teacher_answer, student_answer = [model(batch["net_input"]) for model in (teacher, student)]
-        for start in range(0, len(rows), step):
-            chunk = slice(start, start + step)
-            reference = references[chunk]
-            p = teacher_answer.rows(rows[chunk], like)
-            q = student_answer.rows(rows[chunk], like)
+        for some in references(batch, dictionary, teacher.device):
+            p = teacher_answer.rows(some.rows, like)
+            q = student_answer.rows(some.rows, like)
             parts.append(
                 (
-                    sentence[chunk],
-                    position[chunk],
-                    reference,
-                    q.nll(reference) / math.log(2),
-                    p.nll(reference) / math.log(2),
+                    some.sentence,
+                    some.position,
+                    some.symbol,
+                    q.nll(some.symbol) / math.log(2),
+                    p.nll(some.symbol) / math.log(2),
                     forward_kl(p.plain, q.plain)[0] / math.log(2),
                     p.entropy() / math.log(2),
                     q.best(),
@@ -100,6 +90,34 @@ def compare(
                 )
             )
     return Tokens(*(torch.cat(columns, -1).cpu().numpy() for columns in zip(*parts)))
+
+
+class References(NamedTuple):
+    """Some tokens of a batch's references, (n,) each: the sentence's number, the position in it
+    from 1, the symbol, and which row of an answer predicts it."""
+
+    sentence: torch.Tensor
+    position: torch.Tensor
+    symbol: torch.Tensor
+    rows: torch.Tensor
+
+
+def references(
+    batch: Dict[str, Any], dictionary: Dictionary, device: torch.device
+) -> Iterator[References]:
+    """All of a batch, as many at a time as a model should be asked for in one go."""
+    target = batch["target"].to(device)
+    real = target.ne(dictionary.pad())
+    sentence, column = real.nonzero(as_tuple=True)
+    found = References(
+        batch["id"].to(device)[sentence],
+        real.cumsum(1)[real],
+        target[real],
+        sentence * target.size(1) + column,
+    )
+    step = rows_ahead(device) * rows_at_once(device, len(dictionary))
+    for start in range(0, len(sentence), step):
+        yield References(*(part[start : start + step] for part in found))
 
 
 def _probabilities(rows: Any, end: int) -> torch.Tensor:
@@ -189,7 +207,7 @@ class Bucket(NamedTuple):
 
 # Upper ends of the buckets, inclusive; one more holds the rest
 _COUNTS = (0, 9, 99, 999, 9999)
-_POSITIONS = (1, 2, 4, 8, 16, 32, 64)
+_POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _LENGTHS = (5, 10, 20, 40, 80)
 _ENTROPIES = (0.1, 0.5, 1.0, 2.0, 4.0)
 

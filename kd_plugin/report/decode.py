@@ -1,15 +1,14 @@
-"""Decode a test set with several models: their translations, speed, size and memory.
+"""Run several models over a test set: what they say of it, speed, size and memory.
 
 Each model has a process of its own, so that its memory can be measured, and so that one that fails
 or is killed does not take the others with it. They decode in turns, so that a machine that slows
-down slows all of them.
+down slows all of them. Those of language models score the text (``scoring``).
 """
 
 import contextlib
 import copy
 import gc
 import logging
-import math
 import multiprocessing
 import signal
 import time
@@ -17,11 +16,10 @@ import traceback
 import uuid
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from fairseq import utils
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import open_dict
 from tqdm import tqdm
 
@@ -30,123 +28,21 @@ from ..checkpoints import Role, lacking
 from ..decoding.databin import words
 from ..errors import UserError, out_of_memory
 from ..export import read_record
-from ..files import FileError, read_json, write_json
-from ..timing import memory, peak_memory
-from .systems import CTRANSLATE2, FAIRSEQ, Model, System, role_of
+from ..files import FileError
+from .measured import Measured, Memory, Pass, Sample, facts
+from .scoring import Scorer
+from .systems import (
+    CTRANSLATE2,
+    FAIRSEQ,
+    Model,
+    System,
+    configuration,
+    models_language,
+    role_of,
+    task_given,
+)
 
 _OTHER_DICTIONARIES = "Name a data-bin made with its own dictionaries: --model-data NAME=DIR."
-NUMBERS = ("parameters", "parameters_without_embeddings", "bytes", "file_bytes")  # of a model
-
-
-class Pass(NamedTuple):
-    """One pass of a system over the data.
-
-    Attributes:
-        translations: running text, by sentence; None for one that is longer than the model takes.
-        tokens: target symbols, ends of sentence included.
-        seconds: from batches of source symbols to target symbols.
-    """
-
-    translations: List[Optional[str]]
-    tokens: int
-    seconds: float
-
-
-class Sample(NamedTuple):
-    """Some sentences of the training set, whose translations' length is of interest.
-
-    Attributes:
-        most: how many were asked for.
-        key: of what they are.
-        references: running text.
-    """
-
-    most: int
-    key: str
-    references: List[str]
-
-
-class Measured:
-    """What has been measured of one model, kept in a file from pass to pass.
-
-    Attributes:
-        facts: sizes and precision of the model; the keys are ``NUMBERS``, "precision", and
-            "refines", whether it is one that no beam is for.
-        translations: by beam, running text of each sentence.
-        tokens: by beam, their number.
-        seconds: by beam, of each pass.
-        memory: bytes at the peak of decoding beyond what the process held before it.
-        runs: identifiers of the runs of the command that the passes are of.
-        sampled: the ``Sample``'s key and its translations; these are None where sentences are
-            longer than the model takes, or its data has no such sample.
-    """
-
-    def __init__(self, path: Path, settings: Dict[str, Any]) -> None:
-        self._path, self._settings = path, settings
-        self.facts: Dict[str, Any] = {}
-        self.translations: Dict[int, List[Optional[str]]] = {}
-        self.tokens: Dict[int, int] = {}
-        self.seconds: Dict[int, List[float]] = {}
-        self.memory = 0
-        self.runs: List[str] = []
-        self.sampled: Optional[Tuple[str, List[Optional[str]]]] = None
-        if path.is_file():
-            self._read(read_json(path))
-
-    def _read(self, found: Dict[str, Any]) -> None:
-        if found.get("settings") != self._settings:
-            return  # another model by the same name; it is measured anew
-        try:
-            for beam, translations in found["said"].items():
-                self.translations[int(beam)] = translations
-                self.tokens[int(beam)] = int(found["tokens"][beam])
-                self.seconds[int(beam)] = [float(s) for s in found["seconds"][beam]]
-            self.facts, self.memory, self.runs = found["about"], found["memory"], found["runs"]
-            if found.get("sampled") is not None:  # no report from before it was has it
-                key, translations = found["sampled"]
-                self.sampled = str(key), [*translations]
-            self._check()
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            raise FileError(f"{self._path} is damaged: delete it") from None
-
-    def _check(self) -> None:
-        lines = [line for translations in self.translations.values() for line in translations]
-        lines += self.sampled[1] if self.sampled else []
-        numbers = [self.memory, *(self.facts[name] or 0 for name in NUMBERS)]
-        if not (
-            all(line is None or type(line) is str for line in lines)
-            and all(0 < s < math.inf for seconds in self.seconds.values() for s in seconds)
-            and all(type(number) is int and number >= 0 for number in numbers)
-            and all(type(run) is str for run in self.runs)
-            and isinstance(self.facts["precision"], (str, type(None)))
-            and isinstance(self.facts.get("refines"), (bool, type(None)))
-        ):
-            raise ValueError("a value of another type, or out of range")
-
-    def passes(self, beam: int) -> int:
-        return len(self.seconds.get(beam, ()))
-
-    def add(self, beam: int, done: Pass, run: str) -> None:
-        self.translations.setdefault(beam, done.translations)
-        self.tokens.setdefault(beam, done.tokens)
-        self.seconds.setdefault(beam, []).append(done.seconds)
-        if run not in self.runs:
-            self.runs.append(run)
-        self.write()
-
-    def write(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "settings": self._settings,
-            "about": self.facts,
-            "said": self.translations,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "memory": self.memory,
-            "runs": self.runs,
-            "sampled": self.sampled,
-        }
-        write_json(self._path, content)
 
 
 def measure(
@@ -209,7 +105,8 @@ def measure(
             name = system.model.name
             if name in failures:
                 continue
-            description = f"{name}, beam {system.beam}, {number + 1} of {repeats}"
+            beam = "" if models_language(options) else f", beam {system.beam}"
+            description = f"{name}{beam}, {number + 1} of {repeats}"
             with noting_failure(name):
                 done = workers[name].decode(system.beam, description)
                 measured[name].add(system.beam, done, run)
@@ -241,6 +138,7 @@ class _Worker:
     """A process for one model."""
 
     def __init__(self, model: Model, role: Role, options: Namespace) -> None:
+        self._unit = "blocks" if models_language(options) else "sentences"
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
@@ -258,14 +156,17 @@ class _Worker:
         return self._receive()
 
     def decode(self, beam: int, description: str) -> Pass:
-        with tqdm(desc=description, unit="sentences", mininterval=1, leave=False) as progress:
+        with self._progress(description) as progress:
             self._send(beam)
             return self._receive(progress)
 
     def sample(self, beam: int, most: int, description: str) -> List[Optional[str]]:
-        with tqdm(desc=description, unit="sentences", mininterval=1, leave=False) as progress:
+        with self._progress(description) as progress:
             self._send((beam, most))
             return self._receive(progress)
+
+    def _progress(self, description: str) -> Any:
+        return tqdm(desc=description, unit=self._unit, mininterval=1, leave=False)
 
     def memory(self) -> int:
         self._send(_MEMORY)
@@ -307,7 +208,8 @@ def _serve(pipe: Any, model: Model, role: Role, options: Namespace) -> None:
         while True:
             request = pipe.recv()
             if request == _OPEN:
-                decoder = _Decoder(model, role, options)
+                open_model = Scorer if models_language(options) else _Decoder
+                decoder = open_model(model, role, options)
                 answer = decoder.facts
             elif request == _MEMORY:
                 answer = decoder.memory()
@@ -346,7 +248,7 @@ class _Decoder:
         self.to_text, _ = decoding.text_functions(self.task, cfg, data)
         self.data = data
         self.sentences = len(corpus.source)
-        self._memory_before = memory("VmRSS") or 0
+        self._memory = Memory()
         self.model: Any
         if model.kind == CTRANSLATE2:
             record = read_record(Path(model.path))
@@ -374,18 +276,7 @@ class _Decoder:
                 trust=options.trust_checkpoint,
                 otherwise=_OTHER_DICTIONARIES,
             )
-            totals, inner = zip(*(checkpoint.parameters() for checkpoint in checkpoints))
-            self.facts = {
-                "parameters": sum(totals),
-                "parameters_without_embeddings": sum(inner),
-                # without the optimizer state that training's checkpoints hold
-                "bytes": sum(
-                    n * torch.empty(0, dtype=checkpoint.dtype).element_size()
-                    for n, checkpoint in zip(totals, checkpoints)
-                ),
-                "file_bytes": sum(Path(path).stat().st_size for path in model.paths),
-                "precision": str(dtype).replace("torch.", ""),
-            }
+            self.facts = facts(checkpoints, model.paths, dtype)
             self.model = decoding.build_models(
                 checkpoints, self.task, {}, cfg, device=self.device, dtype=dtype
             )
@@ -395,12 +286,12 @@ class _Decoder:
         self.dataset_options = cfg.dataset
         self.batches = self._batches(corpus)
         gc.collect()
-        _forget_peak()
+        self._memory.forget_peak()
 
     def _batches(self, corpus: decoding.Corpus) -> List[Dict[str, Any]]:
         plan = decoding.plan(
             self.task,
-            corpus,
+            corpus.dataset,
             self.positions,
             max_tokens=self.dataset_options.max_tokens,
             max_sentences=self.dataset_options.batch_size,
@@ -419,7 +310,7 @@ class _Decoder:
         if corpus is None:
             return []
         batches, sentences = self._batches(corpus), len(corpus.source)
-        return self._decode(batches, sentences, beam, pipe).translations
+        return self._decode(batches, sentences, beam, pipe).outcomes
 
     def _decode(
         self, batches: Sequence[Dict[str, Any]], sentences: int, beam: int, pipe: Any
@@ -454,28 +345,10 @@ class _Decoder:
         return decoding.FairseqEngine(self.task, self.model, generation, self.seed, self.data)
 
     def memory(self) -> int:
-        """Bytes at the peak of decoding; on a GPU, what torch allocated there at most."""
-        if self.device.type == "cuda" and not isinstance(self.model, Path):
-            return torch.cuda.max_memory_allocated()
-        return max(peak_memory() - self._memory_before, 0)
-
-
-def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
-    """fairseq's configuration of what fairseq-generate would do with a model."""
-    own = copy.deepcopy(options)
-    if model is not None:
-        own.data, own.path = model.data, model.path
-        if model.langs is not None:
-            own.source_lang, own.target_lang = model.langs
-    cfg = convert_namespace_to_omegaconf(own)
-    with open_dict(cfg):
-        cfg.dataset.max_tokens, cfg.dataset.batch_size = decoding.batch_limits(cfg)
-    return cfg
-
-
-def task_given(options: Namespace) -> bool:
-    """Whether --task translation is to hold whatever the checkpoints were trained for."""
-    return getattr(options, "task_given", False)
+        """Bytes at the peak of decoding; CTranslate2's on a GPU are not torch's."""
+        return self._memory.peak(
+            torch.device("cpu") if isinstance(self.model, Path) else self.device
+        )
 
 
 def check_vocabulary(model: Model, task: Any) -> None:
@@ -496,9 +369,3 @@ def check_vocabulary(model: Model, task: Any) -> None:
                 f"{model.path}: its {side} vocabulary lacks {len(unknown)} symbols of the data "
                 f"({', '.join(map(repr, unknown[:5]))}, ...). {_OTHER_DICTIONARIES}"
             )
-
-
-def _forget_peak() -> None:
-    """Reading a checkpoint may take more than decoding; let the peak be that of decoding."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 from matplotlib.transforms import Bbox  # noqa: E402
 
+from ..checkpoints import LANGUAGE_MODEL  # noqa: E402
 from .curves import TRAIN  # noqa: E402
 
 Styles = Dict[str, Dict[str, Any]]  # of each model, the same in all pictures
@@ -22,7 +23,7 @@ _MARKS = "osD^vPX*"
 _DASHES = ("-", "--", ":", "-.")
 _KINDS = {
     "frequency": "times the token occurs in training",
-    "position": "position in the sentence",
+    "position": "position in the sentence or block",
     "length": "length of the reference, tokens",
     "entropy": "the teacher's entropy, bits",
 }
@@ -39,7 +40,8 @@ def draw(report: Dict[str, Any]) -> Dict[str, bytes]:
     styles = {name: _style(i) for i, name in enumerate(dict.fromkeys([*names, *report["curves"]]))}
     drawn = {}
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        quality_speed = partial(_quality_speed, report["metrics"][0])
+        pace = "tokens" if report["task"] == LANGUAGE_MODEL.task else "sentences"
+        quality_speed = partial(_quality_speed, report["metrics"][0], pace)
         pictures: List[Tuple[str, Any, Callable[[Any, Styles], Any]]] = [  # name, content, plot
             ("quality-speed.png", [s for s in report["systems"] if s["scores"]], quality_speed),
             ("curves.png", report["curves"], _curves),
@@ -59,28 +61,32 @@ def _style(i: int) -> Dict[str, Any]:
     return {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[i % len(_MARKS)]}
 
 
-def _quality_speed(metric: Dict[str, Any], systems: List[Dict[str, Any]], styles: Styles) -> Any:
-    name = metric["name"]
+def _quality_speed(
+    metric: Dict[str, Any], pace: str, systems: List[Dict[str, Any]], styles: Styles
+) -> Any:
+    name, speed = metric["name"], f"{pace}_per_second"
+    intervals = all("ci" in system["scores"][name] for system in systems)
     figure, axes = plt.subplots(figsize=(7.2, 4.8), constrained_layout=True)
     for model in dict.fromkeys(system["model"] for system in systems):
         own = [system for system in systems if system["model"] == model]
-        x = [system["sentences_per_second"]["median"] for system in own]
+        x = [system[speed]["median"] for system in own]
         y = [system["scores"][name]["score"] for system in own]
         style = styles[model]
         axes.plot(x, y, linewidth=1, alpha=0.6, color=style["color"])
         for system, at, score in zip(own, x, y):
             axes.plot([at], [score], markersize=7, linestyle="", **style)
-            interval = [system["scores"][name]["ci"]]
-            axes.errorbar([at], [score], yerr=interval, color=style["color"], alpha=0.3)
+            if intervals:
+                interval = [system["scores"][name]["ci"]]
+                axes.errorbar([at], [score], yerr=interval, color=style["color"], alpha=0.3)
     axes.set_xscale("log")
     axes.margins(x=0.18, y=0.12)
     _plain_numbers(axes.xaxis)
-    axes.set_xlabel("sentences per second")
-    axes.set_ylabel(f"{name} (bars: 95% intervals)")
+    axes.set_xlabel(f"{pace} per second")
+    axes.set_ylabel(f"{name} (bars: 95% intervals)" if intervals else name)
     if metric["lower_is_better"]:
         axes.invert_yaxis()
     axes.grid(alpha=0.25)
-    points = [(s["sentences_per_second"]["median"], s["scores"][name]["score"]) for s in systems]
+    points = [(s[speed]["median"], s["scores"][name]["score"]) for s in systems]
     _label_points(figure, axes, systems, points)
     return figure
 
@@ -163,14 +169,16 @@ def _curves(curves: Dict[str, Any], styles: Styles) -> Any:
 
 def _differences(differences: Dict[str, Any], styles: Styles) -> Any:
     columns = (("kl", "KL(teacher || student), bits"), ("agreement", "agreement of argmaxes"))
+    first = next(iter(differences.values()))
+    kinds = [(kind, label) for kind, label in _KINDS.items() if kind in first["by"]]
     figure, all_axes = plt.subplots(
-        *(len(_KINDS), len(columns)),
-        figsize=(7.2, 11),
+        *(len(kinds), len(columns)),
+        figsize=(7.2, 2.75 * len(kinds)),
         constrained_layout=True,
         sharex="row",
         sharey="col",
     )
-    for (kind, label), row in zip(_KINDS.items(), all_axes):
+    for (kind, label), row in zip(kinds, all_axes):
         labels = list(
             dict.fromkeys(b["label"] for d in differences.values() for b in d["by"][kind])
         )

@@ -25,7 +25,8 @@ class Measure(NamedTuple):
     """What ``--metrics`` names.
 
     Attributes:
-        make: its metrics by the names of their columns, given what tells words apart.
+        columns: the names of its metrics.
+        make: these, given what tells words apart.
         source: what computes it.
         module: what has to be importable.
         lower_is_better: of all its metrics.
@@ -33,7 +34,8 @@ class Measure(NamedTuple):
         doubts: what a user should know before believing it on these references.
     """
 
-    make: Callable[[Tokenizer], Dict[str, Metric]]
+    columns: Sequence[str]
+    make: Callable[[Tokenizer], Sequence[Metric]]
     source: str = "sacreBLEU"
     module: Optional[str] = None
     lower_is_better: bool = False
@@ -96,7 +98,10 @@ class _Words:
         return [word for word in self.split(text.lower()).split() if any(map(str.isalnum, word))]
 
 
-def _rouge(tokenizer: Tokenizer) -> Dict[str, Metric]:
+_ROUGE = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}  # as the package has them
+
+
+def _rouge(tokenizer: Tokenizer) -> List[Metric]:
     """ROUGE-1, ROUGE-2, ROUGE-L (Lin 2004): the mean of the sentences' F1.
 
     Words are as in the original script for English, ASCII letters and digits with Porter's stemmer,
@@ -106,9 +111,8 @@ def _rouge(tokenizer: Tokenizer) -> Dict[str, Metric]:
     from rouge_score.tokenizers import DefaultTokenizer
 
     ascii_only = tokenizer.is_usual
-    keys = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
     words = DefaultTokenizer(use_stemmer=True) if ascii_only else _Words(tokenizer)
-    scorer = RougeScorer(list(keys.values()), tokenizer=words)
+    scorer = RougeScorer(list(_ROUGE.values()), tokenizer=words)
     scores = functools.lru_cache(None)(scorer.score)  # of each pair once for all three and the test
     about = {
         "tok": "ascii" if ascii_only else tokenizer.name,
@@ -119,7 +123,7 @@ def _rouge(tokenizer: Tokenizer) -> Dict[str, Metric]:
     def pair(key: str, reference: str, translation: str) -> Tuple[float, float]:
         return scores(reference, translation)[key].fmeasure, 1
 
-    return {name: _Ratio(name, functools.partial(pair, key), about) for name, key in keys.items()}
+    return [_Ratio(name, functools.partial(pair, key), about) for name, key in _ROUGE.items()]
 
 
 def _rouge_doubts(tokenizer: Tokenizer, references: Sequence[str]) -> List[str]:
@@ -134,7 +138,7 @@ def _rouge_doubts(tokenizer: Tokenizer, references: Sequence[str]) -> List[str]:
     ]
 
 
-def _wer(tokenizer: Tokenizer) -> Dict[str, Metric]:
+def _wer(tokenizer: Tokenizer) -> List[Metric]:
     """Word error rate: substitutions, deletions and insertions by words of the references."""
     import jiwer
 
@@ -147,23 +151,26 @@ def _wer(tokenizer: Tokenizer) -> Dict[str, Metric]:
         return found.substitutions + found.deletions + found.insertions, len(expected)
 
     about = {"case": "mixed", "punct": "yes", "tok": "none", "version": version("jiwer")}
-    return {"WER": _Ratio("WER", pair, about)}
+    return [_Ratio("WER", pair, about)]
 
 
-def _ter(tokenizer: Tokenizer) -> Dict[str, Metric]:
+def _ter(tokenizer: Tokenizer) -> List[Metric]:
     asian = tokenizer.asian  # split only where the text is normalised, too
-    return {"TER": TER(normalized=asian, asian_support=asian)}
+    return [TER(normalized=asian, asian_support=asian)]
 
 
 METRICS = {
     "bleu": Measure(
-        lambda tokenizer: {"BLEU": tokenizer.metric()},
+        ("BLEU",),
+        lambda tokenizer: [tokenizer.metric()],
         doubts=lambda tokenizer, references: tokenizer.notes(references),
     ),
-    "chrf": Measure(lambda tokenizer: {"chrF2": _CHRF()}),
-    "ter": Measure(_ter, lower_is_better=True, at_a_glance=False),
-    "rouge": Measure(_rouge, "rouge-score", "rouge_score.rouge_scorer", doubts=_rouge_doubts),
-    "wer": Measure(_wer, "jiwer", "jiwer", lower_is_better=True),
+    "chrf": Measure(("chrF2",), lambda tokenizer: [_CHRF()]),
+    "ter": Measure(("TER",), _ter, lower_is_better=True, at_a_glance=False),
+    "rouge": Measure(
+        *(tuple(_ROUGE), _rouge, "rouge-score", "rouge_score.rouge_scorer"), doubts=_rouge_doubts
+    ),
+    "wer": Measure(("WER",), _wer, "jiwer", "jiwer", lower_is_better=True),
 }
 USUAL = ("bleu", "chrf", "ter")
 
@@ -192,11 +199,11 @@ def make(metrics: Sequence[str], tokenizer: Tokenizer) -> Dict[str, Metric]:
     return {
         column: metric
         for name in metrics
-        for column, metric in METRICS[name].make(tokenizer).items()
+        for column, metric in zip(METRICS[name].columns, METRICS[name].make(tokenizer))
     }
 
 
-def describe(metrics: Sequence[str], tokenizer: Tokenizer) -> List[Dict[str, Any]]:
+def describe(metrics: Sequence[str]) -> List[Dict[str, Any]]:
     """What a reader of the scores should know of each column, in their order."""
     return [
         {
@@ -206,7 +213,7 @@ def describe(metrics: Sequence[str], tokenizer: Tokenizer) -> List[Dict[str, Any
             "at_a_glance": METRICS[name].at_a_glance,
         }
         for name in metrics
-        for column in METRICS[name].make(tokenizer)
+        for column in METRICS[name].columns
     ]
 
 

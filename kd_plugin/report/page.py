@@ -7,13 +7,14 @@ import base64
 import html
 from typing import Any, Dict, Iterator, List, Optional
 
+from ..checkpoints import LANGUAGE_MODEL, TRANSLATION
 from ..pages import Table, html_document, html_section, markdown_table, markdown_text
 
 _NONE = "–"
 _OVERVIEW, _COST = "At a glance", "Cost"  # the tables that pictures follow
 _TITLES = {
     "frequency": "by how often the token occurs in training",
-    "position": "by position in the sentence",
+    "position": "by position in the {}",
     "length": "by length of the reference",
     "entropy": "by the teacher's entropy, in bits",
 }
@@ -23,6 +24,16 @@ _CAPTIONS = {
     "differences.png": "Where students differ from the teacher: divergence (0 is best) and "
     "agreement (1 is best).",
 }
+
+
+def _models_language(report: Dict[str, Any]) -> bool:
+    return report["task"] == LANGUAGE_MODEL.task
+
+
+def _unit(report: Dict[str, Any]) -> str:
+    """What the text consists of: sentences or blocks."""
+    kind = LANGUAGE_MODEL if _models_language(report) else TRANSLATION
+    return kind.samples[0]
 
 
 def _number(value: Optional[float], form: str) -> str:
@@ -35,10 +46,10 @@ def _megabytes(value: Optional[float]) -> str:
 
 def _tables(report: Dict[str, Any]) -> Iterator[Table]:
     yield _overview(report)
-    yield _quality(report)
+    yield _perplexity(report) if _models_language(report) else _quality(report)
     yield _cost(report)
     for name, difference in report["differences"].items():
-        yield from _difference(name, difference)
+        yield from _difference(name, difference, _unit(report)[:-1])
 
 
 def _overview(report: Dict[str, Any]) -> Table:
@@ -46,8 +57,9 @@ def _overview(report: Dict[str, Any]) -> Table:
     first, *others = [metric["name"] for metric in report["metrics"]]
     shown = [metric["name"] for metric in report["metrics"] if metric["at_a_glance"]]
     others = [name for name in others if name in shown]
+    pace = "tokens" if _models_language(report) else "sentences"
     header = ["model", first, "speed-up", "MB", f"of the teacher's {first}", *others, "parameters",
-        "sentences/s"]  # fmt: skip
+        pace + "/s"]  # fmt: skip
     rows = []
     for system in report["systems"]:
         model = models[system["model"]]
@@ -63,7 +75,7 @@ def _overview(report: Dict[str, Any]) -> Table:
                 f"{system['kept']:.1%}" if system["kept"] is not None else _NONE,
                 *(f"{system['scores'][name]['score']:.2f}" for name in others),
                 _number(model["parameters"], "{:,}"),
-                f"{system['sentences_per_second']['median']:,.1f}",
+                f"{system[pace + '_per_second']['median']:,.1f}",
             ]
         )
     failures = [
@@ -112,6 +124,30 @@ def _quality(report: Dict[str, Any]) -> Table:
     return Table("Quality", [*header, "length", "on train"], rows, notes)
 
 
+def _perplexity(report: Dict[str, Any]) -> Table:
+    metric = report["metrics"][0]["name"]
+    rows = [
+        [system["name"], f"{system['scores'][metric]['score']:.2f}", f"{system['loss']:.4f}"]
+        for system in report["systems"]
+        if system["scores"]
+    ]
+    cut = report["cut"]
+    shown = ["sample_break_mode", "tokens_per_sample", "add_bos_token"]
+    if cut["shorten_method"] != "none":
+        shown += ["shorten_method", "shorten_data_split_list"]
+    given = [(name, cut[name]) for name in shown if cut[name]]
+    flags = " ".join(
+        "--" + name.replace("_", "-") + ("" if value is True else f" {value}")
+        for name, value in given
+    )
+    tokens = next(system["tokens"] for system in report["systems"] if system["scores"])
+    notes = [
+        f"{report['blocks']:,} blocks of {report['subset']}, {tokens:,} tokens: {flags}. A lower "
+        f"{metric} is better: {report['signatures'][metric]}."
+    ]
+    return Table("Quality", ["model", metric, "loss, bits per token"], rows, notes)
+
+
 def _p(system: Dict[str, Any], p: Optional[float]) -> str:
     if system["identical"]:
         return "identical"
@@ -120,12 +156,13 @@ def _p(system: Dict[str, Any], p: Optional[float]) -> str:
 
 def _cost(report: Dict[str, Any]) -> Table:
     models = {model["name"]: model for model in report["models"]}
+    units = ["tokens"] if _models_language(report) else ["sentences", "tokens"]
     rows = []
     for system in report["systems"]:
         if system["scores"] is None:
             continue
         model = models[system["model"]]
-        speed, tokens = system["sentences_per_second"], system["tokens_per_second"]
+        paces = [system[pace + "_per_second"] for pace in units]
         rows.append(
             [
                 system["name"],
@@ -135,33 +172,38 @@ def _cost(report: Dict[str, Any]) -> Table:
                 _number(model["parameters_without_embeddings"], "{:,}"),
                 _megabytes(model["bytes"]),
                 _megabytes(model["file_bytes"]),
-                f"{speed['median']:,.1f}",
-                f"{speed['low']:,.1f} to {speed['high']:,.1f}",
-                f"{tokens['median']:,.0f}",
+                f"{paces[0]['median']:,.1f}",
+                f"{paces[0]['low']:,.1f} to {paces[0]['high']:,.1f}",
+                *(f"{pace['median']:,.0f}" for pace in paces[1:]),
                 _megabytes(model["peak_memory_bytes"]),
                 _number(system["speedup"], "{:.1f} x"),
             ]
         )
     header = [
         "model", "runs in", "precision", "parameters", "without embeddings", "MB", "file MB",
-        "sentences/s", "quartiles", "tokens/s", "peak memory MB", "speed-up",
+        f"{units[0]}/s", "quartiles", *(f"{unit}/s" for unit in units[1:]), "peak memory MB",
+        "speed-up",
     ]  # fmt: skip
     threads = report["threads"]
+    if _models_language(report):
+        what = ("symbols to the loss of each block", "scoring", "")
+    else:
+        beam = f" with beam {report['beam']}"
+        what = ("source symbols to target symbols", "decoding", beam)
     notes = [
         f"Speed: the median of {report['repeats']} passes, in which the models take turns, on "
         f"{report['device']} with {threads} thread{'' if threads == 1 else 's'}. "
-        "The time runs from batches of source symbols to target symbols.",
+        f"The time runs from batches of {what[0]}.",
         "MB: the model alone, without optimizer state or vocabulary; file MB: everything in its "
-        "files. Peak memory: while decoding, beyond what the process held before it opened the "
+        f"files. Peak memory: while {what[1]}, beyond what the process held before it opened the "
         "model.",
-        f"Speed-up: sentences/s divided by those of {report['teacher']} with beam "
-        f"{report['beam']}.",
+        f"Speed-up: {units[0]}/s divided by those of {report['teacher']}{what[2]}.",
         *report["notes"],
     ]
     return Table(_COST, header, rows, notes)
 
 
-def _difference(name: str, difference: Dict[str, Any]) -> Iterator[Table]:
+def _difference(name: str, difference: Dict[str, Any], unit: str) -> Iterator[Table]:
     def row(label: str, bucket: Dict[str, Any]) -> List[str]:
         return [
             label,
@@ -195,9 +237,9 @@ def _difference(name: str, difference: Dict[str, Any]) -> Iterator[Table]:
         ],
         level=3,
     )
-    for kind, title in _TITLES.items():
-        rows = [row(bucket["label"], bucket) for bucket in difference["by"][kind]]
-        yield Table(f"{name}: {title}", ["", *columns], rows, level=3)
+    for kind, buckets in difference["by"].items():
+        rows = [row(bucket["label"], bucket) for bucket in buckets]
+        yield Table(f"{name}: {_TITLES[kind].format(unit)}", ["", *columns], rows, level=3)
 
 
 def markdown(report: Dict[str, Any]) -> str:
@@ -232,7 +274,9 @@ def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
         pictures: PNG files by name, which the page embeds.
     """
     e = html.escape
-    title = f"Teacher and students: {report['subset']} of {'-'.join(report['languages'])}"
+    title, unit = f"Teacher and students: {report['subset']}", _unit(report)
+    if not _models_language(report):
+        title += f" of {'-'.join(report['languages'])}"
     parts = []
     for table in _tables(report):
         parts += html_section(table)
@@ -242,14 +286,14 @@ def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
         elif table.title == _COST and "differences.png" in pictures:
             parts.append(_picture("differences.png", pictures["differences.png"]))
     for name, difference in report["differences"].items():
-        parts.append(f"<h2>Sentences where {e(name)} is farthest from its teacher</h2>")
+        parts.append(f"<h2>{unit.capitalize()} where {e(name)} is farthest from its teacher</h2>")
         parts.append(
-            '<p class="note">Each token of the reference with its KL in bits: the redder, the '
+            '<p class="note">Each token with its KL in bits: the redder, the '
             "larger. Where the two disagree, the predictions of teacher (T) and student (S) are "
             "shown below.</p>"
         )
         parts += [
-            _sentence(sentence, "" if i else " open")
+            _sentence(sentence, unit[:-1], "" if i else " open")
             for i, sentence in enumerate(difference["farthest"])
         ]
     parts += [f'<p class="note">{e(note)}</p>' for note in _not_compared(report)]
@@ -264,7 +308,7 @@ def _picture(name: str, png: bytes) -> str:
     )
 
 
-def _sentence(sentence: Dict[str, Any], opened: str) -> str:
+def _sentence(sentence: Dict[str, Any], unit: str, opened: str) -> str:
     e = html.escape
     texts = "".join(
         f"<dt>{label}</dt><dd dir=\"auto\">{e(sentence[key] or '')}</dd>"
@@ -278,7 +322,7 @@ def _sentence(sentence: Dict[str, Any], opened: str) -> str:
     )
     tokens = "".join(map(_token, sentence["tokens"]))
     return (
-        f"<details{opened}><summary>sentence {sentence['number']}, {sentence['kl']:.2f} bits per "
+        f"<details{opened}><summary>{unit} {sentence['number']}, {sentence['kl']:.2f} bits per "
         f"token: <span dir=\"auto\">{e(sentence['reference'] or '')}</span></summary>"
         f'<dl>{texts}</dl><div class="tokens">{tokens}</div></details>'
     )

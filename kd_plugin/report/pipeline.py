@@ -6,29 +6,27 @@ import json
 import logging
 import math
 import shutil
-from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from fairseq import utils
-from omegaconf import OmegaConf
 
 from .. import decoding
-from ..checkpoints import Checkpoint
-from ..decoding import databin
+from ..checkpoints import TRANSLATION, Checkpoint
 from ..decoding.engines import threads
 from ..errors import UserError
 from ..files import all_or_nothing, differences, leftovers, locked, read_json, write_json
-from ..teachers import Student, Teacher, TeacherSettings
+from ..teachers import Teacher
 from ..timing import Quartiles
 from . import compare, page
-from . import metrics as columns
+from .asked import Asked, Judged, Results, TestSet
+from .blocks import Blocks
 from .curves import read_curves
-from .decode import NUMBERS, Measured, Sample, configuration, measure, task_given
-from .score import TESTS, score
-from .systems import CTRANSLATE2, Model, System, role_of
+from .decode import measure
+from .measured import NUMBERS, Measured
+from .systems import CTRANSLATE2, Model, System, models_language, open_model, role_of
+from .translations import Translations
 
 _SETTINGS, _MEASURED, _TRANSLATIONS = "settings.json", "measured", "translations"
 _PAGES = ("report.md", "report.html", "report.json")
@@ -36,95 +34,6 @@ _PICTURES = ("quality-speed.png", "curves.png", "differences.png")
 logger = logging.getLogger(__name__)
 
 _COUNTED = 500_000  # sentences of the training set, to tell rare tokens from common ones
-
-
-class Asked(NamedTuple):
-    """A report to make.
-
-    Attributes:
-        models: the models to judge.
-        teacher: the model that the others are students of.
-        baseline: the model that significance is tested against.
-        options: fairseq-generate's, parsed, which name the test set, the search and the device.
-            Not fairseq's ``cfg``, as the other pipelines take it: that is made of them anew for
-            each model, with the model's data and path.
-        output: folder to write: ``report.json``, ``.md``, ``.html``, PNG files, ``translations``.
-        beam: of the search; with ``greedy``, beam 1 beside it.
-        repeats: passes over the data that are timed.
-        reference: file with the raw references; None for those of the data-bin.
-        metrics: what quality is measured by, of ``METRICS``; the first comes first in all tables
-            and is what pictures show.
-        tokenize: BLEU's, as sacrebleu's ``--tokenize``; None for the target language's.
-        test, samples: of significance: one of ``TESTS``, and how many samples it draws.
-        logs: files of fairseq-train's logs, by name.
-        examples: how many sentences to show of each student.
-        train_sample: how many sentences of the training set to translate, too, for their length.
-        trust: open checkpoints with the full pickle machinery.
-        overwrite: replace a report of other settings in ``output``.
-    """
-
-    models: Sequence[Model]
-    teacher: Model
-    baseline: Model
-    options: Namespace
-    output: str
-    beam: int = 5
-    greedy: bool = False
-    repeats: int = 3
-    reference: Optional[str] = None
-    metrics: Sequence[str] = columns.USUAL
-    tokenize: Optional[str] = None
-    test: str = "bs"
-    samples: int = 1000
-    logs: Dict[str, str] = {}
-    examples: int = 10
-    train_sample: int = 500
-    trust: bool = False
-    overwrite: bool = False
-
-    def systems(self) -> List[System]:
-        beams = [self.beam, *([1] if self.greedy and self.beam != 1 else [])]
-        return [System(model, beam, beam == self.beam) for model in self.models for beam in beams]
-
-
-class _TestSet(NamedTuple):
-    """The test set as fairseq reads it, and as text.
-
-    Attributes:
-        binarised: whether the data-bin has references, which models are compared on.
-        tokenizer: of BLEU.
-        sample: of the training set; None without one.
-    """
-
-    cfg: Any
-    task: Any
-    corpus: decoding.Corpus
-    source: List[str]
-    references: List[str]
-    binarised: bool
-    tokenizer: decoding.Tokenizer
-    sample: Optional[Sample]
-
-
-class _Results(NamedTuple):
-    """What there is to report on.
-
-    Attributes:
-        measured: by model's name.
-        failures: why a model failed, by its name.
-    """
-
-    asked: Asked
-    data: _TestSet
-    measured: Dict[str, Measured]
-    failures: Dict[str, str]
-
-    def translations(self, system: System) -> List[Optional[str]]:
-        return self.measured[system.model.name].translations[system.beam]
-
-    def systems(self) -> List[System]:
-        """Those of models that did not fail."""
-        return [s for s in self.asked.systems() if s.model.name not in self.failures]
 
 
 def make(asked: Asked) -> Dict[str, Any]:
@@ -137,7 +46,10 @@ def make(asked: Asked) -> Dict[str, Any]:
         UserError: something does not fit, or every model fails; earlier results stay.
     """
     curves = {name: read_curves(path) for name, path in asked.logs.items()}
-    data = _read(asked)
+    data: TestSet
+    data = Blocks(asked.options) if models_language(asked.options) else Translations(asked)
+    for note in data.describe(asked)["doubts"]:
+        logger.warning(note)
     folder = Path(asked.output)
     settings = _settings(data)
     with _prepared(folder, settings, asked.overwrite):
@@ -145,7 +57,7 @@ def make(asked: Asked) -> Dict[str, Any]:
 
 
 def _make(
-    asked: Asked, data: _TestSet, curves: Dict[str, Any], settings: Dict[str, Any]
+    asked: Asked, data: TestSet, curves: Dict[str, Any], settings: Dict[str, Any]
 ) -> Dict[str, Any]:
     folder = Path(asked.output)
     # each set of settings has its folder: the results of an earlier report stay until the end
@@ -155,17 +67,14 @@ def _make(
         "format": "kd_plugin report",
         "version": 1,
         "settings": settings,
+        "task": data.kind.task,
         "subset": data.cfg.dataset.gen_subset,
-        "languages": [data.task.cfg.source_lang, data.task.cfg.target_lang],
-        "sentences": len(data.references),
-        "references": asked.reference or "the data-bin's own references",
+        **data.describe(asked),
         "teacher": asked.teacher.name,
-        "beam": asked.beam,
         "device": settings["device"],
         "threads": settings["threads"],
         "repeats": asked.repeats,
-        "doubts": columns.doubts(asked.metrics, data.tokenizer, data.references),
-        "notes": _notes(results),
+        "notes": [*_notes(results), *data.notes(results)],
         **_judge(results),
         "curves": curves,
     }
@@ -179,80 +88,15 @@ def _make(
     return report
 
 
-# The test set, and what its translations depend on
+# What outcomes depend on
 
 
-def _read(asked: Asked) -> _TestSet:
-    cfg = configuration(asked.options)
-    utils.import_user_module(cfg.common)
-    task = decoding.set_up_task(cfg)
-    bins = decoding.DataBin(cfg.task.data, task.cfg.source_lang, task.cfg.target_lang)
-    corpus = decoding.Corpus.of_subset(task, bins, cfg.dataset.gen_subset)
-    to_text, _ = decoding.text_functions(task, cfg, bins)
-
-    def texts(sentences: Any, dictionary: Any, escape_unk: bool = False) -> List[str]:
-        indices = (sentences[i].tolist() for i in range(len(sentences)))
-        return [to_text(databin.decode(dictionary, own, escape_unk=escape_unk)) for own in indices]
-
-    source = texts(corpus.source, bins.source)
-    if asked.reference is not None:
-        references = _read_lines(asked.reference)
-        if len(references) != len(source):
-            raise UserError(
-                f"--reference {asked.reference}: expected {len(source)} lines, as many as "
-                f"{cfg.dataset.gen_subset} has sentences; got {len(references)}"
-            )
-    elif corpus.references is not None:
-        references = texts(corpus.references, bins.target, escape_unk=True)
-    else:
-        raise UserError(
-            f"{cfg.task.data} has no {task.cfg.target_lang} references: give a file with "
-            "--reference"
-        )
-    tokenizer = decoding.Tokenizer.of(task.cfg.target_lang, asked.tokenize)
-    for note in columns.doubts(asked.metrics, tokenizer, references):
-        logger.warning(note)
-    return _TestSet(
-        *(cfg, task, corpus, source, references),
-        binarised=corpus.references is not None,
-        tokenizer=tokenizer,
-        sample=_read_sample(asked, task, bins, texts),
-    )
-
-
-def _read_sample(
-    asked: Asked, task: Any, bins: decoding.DataBin, texts: Callable[..., List[str]]
-) -> Optional[Sample]:
-    if not asked.train_sample:
-        return None
-    corpus = decoding.Corpus.of_sample(task, bins, "train", asked.train_sample)
-    if corpus is None or corpus.references is None:
-        return None
-    content = [tokens.tolist() for side in (corpus.source, corpus.references) for tokens in side]
-    references = texts(corpus.references, bins.target, escape_unk=True)
-    return Sample(asked.train_sample, _digest(content), references)
-
-
-def _read_lines(path: str) -> List[str]:
-    try:
-        # only \n ends a line, as for fairseq
-        with open(path, encoding="utf-8", newline="\n") as file:
-            return [line.rstrip("\r\n") for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--reference {path} cannot be read ({error})") from None
-
-
-def _settings(data: _TestSet) -> Dict[str, Any]:
-    """All that translations, and how long they take, depend on beside the model."""
+def _settings(data: TestSet) -> Dict[str, Any]:
+    """All that outcomes, and how long they take, depend on beside the model."""
     cfg = data.cfg
     device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
-    generation = OmegaConf.to_container(cfg.generation)
-    assert isinstance(generation, dict)
-    bins = data.corpus.data
     return {
-        **decoding.describe(bins, cfg.dataset.gen_subset, None, cfg.task),
-        "generation": {key: v for key, v in generation.items() if key not in ("beam", "nbest")},
-        "text": decoding.describe_text(cfg),
+        **data.settings(),
         "precision": str(dtype),
         "seed": cfg.common.seed,
         "max_tokens": cfg.dataset.max_tokens,
@@ -263,23 +107,19 @@ def _settings(data: _TestSet) -> Dict[str, Any]:
     }
 
 
-def _model_settings(model: Model, asked: Asked, data: _TestSet) -> Dict[str, Any]:
+def _model_settings(model: Model, asked: Asked, data: TestSet) -> Dict[str, Any]:
     """What they depend on beside that: the model's files, task, own data-bin and workers."""
-    own = {}
-    if _has_own_data(model, data):
-        langs = model.langs or data.corpus.data.langs
-        bins = decoding.DataBin(model.data, *langs, renamed=f"--model-langs {model.name}={{}}")
-        own = decoding.describe(bins, data.cfg.dataset.gen_subset, None, data.cfg.task)
+    own = data.settings_of(model) if _has_own_data(model, data) else {}
     found: Dict[str, Any] = {"model": model.fingerprint(), "model_data": own}
-    found["task"] = _task(asked) or "the checkpoint's"
+    found["task"] = asked.trained_for or "the checkpoint's"
     device, _ = decoding.placement(data.cfg, data.cfg.distributed_training.device_id)
     if model.kind == CTRANSLATE2 and device.type == "cpu":
         found["ctranslate2_workers"] = threads()
     return found
 
 
-def _has_own_data(model: Model, data: _TestSet) -> bool:
-    return Path(model.data).resolve() != data.corpus.data.folder.resolve()
+def _has_own_data(model: Model, data: TestSet) -> bool:
+    return Path(model.data).resolve() != data.folder.resolve()
 
 
 def _digest(settings: Any) -> str:
@@ -340,7 +180,7 @@ def _refuse_others(
 # Quality and cost
 
 
-def _measure(asked: Asked, data: _TestSet, settings: Dict[str, Any], kept: Path) -> _Results:
+def _measure(asked: Asked, data: TestSet, settings: Dict[str, Any], kept: Path) -> Results:
     """Decode with every model.
 
     Args:
@@ -364,19 +204,19 @@ def _measure(asked: Asked, data: _TestSet, settings: Dict[str, Any], kept: Path)
         sample=data.sample,
     )
     for model in asked.models:
-        found = len(next(iter(measured[model.name].translations.values()), ()))
-        if model.name not in failures and found != len(data.references):
+        found = len(next(iter(measured[model.name].outcomes.values()), ()))
+        if model.name not in failures and found != len(data.dataset):
             failures[model.name] = (
-                f"{model.data} has {found} sentences, the references {len(data.references)}"
+                f"{model.data} has {found} {data.kind.samples[0]}, the data {len(data.dataset)}"
             )
     if len(failures) == len(asked.models):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise UserError("no model could be judged: " + reasons)
-    return _Results(asked, data, measured, failures)
+    return Results(asked, data, measured, failures)
 
 
-def _notes(results: _Results) -> List[str]:
-    asked, data = results.asked, results.data
+def _notes(results: Results) -> List[str]:
+    asked = results.asked
     good = [one for name, one in results.measured.items() if name not in results.failures]
     notes = []
     if len({run for one in good for run in one.runs}) > 1:
@@ -386,66 +226,43 @@ def _notes(results: _Results) -> List[str]:
         )
     if any(len(seconds) > asked.repeats for one in good for seconds in one.seconds.values()):
         notes.append(f"Some models were timed in more than {asked.repeats} passes.")
-    generation = data.cfg.generation
-    refine = [name for name, one in results.measured.items() if one.facts.get("refines")]
-    if refine:
-        notes.append(
-            f"Not autoregressive: {', '.join(refine)}. What they write is refined up to "
-            f"{generation.iter_decode_max_iter} times; the beam is for the other models."
-        )
-    elif decoding.refining_flags(generation):
-        notes.append(
-            f"{', '.join(decoding.refining_flags(generation))}: without effect, all models are "
-            "autoregressive."
-        )
-    text = decoding.describe_text(data.cfg)
-    lines = (line for one in good for line in one.translations.get(asked.beam, ()) if line)
-    if not any(text.values()) and any("\u2581" in line or "@@ " in line for line in lines):
-        notes.append(
-            "The translations are in SUBWORDS, so scores mean nothing: was --remove-bpe forgotten?"
-        )
     return notes
 
 
-def _judge(results: _Results) -> Dict[str, Any]:
+def _judge(results: Results) -> Dict[str, Any]:
     """Scores and costs of all that did not fail."""
-    asked = results.asked
-    texts = {
-        system: [text or "" for text in results.translations(system)]
-        for system in results.systems()
-    }
-    baseline = next(
-        (system for system in texts if system.main and system.model == asked.baseline),
-        next(iter(texts)),
-    )
-    scores, signatures = score(
-        {system.name: lines for system, lines in texts.items()},
-        results.data.references,
-        baseline=baseline.name,
-        tokenizer=results.data.tokenizer,
-        test=asked.test,
-        samples=asked.samples,
-        metrics=asked.metrics,
-    )
-    rows = [
-        _row(system, results, scores[system.name], list(signatures))
-        if system in texts
-        else {"name": system.name, "model": system.model.name, "beam": system.beam, "scores": None}
-        for system in asked.systems()
-    ]
-    metrics = columns.describe(asked.metrics, results.data.tokenizer)
-    _add_ratios(rows, asked.teacher, metrics[0]["name"])
+    asked, systems = results.asked, results.systems()
+    baseline = next((s for s in systems if s.main and s.model == asked.baseline), systems[0])
+    judged = results.data.judge(results, baseline)
+    rows = []
+    for system in asked.systems():
+        row: Dict[str, Any] = {"name": system.name, "model": system.model.name}
+        if results.data.kind is TRANSLATION:
+            row["beam"] = system.beam
+        good = system.name in judged.rows
+        rows.append({**row, **(_row(system, results, judged) if good else {"scores": None})})
+    _add_ratios(rows, asked.teacher, judged.metrics[0]["name"], results.data.speed)
     return {
-        "metrics": metrics,
-        "baseline": baseline.name,
-        "significance": f"{TESTS[asked.test]}, {asked.samples:,} samples",
-        "signatures": signatures,
+        "metrics": judged.metrics,
+        **judged.more,
+        "signatures": judged.signatures,
         "models": [_model(model, results) for model in asked.models],
         "systems": rows,
     }
 
 
-def _model(model: Model, results: _Results) -> Dict[str, Any]:
+def _row(system: System, results: Results, judged: Judged) -> Dict[str, Any]:
+    measured = results.measured[system.model.name]
+    seconds, tokens = measured.seconds[system.beam], measured.tokens[system.beam]
+    return {
+        **judged.rows[system.name],
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": Quartiles.of([tokens / s for s in seconds])._asdict(),
+    }
+
+
+def _model(model: Model, results: Results) -> Dict[str, Any]:
     measured = results.measured[model.name]
     return {
         "name": model.name,
@@ -457,48 +274,18 @@ def _model(model: Model, results: _Results) -> Dict[str, Any]:
     }
 
 
-def _row(
-    system: System, results: _Results, scores: Dict[str, Any], metrics: Sequence[str]
-) -> Dict[str, Any]:
-    measured, translations = results.measured[system.model.name], results.translations(system)
-    seconds, tokens = measured.seconds[system.beam], measured.tokens[system.beam]
-    translated = sum(text is not None for text in translations)
-    return {
-        "name": system.name,
-        "model": system.model.name,
-        "beam": system.beam,
-        "scores": {metric: scores[metric] for metric in metrics},
-        "length_ratio": scores["length_ratio"],
-        "length_ratio_on_train": _length_on_train(system, results) if system.main else None,
-        "identical": scores["identical"],
-        "left_out": len(translations) - translated,
-        "seconds": seconds,
-        "tokens": tokens,
-        "sentences_per_second": Quartiles.of([translated / s for s in seconds])._asdict(),
-        "tokens_per_second": Quartiles.of([tokens / s for s in seconds])._asdict(),
-    }
+def _add_ratios(rows: Sequence[Dict[str, Any]], teacher: Model, metric: str, pace: str) -> None:
+    """To each row its share of the teacher's score ("kept") and its speed-up over the teacher.
 
-
-def _length_on_train(system: System, results: _Results) -> Optional[float]:
-    """Of the translations of the training set's sample over their references."""
-    sample, found = results.data.sample, results.measured[system.model.name].sampled
-    if sample is None or found is None:
-        return None
-    pairs = [(text, own) for text, own in zip(found[1], sample.references) if text is not None]
-    if not pairs:
-        return None
-    translations, references = zip(*pairs)
-    return results.data.tokenizer.length_ratio(translations, references)
-
-
-def _add_ratios(rows: Sequence[Dict[str, Any]], teacher: Model, metric: str) -> None:
-    """To each row its share of the teacher's score ("kept") and its speed-up over the teacher."""
+    Args:
+        pace: the entry of a row that speeds are compared by.
+    """
 
     def quality(row: Dict[str, Any]) -> float:
         return row["scores"][metric]["score"]
 
     def speed(row: Dict[str, Any]) -> float:
-        return row["sentences_per_second"]["median"]
+        return row[pace]["median"]
 
     judged = [row for row in rows if row["scores"]]
     best = next((row for row in judged if row["name"] == teacher.name), None)
@@ -510,7 +297,7 @@ def _add_ratios(rows: Sequence[Dict[str, Any]], teacher: Model, metric: str) -> 
 # Differences from the teacher
 
 
-def _differences(results: _Results) -> Tuple[Dict[str, Any], Dict[str, str]]:
+def _differences(results: Results) -> Tuple[Dict[str, Any], Dict[str, str]]:
     """Compare each student with the teacher, one after the other: two models are held at a time.
 
     Returns:
@@ -520,7 +307,7 @@ def _differences(results: _Results) -> Tuple[Dict[str, Any], Dict[str, str]]:
     students = [model for model in asked.models if model != asked.teacher]
     reasons: Dict[str, str] = {}
 
-    def unless_refused(model: Model, work: Callable[[Model, _Results], Any]) -> Any:
+    def unless_refused(model: Model, work: Callable[[Model, Results], Any]) -> Any:
         try:
             return work(model, results)
         except UserError as error:
@@ -538,136 +325,87 @@ def _differences(results: _Results) -> Tuple[Dict[str, Any], Dict[str, str]]:
     found: Dict[str, Any] = {}
     if teacher is None:
         return found, reasons
-    plan = _plan(data, [limits[model] for model in [asked.teacher, *students]])
-    counts, dataset = _counts(data), data.corpus.dataset
+    fit = [limits[model] for model in [asked.teacher, *students]]
+    counts = _counts(data)
     for model in students:
         student = unless_refused(model, _open)
         if student is not None:
-            batches = (dataset.collater([dataset[int(i)] for i in batch]) for batch in plan)
-            dictionary = data.task.target_dictionary
-            tokens = compare.compare(teacher, student, batches, dictionary)
+            tokens = compare.compare(teacher, student, data.batches(fit), data.student.target)
             found[model.name] = _difference(model, tokens, counts, results)
         del student  # before the next one is opened
     return found, reasons
 
 
-def _max_positions(model: Model, results: _Results) -> Tuple[int, int]:
+def _max_positions(model: Model, results: Results) -> Tuple[int, int]:
     """Longest source and target, in tokens, that all its checkpoints take.
 
     Raises:
         UserError: it gives no distributions, or not over the data's vocabulary.
     """
+    asked, data = results.asked, results.data
     if model.name in results.failures:
         raise UserError("it failed")
     if model.kind == CTRANSLATE2:
         raise UserError("CTranslate2 gives no distributions")
-    if _has_own_data(model, results.data):
+    if _has_own_data(model, data):
         raise UserError("it has a vocabulary of its own")
-    if not results.data.binarised:
-        raise UserError("the data-bin has no references")
-    asked = results.asked
+    data.refuse_comparison(model)
     limits = []
     for path in model.paths:
         checkpoint = Checkpoint.open(path, role_of(model, asked.teacher), asked.trust)
-        longer = checkpoint.as_task(_task(asked)).tags(results.data.corpus.data.langs).longer
+        longer = checkpoint.as_task(asked.trained_for).tags(data.student.languages).longer
         limits.append([most - more for most, more in zip(checkpoint.max_positions, longer)])
     source, target = zip(*limits)
     return min(source), min(target)
 
 
-def _task(asked: Asked) -> Optional[str]:
-    """What the models were trained for, whatever their checkpoints say; None is what those say."""
-    return "translation" if task_given(asked.options) else None
-
-
-def _open(model: Model, results: _Results) -> Teacher:
+def _open(model: Model, results: Results) -> Teacher:
     """A model that gives distributions over the data's vocabulary."""
-    cfg, task = results.data.cfg, results.data.task
-    device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
-    fit = Student(
-        task.source_dictionary, task.target_dictionary, task.cfg.source_lang, task.cfg.target_lang
-    )
-    asked = results.asked
-    # it has been decoded, whatever its checkpoints call the languages
-    names = {"source_lang": fit.source_lang, "target_lang": fit.target_lang}
-    settings = TeacherSettings(
-        model.paths,
-        overrides=names,
-        trust=asked.trust,
-        role=role_of(model, asked.teacher),
-        task=_task(asked),
-    )
-    return Teacher.open(settings, fit).place(device, dtype)
-
-
-def _plan(data: _TestSet, limits: Sequence[Tuple[int, int]]) -> List[np.ndarray]:
-    """Batches of the test set, as sentence numbers; without what is too long for one of the models.
-
-    Args:
-        limits: longest source and target of each model.
-    """
-    return decoding.plan(
-        data.task,
-        data.corpus,
-        limits,
-        max_tokens=data.cfg.dataset.max_tokens,
-        max_sentences=data.cfg.dataset.batch_size,
-        required_multiple=1,
-        seed=data.cfg.common.seed,
+    asked, data = results.asked, results.data
+    role = role_of(model, asked.teacher)
+    return open_model(
+        model, data.student, data.cfg, role=role, trust=asked.trust, task=asked.trained_for
     )
 
 
 def _difference(
-    model: Model, tokens: compare.Tokens, counts: np.ndarray, results: _Results
+    model: Model, tokens: compare.Tokens, counts: np.ndarray, results: Results
 ) -> Dict[str, Any]:
     asked, data = results.asked, results.data
-    end = data.task.target_dictionary.eos()
+    end = data.student.target.eos()
     buckets = compare.buckets(tokens, counts, end)
-    teacher, student = [
-        results.measured[name].translations[asked.beam] for name in (asked.teacher.name, model.name)
-    ]
     return {
         "all": compare.Bucket.of("all", tokens)._asdict(),
         "calibration": {k: v._asdict() for k, v in compare.calibrations(tokens, end).items()},
-        "by": {kind: [bucket._asdict() for bucket in own] for kind, own in buckets.items()},
+        "by": {kind: [bucket._asdict() for bucket in buckets[kind]] for kind in data.kinds},
         "farthest": [
-            _sentence(i, tokens, data, teacher=teacher[i], student=student[i])
+            _sentence(i, tokens, data.texts(i, results, model), data.student.target.symbols)
             for i in compare.farthest(tokens, asked.examples)
         ],
     }
 
 
-def _counts(data: _TestSet) -> np.ndarray:
+def _counts(data: TestSet) -> np.ndarray:
     """How often each target symbol occurs in training, (V,).
 
     Without a training set there, as the dictionary's file has it.
     """
-    dictionary, bins = data.task.target_dictionary, data.corpus.data
-    train = bins.side("train", bins.langs[1])
+    dictionary, train = data.student.target, data.training_set()
     if train is None:
         return np.array([min(n, _COUNTED) for n in dictionary.count])
-    counts = np.zeros(len(dictionary), dtype=np.int64)
+    counts = np.zeros(max(len(dictionary), len(data.student.source)), dtype=np.int64)
     for i in range(min(len(train), _COUNTED)):
         np.add.at(counts, train[i].numpy(), 1)
     return counts
 
 
 def _sentence(
-    i: int,
-    tokens: compare.Tokens,
-    data: _TestSet,
-    *,
-    teacher: Optional[str],
-    student: Optional[str],
+    i: int, tokens: compare.Tokens, texts: Dict[str, Optional[str]], symbols: Sequence[str]
 ) -> Dict[str, Any]:
     own = tokens.only(tokens.sentence == i)
-    symbols = data.task.target_dictionary.symbols
     return {
         "number": i + 1,
-        "source": data.source[i],
-        "reference": data.references[i],
-        "teacher": teacher,
-        "student": student,
+        **texts,
         "kl": float(own.kl.mean(dtype=np.float64)),
         "tokens": [
             {
@@ -717,15 +455,12 @@ def _without_infinities(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_translations(results: _Results, folder: Path) -> None:
-    (folder / _TRANSLATIONS).mkdir(exist_ok=True)
-    names = set()
-    for system in results.systems():
-        name = f"{system.model.name}{'' if system.main else '.greedy'}.txt"
-        names.add(name)
+def _write_translations(results: Results, folder: Path) -> None:
+    files = results.data.files(results)
+    for name, lines in files.items():
+        (folder / _TRANSLATIONS).mkdir(exist_ok=True)
         with all_or_nothing(folder / _TRANSLATIONS / name) as file:
-            lines = results.translations(system)
-            file.write("".join((line or "") + "\n" for line in lines).encode("utf-8"))
+            file.write("".join(line + "\n" for line in lines).encode("utf-8"))
     for path in (folder / _TRANSLATIONS).glob("*.txt"):
-        if path.name not in names:
+        if path.name not in files:
             path.unlink()  # of a model that is no longer asked for

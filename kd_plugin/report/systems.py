@@ -1,17 +1,24 @@
 """The models to judge, by name: each a checkpoint, an ensemble, or a CTranslate2 folder."""
 
+import contextlib
+import copy
 import hashlib
 import os
 import re
+from argparse import Namespace
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq import utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import open_dict
 
-from ..checkpoints import Role
+from .. import decoding
+from ..checkpoints import LANGUAGE_MODEL, TRANSLATION, Checkpoint, Kind, Role, kind_of
 from ..decoding import parse_languages
 from ..errors import Faults, UserError
 from ..files import digest
+from ..teachers import Student, Teacher, TeacherSettings
 
 FAIRSEQ, CTRANSLATE2 = "fairseq", "ctranslate2"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
@@ -146,3 +153,79 @@ def pick(models: Sequence[Model], wanted: Optional[str], flag: str, usual: Seque
     if wanted:
         raise UserError(f"{flag} {wanted}: the models are named {', '.join(by_name)}")
     return models[0]
+
+
+def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
+    """fairseq's configuration of what fairseq-generate would do with a model."""
+    own = copy.deepcopy(options)
+    if model is not None:
+        own.data, own.path = model.data, model.path
+        if model.langs is not None:
+            own.source_lang, own.target_lang = model.langs
+    cfg = convert_namespace_to_omegaconf(own)
+    with open_dict(cfg):
+        cfg.dataset.max_tokens, cfg.dataset.batch_size = decoding.batch_limits(cfg)
+    return cfg
+
+
+def task_given(options: Namespace) -> bool:
+    """Whether --task is to hold whatever the checkpoints say that they were trained for."""
+    return getattr(options, "task_given", False)
+
+
+def kind_of_models(models: Sequence[Model], trust: bool = False) -> Kind:
+    """What all models are, by their checkpoints; of one that cannot be read its own row says why.
+
+    Args:
+        trust: open them with the full pickle machinery.
+
+    Raises:
+        UserError: some are language models, and others translate.
+    """
+    found: Dict[Kind, List[str]] = {}
+    for model in models:
+        kinds = {TRANSLATION} if model.kind == CTRANSLATE2 else set()
+        if model.kind == FAIRSEQ:
+            for path in model.paths:
+                with contextlib.suppress(UserError):
+                    checkpoint = Checkpoint.open(path, Role("model"), trust)
+                    kinds.add(checkpoint.kind or TRANSLATION)
+        for kind in kinds:
+            found.setdefault(kind, []).append(model.name)
+    if len(found) > 1:
+        raise UserError(
+            f"--models: expected models of one kind; {', '.join(found[LANGUAGE_MODEL])} model "
+            f"language, {', '.join(found[TRANSLATION])} translate: make a report of each kind"
+        )
+    return next(iter(found), TRANSLATION)
+
+
+def models_language(options: Namespace) -> bool:
+    """Whether the task of fairseq's flags is one of language models."""
+    return kind_of(getattr(options, "task", None), None) is LANGUAGE_MODEL
+
+
+def open_model(
+    model: Model, fit: Student, cfg: Any, *, role: Role, trust: bool, task: Optional[str] = None
+) -> Teacher:
+    """A model that gives distributions over the data's vocabulary, where the flags place it.
+
+    Args:
+        fit: the data.
+        cfg: fairseq's configuration.
+        task: what it was trained for, whatever its checkpoints say.
+
+    Raises:
+        UserError: it cannot be opened, or does not fit the data.
+    """
+    # it has been decoded, whatever its checkpoints call the languages
+    names = {"source_lang": fit.source_lang, "target_lang": fit.target_lang}
+    settings = TeacherSettings(
+        model.paths,
+        overrides=names if any(fit.languages) else {},
+        trust=trust,
+        role=role,
+        task=task,
+    )
+    placement = decoding.placement(cfg, cfg.distributed_training.device_id)
+    return Teacher.open(settings, fit).place(*placement)

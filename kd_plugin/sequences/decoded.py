@@ -84,7 +84,7 @@ class Decoded(Origin):
         if not store.planned:
             plan = decoding.plan(
                 self.opened.task,
-                engine.corpus,
+                engine.corpus.dataset,
                 engine.positions,
                 max_tokens=cfg.dataset.max_tokens,
                 max_sentences=cfg.dataset.batch_size,

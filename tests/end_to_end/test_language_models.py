@@ -1,5 +1,6 @@
 """Language models: teach, validate, resume, evaluate, cache; with fairseq's own commands."""
 
+import json
 import random
 import re
 import shutil
@@ -55,6 +56,13 @@ def teacher(once, text):
         return folder / "checkpoint_last.pt"
 
     return once("lm-teacher", make)
+
+
+@pytest.fixture(scope="module")
+def student(text, teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    distil(text, teacher, folder, "--max-update", 20)
+    return folder / "checkpoint_last.pt"
 
 
 def stock(text, save_dir, *more, dim=16):
@@ -152,6 +160,59 @@ def test_two_ranks_are_one_with_two_batches(text, teacher, tmp_path):
         *(tmp_path / "one/checkpoint_last.pt", tmp_path / "two/checkpoint_last.pt"),
         rtol=1e-3,
         atol=1e-5,
+    )
+
+
+def evaluated(text, path, *more, user_dir=()):
+    """Loss and perplexity, as fairseq-eval-lm prints them."""
+    found = fairseq(
+        *("fairseq-eval-lm", text, "--path", path, "--gen-subset", "valid", "--cpu", *user_dir),
+        *("--tokens-per-sample", 16, "--num-workers", 0, "--max-sentences", 16, *more),
+        *("--required-batch-size-multiple", 1),
+    ).ok()
+    return re.findall(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", found.text)[0]
+
+
+def test_a_report_says_what_eval_lm_does_and_how_far_a_student_is(text, teacher, student, tmp_path):
+    cut = ("--sample-break-mode", "complete", "--tokens-per-sample", 16)
+    run = fairseq(
+        *("fairseq-kd-report", text, "--models", f"teacher={teacher}", f"student={student}"),
+        *("--output", tmp_path / "report", "--gen-subset", "valid", "--cpu", "--repeats", 1, *cut),
+    ).ok()
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    loss, perplexity = evaluated(text, teacher, *cut)
+    for system, name in zip(report["systems"], ("teacher", "student")):
+        assert system["name"] == name and system["tokens_per_second"]["median"] > 0
+        assert not {"beam", "length_ratio", "sentences_per_second", "left_out"} & set(system)
+    assert f"{report['systems'][0]['loss']:.4f}" == loss
+    assert f"{report['systems'][0]['scores']['perplexity']['score']:.2f}" == perplexity
+    assert f"| teacher | {perplexity} | 1.0 x |" in run.text
+    difference = report["differences"]["student"]
+    assert set(difference["by"]) == {"frequency", "position", "entropy"}
+    whole = difference["all"]
+    assert whole["nll"] == pytest.approx(report["systems"][1]["loss"], rel=1e-5)
+    assert whole["teacher_nll"] == pytest.approx(report["systems"][0]["loss"], rel=1e-5)
+    assert whole["tokens"] == report["systems"][0]["tokens"] and whole["kl"] > 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    for word in ("BLEU", "beam", "sentence/s", "translat", "length"):
+        assert word not in re.sub(r"base64,[^\"]*", "", page)
+    assert not (tmp_path / "report" / "translations").exists()
+
+
+def test_an_export_is_the_same_in_stock_fairseq(text, teacher, student, tmp_path):
+    run = fairseq(
+        *("fairseq-kd-export", "--path", student, "--data", text, "--output", tmp_path / "s.pt"),
+    ).ok()
+    assert re.search(r"verified in stock fairseq: \d+ tokens of valid scored the same", run.text)
+    state = torch.load(str(tmp_path / "s.pt"))
+    assert state["cfg"]["task"]["_name"] == "language_modeling" and not state["criterion"]
+    assert not {name for name in state["cfg"]["task"] if "teacher" in name or "lang" in name}
+    plugin = USER_DIR if hasattr(torch.serialization, "add_safe_globals") else ()
+    assert evaluated(text, tmp_path / "s.pt") == evaluated(text, student, user_dir=plugin)
+    # it can teach
+    assert (
+        "dictionaries from its checkpoint"
+        in distil(text, tmp_path / "s.pt", tmp_path / "again", "--max-update", 1).text
     )
 
 

@@ -1,5 +1,5 @@
-"""Other text to text: BART as teacher and student, of sources that are cut, as summarisation asks
-of each route; and students that are not autoregressive."""
+"""Other text to text: BART as teacher, BART and mBART as students, of sources that are cut, as
+summarisation asks of each route; and students that are not autoregressive."""
 
 import importlib.util
 import re
@@ -55,11 +55,12 @@ def generated(data, checkpoint):
 
 
 def test_online_and_from_a_cache(data, bart, tmp_path):
-    """The cache holds all symbols, so both trainings are the same; so does a BART student."""
+    """The cache holds all symbols, so both trainings are the same, whatever the student is."""
     symbols = len(dictionary_lines(data, TARGET)) + 4
     write_cache(data, bart, tmp_path / "cache", "--top-k", symbols, *LONG).ok()
     short = (*LONG, "--max-update", 10, "--kd-weight", 0.9)
-    for name, arch in (("bart", BART), ("transformer", STUDENT)):
+    students = {"bart": BART, "mbart": transformer(16, "mbart_base"), "transformer": STUDENT}
+    for name, arch in students.items():
         online = distil(data, bart, tmp_path / name, *short, arch=arch).ok()
         read = ("--teacher-cache", tmp_path / "cache")
         cached = distil(data, None, tmp_path / f"{name}-cached", *short, *read, arch=arch).ok()

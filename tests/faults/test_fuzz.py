@@ -48,7 +48,7 @@ from kd_plugin.decoding import Converted, vocabularies
 from kd_plugin.export.ctranslate2 import read_record
 from kd_plugin.files import FileError
 from kd_plugin.report.curves import read_curves
-from kd_plugin.report.decode import Measured
+from kd_plugin.report.measured import Measured
 from kd_plugin.sequences import Output, dropped, exchange, inspect
 from kd_plugin.sequences.exchange.formats import FORMATS, recognise
 from kd_plugin.vocabulary import SubwordModel
