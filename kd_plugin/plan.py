@@ -121,7 +121,8 @@ class Plan(NamedTuple):
         taught = faults.check(
             hasattr(flags, "teacher_cache"),
             "the criterion kd_label_smoothed_cross_entropy needs a task with a teacher: --task "
-            f"kd_translation or kd_language_modeling; got {type(task).__name__}",
+            "kd_translation, kd_translation_multi_simple_epoch or kd_language_modeling; got "
+            f"{type(task).__name__}",
         )
         cache = flags.teacher_cache if taught else None
         pairs: Sequence[str] = getattr(task, "pairs", ())

@@ -69,6 +69,8 @@ class Distillation(FairseqTask):
     """
 
     kind: Kind
+    pairs: Sequence[str] = ()  # of languages, of a task with several
+    cacheable = True  # whether a cache can hold the teacher's answers
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -4,15 +4,16 @@ One student translates several pairs of languages, and learns each from a teache
 all from a multilingual one.
 """
 
-from typing import Any, Dict, List, Optional, Sequence
+from argparse import ArgumentParser, Namespace
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 from fairseq.data import BaseWrapperDataset, Dictionary
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
+from omegaconf import OmegaConf
 
-from ..cache import CacheError
 from ..checkpoints import MULTILINGUAL_TRANSLATION, SIMPLE_EPOCH, added_symbols, tags_of
 from ..errors import Faults
 from ..flags import TeacherConfig
@@ -44,26 +45,34 @@ class KDTranslationMultiSimpleEpochTask(Distillation, TranslationMultiSimpleEpoc
     """Translate between several pairs of languages, taught by bigger models."""
 
     kind = MULTILINGUAL_TRANSLATION
+    cacheable = False
 
     @staticmethod
     def add_args(parser: Any) -> None:
         TranslationMultiSimpleEpochTask.add_args(parser)
         gen_parser_from_dataclass(parser, TeacherConfig())
 
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> "KDTranslationMultiSimpleEpochTask":
+        if not isinstance(args, Namespace):  # of fairseq-hydra-train: what its file says, no more
+            parser = ArgumentParser()
+            cls.add_args(parser)
+            given = OmegaConf.to_container(args)
+            args = Namespace(**{**vars(parser.parse_args([args.data])), **given})
+        return super().setup_task(args, **kwargs)
+
     def __init__(
         self, args: Any, langs: List[str], dicts: Dict[str, Dictionary], training: bool
     ) -> None:
         super().__init__(args, langs, dicts, training)
         self.cfg = args
-        self.pairs: Sequence[str] = self.lang_pairs
+        self.pairs = self.lang_pairs
         faults = Faults()
         twice = ", ".join(sorted({p for p in self.pairs if self.pairs.count(p) > 1}))
         faults.check(not twice, f"--lang-pairs names {twice} twice")
-        extra = args.extra_data or args.extra_lang_pairs
         faults.check(
-            not extra,
-            "--extra-data and --extra-lang-pairs: no teacher is asked about such data; leave them "
-            "out, or train without a teacher",
+            not (args.extra_data or args.extra_lang_pairs),
+            "leave out --extra-data and --extra-lang-pairs: no teacher is asked about such data",
         )
         faults.raise_if_any()
 
@@ -95,12 +104,11 @@ class KDTranslationMultiSimpleEpochTask(Distillation, TranslationMultiSimpleEpoc
         dataset.datasets = [
             _OfPair(own, number, len(self.pairs)) for number, own in enumerate(dataset.datasets)
         ]
-        if getattr(dataset, "num_virtual_epochs", 1) > 1 and epoch > 1:
+        if before is None and not self.has_sharded_data(split):
             # a resumed training goes on in the order in which it began to go through the data
-            part = dataset.shard_epoch, dataset.load_next_shard
-            dataset.set_epoch(epoch - (epoch - 1) % dataset.num_virtual_epochs)
+            done = (epoch - 1) % getattr(dataset, "num_virtual_epochs", 1)
+            dataset.set_epoch(epoch - done)
             dataset.set_epoch(epoch)
-            dataset.shard_epoch, dataset.load_next_shard = part
 
     def parts(self, dataset: Any) -> List[Any]:
         return getattr(dataset, "datasets", [dataset])
@@ -108,15 +116,6 @@ class KDTranslationMultiSimpleEpochTask(Distillation, TranslationMultiSimpleEpoc
     def lengths(self, dataset: Any) -> Optional[np.ndarray]:
         sizes = np.asarray(dataset.sizes)
         return sizes if sizes.ndim == 2 else None
-
-    def data_endings(self) -> List[str]:
-        return [f".{pair}.{lang}" for pair in self.pairs for lang in pair.split("-")]
-
-    def data_settings(self) -> Dict[str, Any]:
-        raise CacheError(
-            f"--task {self.cfg._name} has no cache: its teachers are run; a cache is for one pair "
-            "of languages"
-        )
 
     def numbered(self, sample: Dict[str, Any]) -> Dict[str, Any]:
         """The batch with the number of each sentence's pair, and its own number within the pair."""
