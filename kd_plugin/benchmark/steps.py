@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+from argparse import Namespace
 from copy import deepcopy
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
@@ -122,22 +123,24 @@ class Steps:
         """
         cfg = deepcopy(self.cfg)
         none = TeacherConfig()
+        # as fairseq keeps it for tasks without a dataclass, it is not copied along
+        of_task = deepcopy(cfg.task) if isinstance(cfg.task, Namespace) else cfg.task
         with open_dict(cfg):
-            cfg.task.restore_file = ""  # no checkpoint is opened
+            of_task.restore_file = ""  # no checkpoint is opened
             for name in _LEFT_OUT.get(with_teacher, ()):
                 setattr(cfg.criterion, name, getattr(_CRITERION, name))
             if with_teacher in ("run", "outputs"):
-                cfg.task.teacher_cache = None
+                of_task.teacher_cache = None
                 if not cfg.criterion.kd_top_k:
                     cfg.criterion.kd_tail = None  # the cache's
             else:
                 for name in RUN_TEACHER:
-                    setattr(cfg.task, name, getattr(none, name))
+                    setattr(of_task, name, getattr(none, name))
             if temperature is not None:
                 cfg.criterion.kd_temperature = temperature
         utils.set_torch_seed(cfg.common.seed)
         with _refusing_as_fairseq():
-            task = (self.taught if with_teacher else self.stock).setup_task(cfg.task)
+            task = (self.taught if with_teacher else self.stock).setup_task(of_task)
             model = task.build_model(cfg.model)
         if with_teacher:
             criterion = task.build_criterion(cfg.criterion)
