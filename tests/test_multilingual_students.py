@@ -110,7 +110,8 @@ def loss_of(criterion, model, sample):
     model.zero_grad()
     loss, size, log = criterion(model, sample)
     loss.backward()
-    return loss.item(), size, [p.grad.clone() for p in model.parameters()], log
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return loss.item(), size, grads, log
 
 
 def own_logits(path, source, target, tags=((), ("</s>",), ("</s>",))):
