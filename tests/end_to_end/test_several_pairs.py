@@ -185,6 +185,7 @@ def test_the_shipped_yaml_runs(two_pairs, paths, tmp_path):
         f"task.teacher_checkpoint_path='{paths}'",
         "+task.teacher_overrides=\"cc-bb={'source_lang':'cc'}\"",
         *("model.share_all_embeddings=false", "optimization.max_update=3"),
+        "dataset.ignore_unused_valid_subsets=true",
         "common.log_format=json",
         cwd=tmp_path,
     ).ok()
