@@ -45,7 +45,11 @@ TAGS = [(), ("--encoder-langtok", "src"), BOTH, REPLACING]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("multi")
-    data, other = write_data(folder / "data"), write_data(folder / "other", OTHERS)
+    return write_pairs(folder, SENTENCES, OTHERS)
+
+
+def write_pairs(folder, first, second):
+    data, other = write_data(folder / "data", first), write_data(folder / "other", second)
     for file in other.iterdir():
         file.rename(data / file.name.replace("aa", "cc")) if "aa" in file.name else None
     return data
@@ -379,6 +383,19 @@ def test_lengths_are_told_as_the_student_counts_them(data, teachers):
     with pytest.raises(UserError, match="of up to 6 source .* reads at most 5 source"):
         Learning(data, *flags, *overrides).begin()
     Learning(data, *flags, "--teacher-overrides", "{'max_source_positions': 5}").begin()
+
+
+def test_folders_are_read_in_turn(data, teachers, tmp_path):
+    part = {"train": SENTENCES["train"][3:]}
+    more = write_pairs(tmp_path, part, {"train": OTHERS["train"][:1]})
+    t = Learning(f"{data}:{more}", *named(teachers)).begin()
+    assert len(t.task.dataset("train")) == 8
+    t.task.load_dataset("train", epoch=2)
+    batch = t.task.numbered(t.batch())
+    found = sorted(zip(batch["pair"].tolist(), batch["id"].tolist()))
+    assert found == [(0, 0), (0, 1), (1, 0)]
+    t.criterion.train()
+    assert t.criterion(t.model, taught(t, t.batch()))[2]["kd_loss_cc-bb"] > 0
 
 
 def test_a_resumed_pass_goes_on_in_its_order(data, teachers):
