@@ -59,8 +59,9 @@ def _sections() -> Iterator[Any]:
     from kd_plugin.tasks.translation import KDTranslationConfig
 
     yield (
-        "Tasks `kd_translation` and `kd_language_modeling`",
-        "Beside the flags of fairseq's `translation` and `language_modeling`.",
+        "Tasks `kd_translation`, `kd_translation_multi_simple_epoch` and `kd_language_modeling`",
+        "Beside the flags of fairseq's `translation`, `translation_multi_simple_epoch` and "
+        "`language_modeling`.",
         {"": dataclass_flags(KDTranslationConfig)},
     )
     yield (

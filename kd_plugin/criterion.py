@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 # Sums that only mean something where the batch's target is a reference
 _OF_REFERENCES = ("nll_loss", "n_correct", "total", "teacher_nll_loss", "n_agree", "n_compared")
+_OF_PAIR = "tokens_of_"  # begins the names of sums, one for each pair of languages
 
 
 @register_criterion(CRITERION, dataclass=KDLabelSmoothedCrossEntropyCriterionConfig)
@@ -61,6 +62,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         self.sentence_avg = cfg.sentence_avg
         self.ignore_prefix_size = cfg.ignore_prefix_size
         self.report_accuracy = cfg.report_accuracy
+        self.pairs = getattr(task, "pairs", ())  # of languages, of a multilingual student
         self.batches = itertools.count()  # numbers those of the update under way
         # Validation uses the weight and temperature of the last update; outside training, the final
         self._update: Optional[int] = None
@@ -123,7 +125,8 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         if self.queue is not None and self.training and not step.is_dummy:
             # the queue holds how hard references are: nothing of what the student wrote
             nothing = terms.tokens.student_nll[:0]
-            self.queue.observe(nothing if step.by_student else self.selection.score(terms.tokens))
+            scores = nothing if step.by_student else self.selection.score(terms.tokens)
+            self.queue.observe(scores, terms.tokens.group)
         loss, sums = terms.loss, self._sums(terms, step)
         if theirs:
             source = sample["net_input"]["src_tokens"]
@@ -196,13 +199,14 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
                 self._real(target).flatten().nonzero().squeeze(-1),
                 sample.get("teacher"),
                 settings,
+                sample["pair"].repeat_interleave(target.size(1)) if self.pairs else None,
             )
         except NotFiniteTeacherError as error:
             raise error.naming(sample["id"], target.size(1)) from None
 
     def _sums(self, terms: Terms, step: Step) -> Dict[str, Any]:
         """What is logged: sums over tokens and their counts, the same keys on every rank."""
-        sums = self._of_tokens(terms)
+        sums = {**self._of_tokens(terms), **self._of_pairs(terms)}
         if self.training and self.plan.inputs.by_student:
             sums["kd_inputs"] = terms.tokens.student_nll.numel() if step.by_student else 0
         if step.by_student:
@@ -220,8 +224,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             return sums
         # a tensor on every rank: ranks whose logs differ in kind cannot be summed
         selected = terms.kd.new_tensor(n) if terms.selected is None else terms.selected.sum()
-        unit = math.log(2) if self.plan.divergence.in_nats else 1.0
-        sums.update(kd_loss=terms.kd.sum() / unit, kd_tokens=selected)
+        sums.update(kd_loss=terms.kd.sum() / self._unit, kd_tokens=selected)
         if self.training and self.plan.selection != "all":
             sums.update(kd_candidates=n)
         if self.plan.adaptive or self.plan.weight.steps:
@@ -236,6 +239,31 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
                 teacher_nll_loss=tokens.teacher_nll.sum(), n_agree=terms.agree.sum(), n_compared=n
             )
         return sums
+
+    def _of_pairs(self, terms: Terms) -> Dict[str, Any]:
+        """The sums over the tokens of each pair of languages, also of those that have none here:
+        the same keys on every rank."""
+        tokens, values = terms.tokens, {}
+        if not self.pairs or tokens.group is None:
+            return {}
+        values[_OF_PAIR] = torch.ones_like(tokens.student_nll)
+        values["nll_loss_"] = tokens.student_nll
+        if terms.kd is not None:
+            selected = values[_OF_PAIR] if terms.selected is None else terms.selected
+            values["kd_loss_"] = terms.kd / self._unit
+            values["kd_tokens_"] = selected.to(terms.kd)
+        if terms.agree is not None:
+            values["n_agree_"] = terms.agree.to(tokens.student_nll)
+        sums: Dict[str, Any] = {}
+        for name, each in values.items():
+            of_pairs = each.new_zeros(len(self.pairs)).index_add_(0, tokens.group, each)
+            sums.update(zip([name + pair for pair in self.pairs], of_pairs.unbind()))
+        return sums
+
+    @property
+    def _unit(self) -> float:
+        """Of the divergence, as it is logged."""
+        return math.log(2) if self.plan.divergence.in_nats else 1.0
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:
@@ -266,6 +294,11 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         log_mean("kd_attention", "kd_attention", "kd_attention_positions")
         log_mean("teacher_nll_loss", "teacher_nll_loss", "n_compared", bit)
         log_mean("agreement", "n_agree", "n_compared")
+        for key in [key for key in logging_outputs[0] if key.startswith(_OF_PAIR)]:
+            pair = key[len(_OF_PAIR) :]
+            log_mean(f"nll_loss_{pair}", f"nll_loss_{pair}", key, bit)
+            log_mean(f"kd_loss_{pair}", f"kd_loss_{pair}", f"kd_tokens_{pair}")
+            log_mean(f"agreement_{pair}", f"n_agree_{pair}", key)
         judged = total("total")
         if judged > 0:
             metrics.log_scalar("total", judged)

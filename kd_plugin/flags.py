@@ -22,6 +22,9 @@ HIDDEN_WEIGHT = 1.0
 HIDDEN_LAYERS = "encoder:-1=-1,decoder:-1=-1"
 ATTENTION_LAYERS = "encoder-self:-1=-1,decoder-self:-1=-1,cross:-1=-1"
 
+# Among which tokens a share is selected
+SCOPES = ("all", "pair")
+
 # Who writes what the decoder reads in training
 INPUTS = ("reference", "argmax", "sample")
 INPUTS_RATE = 0.5
@@ -51,7 +54,9 @@ class TeacherConfig(FairseqDataclass):
     teacher_checkpoint_path: Optional[str] = field(
         default=None,
         metadata={
-            "help": "the teacher's checkpoint, or several with ':' between them for an ensemble"
+            "help": "the teacher's checkpoint, or several with ':' between them for an ensemble; "
+            "of a multilingual student one for all pairs of languages or one for each, as in "
+            "de-en=A,fr-en=B, and so are the teacher's other flags that take text"
         },
     )
     teacher_data: Optional[str] = field(
@@ -220,6 +225,13 @@ class KDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriter
     )
     kd_selection_rate: Optional[float] = _described(selection.RATE)
     kd_queue_size: Optional[int] = _described(selection.QUEUE_SIZE)
+    kd_selection_scope: ChoiceEnum(SCOPES) = field(  # type: ignore
+        default="all",
+        metadata={
+            "help": "among which tokens of a multilingual student the share is taken: all, or "
+            "those of the same pair of languages, with a queue for each pair"
+        },
+    )
     kd_ranking_weight: float = field(
         default=0.0,
         metadata={

@@ -1,7 +1,9 @@
 """The flags of task and criterion, read once into one ``Plan``, or refused, every fault at once."""
 
 import math
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+import re
+from argparse import Namespace
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from fairseq import utils
 from fairseq.tasks.translation import TranslationTask
@@ -62,6 +64,7 @@ class Plan(NamedTuple):
 
     Attributes:
         teacher: the teacher that is run; None with a cache, or where no flag names one.
+        teachers: instead, those of a multilingual student, one for each pair of languages.
         cache: the folder that the teacher is read from instead.
         beside_cache: what is wrong with flags of a running teacher beside it. It stops a training
             and not a validation, whose flags come from the student's checkpoint.
@@ -75,6 +78,9 @@ class Plan(NamedTuple):
         tail: what becomes of the others, one of ``topk.TAILS``.
         inside: what is learnt from the inside of the teacher.
         inputs: what the decoder reads in training.
+        scope: names of the pairs of languages within each of which tokens are selected; none are
+            all together.
+        ignored: how many of each target's first symbols the loss leaves out.
     """
 
     teacher: Optional[TeacherSettings]
@@ -95,6 +101,9 @@ class Plan(NamedTuple):
     queue_size: int
     inside: Tuple[StateTerm, ...]
     inputs: Inputs
+    teachers: Tuple[TeacherSettings, ...] = ()
+    scope: Sequence[str] = ()
+    ignored: int = 0
 
     @classmethod
     def read(cls, criterion: Any, task: Any) -> "Plan":
@@ -112,13 +121,20 @@ class Plan(NamedTuple):
         taught = faults.check(
             hasattr(flags, "teacher_cache"),
             "the criterion kd_label_smoothed_cross_entropy needs a task with a teacher: --task "
-            f"kd_translation or kd_language_modeling; got {type(task).__name__}",
+            "kd_translation, kd_translation_multi_simple_epoch or kd_language_modeling; got "
+            f"{type(task).__name__}",
         )
         cache = flags.teacher_cache if taught else None
-        teacher = None
+        pairs: Sequence[str] = getattr(task, "pairs", ())
+        teacher: Optional[TeacherSettings] = None
+        teachers: Tuple[TeacherSettings, ...] = ()
         if taught and not cache:
             with faults.collecting():
-                teacher = read_teacher(flags)
+                if pairs:
+                    named = [*dict.fromkeys((*flags.lang_pairs, *pairs))]
+                    teachers = read_teachers(flags, pairs, named)
+                else:
+                    teacher = read_teacher(flags)
 
         adaptive = criterion.kd_weight_schedule == "adaptive"
         weight = _scheduled(
@@ -171,7 +187,12 @@ class Plan(NamedTuple):
             ),
             inside=tuple(_inside(criterion, getattr(task, "kind", TRANSLATION), faults)),
             inputs=_inputs(criterion, faults),
+            teachers=teachers,
+            scope=_scope(criterion, chosen, pairs, faults),
+            ignored=criterion.ignore_prefix_size,
         )
+        if pairs:
+            plan._check_pairs(faults)
         plan._check_tail(criterion, len(task.target_dictionary), faults)
         plan._check_ranking(len(task.target_dictionary), faults)
         plan._check_inputs(criterion, task, faults)
@@ -202,7 +223,7 @@ class Plan(NamedTuple):
 
     def new_selection(self) -> Selection:
         """The selection of the flags, with an empty queue if it compares with earlier tokens."""
-        return Selection(self.selection, self.selection_rate, self.queue_size)
+        return Selection(self.selection, self.selection_rate, self.queue_size, self.scope)
 
     @property
     def needs(self) -> Needs:
@@ -216,6 +237,17 @@ class Plan(NamedTuple):
         )
 
     # The checks of flags that depend on one another
+
+    def _check_pairs(self, faults: Faults) -> None:
+        faults.check(
+            not self.cache,
+            "--teacher-cache is for one pair of languages: the teachers of several are run, give "
+            "--teacher-checkpoint-path",
+        )
+        flags = " and ".join(dict.fromkeys(states.FLAG[p.kind] for p in self.needs.layers))
+        faults.check(
+            not flags, f"leave out {flags}: the teachers of several pairs have no inside in common"
+        )
 
     def _check_ranking(self, vocabulary: int, faults: Faults) -> None:
         faults.check(
@@ -413,6 +445,61 @@ def read_teacher(task: Any) -> Optional[TeacherSettings]:
     )
 
 
+def read_teachers(
+    task: Any, pairs: Sequence[str], trained: Sequence[str]
+) -> Tuple[TeacherSettings, ...]:
+    """Those of a task's flags for each of some pairs of languages; none if they name none.
+
+    A flag has one value for all pairs, or one for each, as in ``de-en=A,fr-en=B``.
+
+    Args:
+        trained: all pairs that flags may name; in a validation more than ``pairs``.
+
+    Raises:
+        UserError: as ``read_teacher``, or a pair has no teacher, or what is named is no pair.
+    """
+    faults, texts = Faults(), {}
+    for name in RUN_TEACHER:
+        text = getattr(task, name)
+        if isinstance(text, str) and _OF_PAIR.match(text):
+            texts[name] = _by_pair(text, "--" + name.replace("_", "-"), trained, faults)
+    paths = texts.get("teacher_checkpoint_path")
+    if paths is not None:
+        without = ", ".join(pair for pair in pairs if pair not in paths)
+        faults.check(
+            not without,
+            f"--teacher-checkpoint-path names no teacher for {without}: every pair of --lang-pairs "
+            "needs one",
+        )
+    faults.raise_if_any()
+    found, default = [], TeacherConfig()
+    for pair in pairs:
+        own = {name: of.get(pair, getattr(default, name)) for name, of in texts.items()}
+        found.append(read_teacher(Namespace(**{**_flags(task), **own})))
+    return tuple(one for one in found if one is not None)
+
+
+_OF_PAIR = re.compile(r"\s*([^\s=,:/]+-[^\s=,:/]+)=")
+
+
+def _by_pair(text: str, flag: str, trained: Sequence[str], faults: Faults) -> Dict[str, str]:
+    """The values of a flag, by pair; a value may have commas."""
+    found: Dict[str, str] = {}
+    for part in re.split(r",(?=" + _OF_PAIR.pattern.replace("(", "(?:") + ")", text):
+        pair, _, value = part.strip().partition("=")
+        faults.check(pair not in found, f"{flag} names {pair} twice")
+        faults.check(
+            pair in trained,
+            f"{flag} names {pair}, which is none of --lang-pairs {','.join(trained)}",
+        )
+        found[pair] = value
+    return found
+
+
+def _flags(task: Any) -> Dict[str, Any]:
+    return {name: getattr(task, name) for name in RUN_TEACHER}
+
+
 def choice_value(value: Any) -> str:
     """A ChoiceEnum's value: fairseq keeps it as a string or as an enum, depending on the way in."""
     return str(getattr(value, "value", value))
@@ -435,6 +522,18 @@ def _faults_beside_cache(task: Any, criterion: Any) -> List[str]:
             "holds: give --teacher-checkpoint-path instead of --teacher-cache"
         )
     return faults
+
+
+def _scope(criterion: Any, chosen: str, pairs: Sequence[str], faults: Faults) -> Sequence[str]:
+    """The pairs of languages within each of which tokens are selected; none without."""
+    if choice_value(criterion.kd_selection_scope) == "all":
+        return ()
+    faults.check(
+        chosen in selection.WITH_RATE,
+        f"--kd-selection-scope pair has no effect with --kd-selection {chosen}",
+    )
+    faults.check(pairs, "--kd-selection-scope pair is for tasks of several pairs of languages")
+    return pairs
 
 
 def _divergence(name: str, criterion: Any, faults: Faults) -> Divergence:

@@ -219,7 +219,7 @@ def known_flags() -> Set[str]:
     parsers = [module.make_parser() for module in COMMANDS.values()]
     parsers.append(fairseq_options.get_preprocessing_parser())
     kd = ["--criterion", "kd_label_smoothed_cross_entropy", "--task"]
-    multilingual = ["translation_multi_simple_epoch", "--lang-pairs", "de-en"]
+    multilingual = ["kd_translation_multi_simple_epoch", "--lang-pairs", "de-en"]
     lm = ["kd_language_modeling", "--arch", "transformer_lm", "--lr-scheduler", "polynomial_decay"]
     # fairseq adds the flags of what is chosen while it parses
     for parser, arguments in (

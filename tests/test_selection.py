@@ -83,7 +83,8 @@ def test_a_token_is_judged_by_itself(name):
     """In any order, and in parts: only ``batch`` looks at the other tokens of its micro-batch."""
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(3, 20, generator=generator)
-    tokens = TokenStatistics(*values, torch.rand(20, generator=generator) > 0.5)
+    correct = torch.rand(20, generator=generator) > 0.5
+    tokens = TokenStatistics(*values, correct, torch.zeros(20, dtype=torch.long))
     selection = Selection(name, 0.3, 50)
     if selection.queue is not None:
         sign = -1 if name == "teacher-entropy" else 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+from argparse import Namespace
 from copy import deepcopy
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
@@ -75,7 +76,8 @@ class Steps:
             if self._looks_beyond_outputs():
                 makers[OUTPUTS] = lambda: self._steps(self._trainer("outputs"))
             makers[VALIDATION] = self._validation
-            makers[CACHING] = self._caching
+            if self.taught.cacheable:
+                makers[CACHING] = self._caching
         if self.cfg.task.teacher_cache:
             makers[CACHED] = lambda: self._steps(self._trainer("cached"))
             for t in self._other_temperatures():
@@ -121,22 +123,24 @@ class Steps:
         """
         cfg = deepcopy(self.cfg)
         none = TeacherConfig()
+        # as fairseq keeps it for tasks without a dataclass, it is not copied along
+        of_task = deepcopy(cfg.task) if isinstance(cfg.task, Namespace) else cfg.task
         with open_dict(cfg):
-            cfg.task.restore_file = ""  # no checkpoint is opened
+            of_task.restore_file = ""  # no checkpoint is opened
             for name in _LEFT_OUT.get(with_teacher, ()):
                 setattr(cfg.criterion, name, getattr(_CRITERION, name))
             if with_teacher in ("run", "outputs"):
-                cfg.task.teacher_cache = None
+                of_task.teacher_cache = None
                 if not cfg.criterion.kd_top_k:
                     cfg.criterion.kd_tail = None  # the cache's
             else:
                 for name in RUN_TEACHER:
-                    setattr(cfg.task, name, getattr(none, name))
+                    setattr(of_task, name, getattr(none, name))
             if temperature is not None:
                 cfg.criterion.kd_temperature = temperature
         utils.set_torch_seed(cfg.common.seed)
         with _refusing_as_fairseq():
-            task = (self.taught if with_teacher else self.stock).setup_task(cfg.task)
+            task = (self.taught if with_teacher else self.stock).setup_task(of_task)
             model = task.build_model(cfg.model)
         if with_teacher:
             criterion = task.build_criterion(cfg.criterion)
@@ -179,37 +183,34 @@ class Steps:
     def _teacher_forward(self) -> Callable[[], None]:
         """As fairseq runs a model that it does not train: to all of its logits."""
         trainer, dataset, batches = self._trainer("run")
-        inputs = [
-            _on_device(trainer, dataset.collater([dataset[i] for i in ids]))["net_input"]
-            for ids in batches
-        ]
+        asked = [one for ids in batches for one in _asked(trainer, dataset, ids)]
 
         def work() -> None:
             with torch.no_grad():
-                for net_input in inputs:
-                    for member in trainer.task.source.teacher.members:
-                        member.model(**member.inputs(net_input))
+                for teacher, batch in asked:
+                    for member in teacher.members:
+                        member.model(**member.inputs(batch["net_input"]))
 
         return work
 
     def _validation(self) -> Callable[[], None]:
         """What fairseq-validate does with the teacher."""
         trainer, dataset, batches = self._trainer("run")
-        sides = trainer.task.source_dictionary, trainer.task.target_dictionary
-        stock = self.stock(self.cfg.task, *sides)
+        pad = trainer.task.target_dictionary.pad()
+        stock = self.stock.setup_task(deepcopy(self.cfg.task))
         criterion = _stock_criterion(stock, self.cfg)
         criterion.eval()
 
         def work() -> None:
             for batch in batches:
-                sample = _on_device(trainer, dataset.collater([dataset[i] for i in batch]))
-                for member in trainer.task.source.teacher.members:
-                    inputs = member.inputs(sample["net_input"])
-                    # tags before the target are no words to predict
-                    padding = (member.view.longer[1], 0)
-                    target = F.pad(sample["target"], padding, value=sides[1].pad())
-                    own = {**sample, "net_input": inputs, "target": target}
-                    stock.valid_step(own, member.model, criterion)
+                for teacher, sample in _asked(trainer, dataset, batch):
+                    for member in teacher.members:
+                        inputs = member.inputs(sample["net_input"])
+                        # tags before the target are no words to predict
+                        padding = (member.view.longer[1], 0)
+                        target = F.pad(sample["target"], padding, value=pad)
+                        own = {**sample, "net_input": inputs, "target": target}
+                        stock.valid_step(own, member.model, criterion)
 
         return work
 
@@ -257,6 +258,12 @@ def _stock_criterion(task: Any, cfg: Any) -> LabelSmoothedCrossEntropyCriterion:
         cfg.criterion.ignore_prefix_size,
         cfg.criterion.report_accuracy,
     )
+
+
+def _asked(trainer: Any, dataset: Any, ids: Sequence[int]) -> Iterator[Any]:
+    """The teachers that are run on a batch, each with the sentences that it is asked about."""
+    batch = _on_device(trainer, dataset.collater([dataset[i] for i in ids]))
+    return trainer.task.source.asked(trainer.task.numbered(batch))
 
 
 def _on_device(trainer: Any, batch: Dict[str, Any]) -> Dict[str, Any]:

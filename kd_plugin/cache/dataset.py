@@ -22,7 +22,10 @@ def target_sizes(dataset: Any) -> np.ndarray:
     """Target tokens of each sentence, or block of text, with padding symbols in it."""
     if hasattr(dataset, "tgt_sizes"):
         return np.asarray(dataset.tgt_sizes)
-    return np.asarray(dataset.sizes) + bool(dataset.add_bos_token)  # which fairseq does not count
+    sizes = np.asarray(dataset.sizes)
+    if sizes.ndim > 1:  # of source and target
+        return sizes[:, 1]
+    return sizes + bool(dataset.add_bos_token)  # which fairseq does not count
 
 
 class TaughtDataset(BaseWrapperDataset):

@@ -29,19 +29,34 @@ from .dictionaries import (
     is_padding,
     lacking,
 )
-from .kinds import LANGUAGE_MODEL, TRANSLATION, Kind, kind_of
+from .kinds import LANGUAGE_MODEL, MULTILINGUAL_TRANSLATION, TRANSLATION, Kind, kind_of
 from .roles import Role
-from .tags import FAMILIES, MULTILINGUAL, AskedTags, Tags, family_tags, nearest, parse_symbols
+from .tags import (
+    EACH_DIRECTION,
+    FAMILIES,
+    MULTILINGUAL,
+    SIMPLE_EPOCH,
+    AskedTags,
+    Tags,
+    added_symbols,
+    family_tags,
+    nearest,
+    parse_symbols,
+    tags_of,
+)
 from .tasks import STOCK_OTHERS, reads_as_translation, translates_otherwise
 from .torchfile import allow_fairseq_globals
 
 __all__ = [
     "DTYPES",
+    "EACH_DIRECTION",
     "FAMILIES",
     "LANGUAGE_MODEL",
     "MISSING",
     "MULTILINGUAL",
+    "MULTILINGUAL_TRANSLATION",
     "SECOND_COPIES",
+    "SIMPLE_EPOCH",
     "STOCK_OTHERS",
     "TRANSLATION",
     "AskedTags",
@@ -52,6 +67,7 @@ __all__ = [
     "Role",
     "Tags",
     "VocabularyError",
+    "added_symbols",
     "allow_fairseq_globals",
     "average",
     "build_model",
@@ -70,6 +86,7 @@ __all__ = [
     "parse_symbols",
     "reads_as_translation",
     "refuse_cut_short",
+    "tags_of",
     "translates_otherwise",
     "translation_task",
 ]

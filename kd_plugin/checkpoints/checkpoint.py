@@ -179,8 +179,9 @@ class Checkpoint:
 
     @property
     def task(self) -> Optional[str]:
-        """The task that it was trained for."""
-        return self.task_options.get("_name") or self.task_options.get("task")
+        """The task that it was trained for; of our multilingual one, fairseq's that it adds to."""
+        name = self.task_options.get("_name") or self.task_options.get("task")
+        return tags.SIMPLE_EPOCH if name == "kd_" + tags.SIMPLE_EPOCH else name
 
     @property
     def is_translation(self) -> bool:
@@ -466,7 +467,7 @@ class Checkpoint:
             CheckpointError: what its task says of it cannot be understood.
         """
         with self._understanding_tags():
-            return tags.tags(self.task, self.task_options, self.languages_or(languages))
+            return tags.tags_of(self.task, self.task_options, self.languages_or(languages))
 
     def _advise_data(self, names: str = "") -> str:
         own = "the dict.*.txt it was trained with"

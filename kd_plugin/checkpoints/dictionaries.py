@@ -131,6 +131,7 @@ def index_map(
     teacher: Sequence[str],
     side: str = "target",
     role: Role = _TEACHER,
+    needless: Container[str] = (),
 ) -> Optional[torch.Tensor]:
     """Where each student symbol stands in the teacher's vocabulary.
 
@@ -139,11 +140,12 @@ def index_map(
         teacher: symbols by teacher index. It may hold more symbols than the student.
         side: "source" or "target", for messages.
         role: of the checkpoint with the second vocabulary, for messages.
+        needless: symbols of the student's that the teacher may lack.
 
     Returns:
         None when the two are the same in the same order; otherwise int64 of shape
-        (len(student),): the teacher's index of each student symbol, ``MISSING`` for a padding
-        symbol that the teacher lacks.
+        (len(student),): the teacher's index of each student symbol, ``MISSING`` for a padding or
+        needless symbol that the teacher lacks.
 
     Raises:
         VocabularyError: the teacher lacks a student symbol, or one of two differing vocabularies
@@ -159,7 +161,7 @@ def index_map(
                 f"({_some(twice)}), so it cannot be mapped to the other one, which differs from it"
             )
     position = {symbol: i for i, symbol in enumerate(teacher)}
-    unknown = lacking(student, position)
+    unknown = [symbol for symbol in lacking(student, position) if symbol not in needless]
     if unknown:
         elsewhere = ""
         if role.data:

@@ -14,7 +14,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 
 from .build import translation_task
 from .dictionaries import Dictionaries
-from .tags import MULTILINGUAL
+from .tags import MULTILINGUAL, SIMPLE_EPOCH
 from .tasks import is_translation
 
 
@@ -69,6 +69,7 @@ TRANSLATION = Kind(
     "(for validation data also --skip-invalid-size-inputs-valid-test), or cut sources with "
     "--truncate-source.",
 )
+MULTILINGUAL_TRANSLATION = TRANSLATION._replace(task=SIMPLE_EPOCH)
 LANGUAGE_MODEL = Kind(
     task="language_modeling",
     tasks=("language_modeling",),

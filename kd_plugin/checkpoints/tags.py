@@ -238,7 +238,7 @@ def added_symbols(task: Any, options: Mapping[str, Any]) -> List[str]:
     return [*added, *(_DATA_SOURCES if options.get("add_data_source_prefix_tags") else ())]
 
 
-def tags(task: Any, options: Mapping[str, Any], pair: Sequence[str]) -> Tags:
+def tags_of(task: Any, options: Mapping[str, Any], pair: Sequence[str]) -> Tags:
     """What a task adds to sentences of these two languages."""
     if task == PRETRAINED_BART:
         begin = (_BOS,) if options.get("prepend_bos") else ()

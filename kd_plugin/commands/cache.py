@@ -108,6 +108,11 @@ def _refuse(options: argparse.Namespace) -> None:
         "trained with",
     )
     faults.check(
+        getattr(TASK_REGISTRY.get(options.task), "cacheable", True),
+        f"--task {options.task} has no cache: the teachers of several pairs of languages are run "
+        "beside the student",
+    )
+    faults.check(
         not getattr(options, "amp", False), "--amp is for training: give --fp16, --bf16 or neither"
     )
     with faults.collecting():

@@ -8,7 +8,19 @@ some rows, it gives their distributions: ``Dense`` (logits of the whole vocabula
 
 import math
 from functools import cached_property
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import Tensor
@@ -316,6 +328,52 @@ class RunningAnswer:
             for member in self.members
             if not torch.isfinite(torch.logsumexp(member.logits(index).float(), dim=-1)).all()
         ]
+
+
+class MixedAnswer:
+    """Of several teachers, each about some sentences of the batch.
+
+    Args:
+        parts: each one's answer, and the sentences that it is about, int64 (n,); every sentence is
+            in one.
+        width: target positions of a sentence.
+    """
+
+    def __init__(self, parts: Sequence[Tuple[RunningAnswer, Tensor]], width: int) -> None:
+        self.parts, self.width = parts, width
+        sentences = torch.cat([own for _, own in parts])
+        # of each sentence, in which part it is and where
+        self._part, self._place = torch.empty_like(sentences), torch.empty_like(sentences)
+        for number, (_, own) in enumerate(parts):
+            self._part[own] = number
+            self._place[own] = torch.arange(len(own), device=own.device)
+
+    def _split(self, index: Tensor) -> Iterator[Tuple[RunningAnswer, Tensor, Tensor]]:
+        """The answers about some rows: which of these they are, and rows of their own."""
+        sentence = torch.div(index, self.width, rounding_mode="floor")
+        part, own = self._part[sentence], self._place[sentence] * self.width + index % self.width
+        for number, (answer, _) in enumerate(self.parts):
+            (here,) = (part == number).nonzero(as_tuple=True)
+            if len(here):
+                yield answer, here, own[here]
+
+    def rows(self, index: Tensor, like: Tensor) -> Dense:
+        found = [(here, answer.rows(own, like).logits) for answer, here, own in self._split(index)]
+        if len(found) == 0:
+            return self.parts[0][0].rows(index, like)
+        if len(found) == 1:
+            return Dense(found[0][1])
+        logits = like.new_empty(len(index), found[0][1].size(-1))
+        for here, own in found:
+            logits[here] = own
+        return Dense(logits)
+
+    def inside(self) -> List[Inside]:
+        return []
+
+    def not_finite(self, index: Tensor) -> List[str]:
+        names = [name for answer, _, own in self._split(index) for name in answer.not_finite(own)]
+        return list(dict.fromkeys(names))
 
 
 class CachedAnswer:

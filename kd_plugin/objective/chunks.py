@@ -69,6 +69,7 @@ def distillation_objective(
     rows: Tensor,
     answer: Optional[Answer],
     settings: Settings,
+    groups: Optional[Tensor] = None,
 ) -> Terms:
     """Sum over rows of ``ce_weight * ce + kd_weight * selected * (c(T) * D(p, q) + ranking * R)``.
 
@@ -82,11 +83,13 @@ def distillation_objective(
         target: reference symbols, (N,).
         rows: int64 indices of the real target rows among the N; others get gradient 0.
         answer: the teacher's, or None for cross-entropy alone (with weight 1).
+        groups: number of the group of each of the N, int64 (N,), for a selection within groups.
 
     Raises:
         NotFiniteTeacherError: a teacher row is NaN, +inf or has no mass.
     """
-    evaluate = partial(_evaluate, target=target[rows], rows=rows, answer=answer)
+    group = None if groups is None else groups[rows]
+    evaluate = partial(_evaluate, target=target[rows], rows=rows, answer=answer, group=group)
     learns = torch.is_grad_enabled() and logits.requires_grad
     # A half-precision gradient computed now would underflow: the loss scale arrives with the
     # incoming gradient. Any other dtype has float32's range and needs one pass only.
@@ -100,7 +103,11 @@ def distillation_objective(
     elif learns:
         loss = _GradientReady.apply(logits, loss, gradient)
     tokens = TokenStatistics(
-        found.student_nll, found.teacher_nll, found.teacher_entropy, found.teacher_correct
+        found.student_nll,
+        found.teacher_nll,
+        found.teacher_entropy,
+        found.teacher_correct,
+        group,
     )
     return Terms(
         *(loss, tokens, found.selected, found.kd, found.kd_weight),
@@ -176,13 +183,14 @@ def _evaluate(
     rows: Tensor,
     answer: Optional[Answer],
     settings: Settings,
+    group: Optional[Tensor] = None,
     gradient: Optional[Tensor] = None,
     scale: Optional[Tensor] = None,
 ) -> Tuple[Tensor, _RowTerms]:
     """Loss and terms of all rows, chunk by chunk.
 
     Args:
-        target: the references of the rows, (n,).
+        target: the references of the rows, (n,); ``group``: the numbers of their groups.
         gradient: (N, V), filled with that of ``scale`` (1 if None) times the loss.
     """
     n, device = rows.numel(), logits.device
@@ -200,7 +208,7 @@ def _evaluate(
     if answer is not None and settings.selection.looks_at_batch:
         chunks = ((logits[place(here)].to(like), target[here]) for here in _slices(0, n, size))
         nll = torch.cat([_nll(z, t, distribution(z).log_normaliser) for z, t in chunks])
-        selected = settings.selection(TokenStatistics(nll))
+        selected = settings.selection(TokenStatistics(nll, group=group))
 
     parts: List[_RowTerms] = []
     for block in _slices(0, n, size * ahead):
@@ -220,6 +228,7 @@ def _evaluate(
                 target[here],
                 ask,
                 settings,
+                group=None if group is None else group[here],
                 selected=None if selected is None else selected[here],
                 with_gradient=gradient is not None,
             )
@@ -282,6 +291,7 @@ def _chunk(
     ask: Optional[_Ask],
     settings: Settings,
     *,
+    group: Optional[Tensor] = None,
     selected: Optional[Tensor] = None,
     with_gradient: bool = False,
 ) -> Tuple[_RowTerms, Optional[Tensor]]:
@@ -291,6 +301,7 @@ def _chunk(
         z: the student's logits, (n, V), float32 or float64.
         target: the references, (n,).
         ask: the teacher; None for cross-entropy alone.
+        group: number of each one's group, where there are any.
         selected: which rows are distilled, bool (n,), where that is decided for the whole batch.
 
     Returns:
@@ -308,7 +319,9 @@ def _chunk(
     terms = _RowTerms(nll, ce, correct=None if best is None else best == target)
     kd_gradient = None
     if ask is not None:
-        terms, kd_gradient = _distil(terms, student, best, target, ask, settings, selected)
+        terms, kd_gradient = _distil(
+            *(terms, student, best, target, ask, settings, group, selected)
+        )
     if not with_gradient:
         return terms, None
 
@@ -357,6 +370,7 @@ def _distil(
     target: Tensor,
     ask: _Ask,
     settings: Settings,
+    group: Optional[Tensor],
     selected: Optional[Tensor],
 ) -> Tuple[_RowTerms, Optional[_KDGradient]]:
     """The terms of some rows completed by the teacher's, and the divergence's gradient.
@@ -373,8 +387,9 @@ def _distil(
         teacher = ask(None)
         facts = _teacher_facts(teacher, target, best, settings)
     if selected is None:
-        known = [facts.get(name) for name in TokenStatistics._fields[1:]]
-        selected = settings.selection(TokenStatistics(terms.student_nll, *known))
+        tokens = TokenStatistics(terms.student_nll, group=group)
+        known = {name: fact for name, fact in facts.items() if name in tokens._fields}
+        selected = settings.selection(tokens._replace(**known))
     where = None if selected is None else selected.nonzero().squeeze(-1)
     if not asked_already:
         teacher = ask(where)

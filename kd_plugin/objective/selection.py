@@ -7,7 +7,8 @@ A new selection is a line in ``SELECTIONS``; the flags, their help and what the 
 follow from it.
 """
 
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+import math
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ class TokenStatistics(NamedTuple):
     teacher_nll: Optional[Tensor] = None  # nats at T = 1
     teacher_entropy: Optional[Tensor] = None  # nats at T = 1
     teacher_correct: Optional[Tensor] = None  # the teacher's argmax is the reference
+    group: Optional[Tensor] = None  # number of the group that it belongs to: a pair of languages
 
 
 class _Described(NamedTuple):
@@ -110,23 +112,42 @@ QUEUE_SIZE = Parameter(
 
 
 class Selection:
-    """One of ``NAMES``, with its share ``rate`` and, where it compares, its queue."""
+    """One of ``NAMES``, with its share ``rate`` and, where it compares, its queue.
 
-    def __init__(self, name: str, rate: float = RATE.default, queue_size: int = QUEUE_SIZE.default):
+    Args:
+        groups: names of groups of tokens, each compared within itself; none compares all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rate: float = RATE.default,
+        queue_size: int = QUEUE_SIZE.default,
+        groups: Sequence[str] = (),
+    ) -> None:
         (self._kind,) = [one for one in SELECTIONS if one.name == name]
-        self.name, self.rate = name, rate
-        self.queue = None if self._kind.score is None else ScoreQueue(queue_size)
+        self.name, self.rate, self._groups = name, rate, len(groups)
+        self.queue: Optional[ScoreQueue] = None
+        if self._kind.score is not None:
+            self.queue = ScoreQueues(queue_size, groups) if groups else ScoreQueue(queue_size)
         self.needs, self.looks_at_batch = self._kind.needs, self._kind.looks_at_batch
 
     def __call__(self, tokens: TokenStatistics) -> Optional[Tensor]:
         """Which of the tokens are distilled, bool (n,); None is all of them."""
         if self.queue is not None:
-            return self.queue.above_quantile(self.score(tokens), 1 - self.rate)
-        return self._kind.decide(tokens, self.rate)
+            return self.queue.above_quantile(self.score(tokens), 1 - self.rate, tokens.group)
+        if not self._groups or not self.looks_at_batch:
+            return self._kind.decide(tokens, self.rate)
+        chosen = torch.zeros_like(tokens.student_nll, dtype=torch.bool)
+        for group in range(self._groups):
+            (here,) = (tokens.group == group).nonzero(as_tuple=True)  # type: ignore[union-attr]
+            own = TokenStatistics(tokens.student_nll[here])  # all that is known of a whole batch
+            chosen[here] = self._kind.decide(own, self.rate)  # type: ignore[assignment]
+        return chosen
 
     def takes_all(self) -> bool:
         """Whether every token is distilled whatever its statistics, also of an empty queue."""
-        return self.name == "all" or (self.queue is not None and not self.queue.scores.numel())
+        return self.name == "all" or (self.queue is not None and self.queue.is_empty)
 
     def score(self, tokens: TokenStatistics) -> Tensor:
         """What the queue compares; the higher, the rather distilled, (n,)."""
@@ -150,23 +171,33 @@ class ScoreQueue:
         self._observed: List[Tensor] = []
         self.is_new = True  # nothing was observed or loaded yet
 
-    def above_quantile(self, scores: Tensor, q: float) -> Optional[Tensor]:
-        """Which scores exceed the queue's q-quantile (linear interpolation); None when empty."""
-        if not self.scores.numel():
-            return None
+    @property
+    def is_empty(self) -> bool:
+        return not self.scores.numel()
+
+    def above_quantile(
+        self, scores: Tensor, q: float, group: Optional[Tensor] = None
+    ) -> Optional[Tensor]:
+        """Which scores exceed the queue's q-quantile; None when empty."""
+        return None if self.is_empty else scores > self.quantile(q)
+
+    def quantile(self, q: float) -> float:
+        """That of its scores, by linear interpolation; -inf when empty."""
+        if self.is_empty:
+            return -math.inf
         if q not in self._quantiles:
             ordered = self.scores.sort().values
             position = q * (ordered.numel() - 1)
             low = int(position)
             high = min(low + 1, ordered.numel() - 1)
             self._quantiles[q] = torch.lerp(ordered[low], ordered[high], position - low).item()
-        return scores > self._quantiles[q]
+        return self._quantiles[q]
 
     def begin(self) -> None:
         """An update begins: drop what one that was given up has left."""
         self._observed = []
 
-    def observe(self, scores: Tensor) -> None:
+    def observe(self, scores: Tensor, group: Optional[Tensor] = None) -> None:
         """Scores of a micro-batch of the update under way, (n,)."""
         self._observed.append(scores.detach().float())
         self.is_new = False
@@ -181,16 +212,74 @@ class ScoreQueue:
         observed = torch.cat(self._observed) if self._observed else torch.empty(0)
         self._observed = []
         for scores in _gather(observed, group, device):
-            self.scores = torch.cat([self.scores, scores.cpu()])[-self.capacity :]
+            self.append(scores.cpu())
+
+    def append(self, scores: Tensor) -> None:
+        """They enter, (n,), and the oldest leave."""
+        self.scores = torch.cat([self.scores, scores])[-self.capacity :]
         self._quantiles = {}
 
     def state_dict(self) -> Dict[str, Any]:
         return {"scores": self.scores.clone()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
+        if not torch.is_tensor(state["scores"]):
+            return  # of groups: which came when is not known
         self.scores = state["scores"][-self.capacity :].clone()
         self.is_new = False
         self._quantiles = {}
+
+
+class ScoreQueues(ScoreQueue):
+    """A queue for each of some groups of tokens, used as one is.
+
+    Args:
+        capacity: of each.
+        groups: their names, by which a checkpoint keeps them.
+    """
+
+    def __init__(self, capacity: int, groups: Sequence[str]) -> None:
+        super().__init__(capacity)
+        self.queues = {name: ScoreQueue(capacity) for name in groups}
+
+    @property
+    def is_empty(self) -> bool:
+        return all(queue.is_empty for queue in self.queues.values())
+
+    def above_quantile(
+        self, scores: Tensor, q: float, group: Optional[Tensor] = None
+    ) -> Optional[Tensor]:
+        """Which scores exceed the q-quantile of their group's queue, or find it empty; None when
+        all are empty.
+
+        Args:
+            group: number of each one's, (n,).
+        """
+        if self.is_empty:
+            return None
+        quantiles = [queue.quantile(q) for queue in self.queues.values()]
+        return scores > scores.new_tensor(quantiles)[group]
+
+    def observe(self, scores: Tensor, group: Optional[Tensor] = None) -> None:
+        assert group is not None
+        super().observe(torch.stack([scores.float(), group.float()], dim=1).flatten())
+
+    def append(self, scores: Tensor) -> None:
+        """Scores, each with its group's number behind it, (2 n,)."""
+        values, groups = scores.view(-1, 2).unbind(1)
+        for number, queue in enumerate(self.queues.values()):
+            queue.append(values[groups == number])
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"scores": {name: queue.scores.clone() for name, queue in self.queues.items()}}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        scores = state["scores"]
+        if torch.is_tensor(scores):
+            return  # of all groups together
+        for name in scores.keys() & self.queues.keys():
+            self.queues[name].load_state_dict({"scores": scores[name]})
+        self.is_new = False
 
 
 def _gather(scores: Tensor, group: Any, device: Optional[torch.device]) -> List[Tensor]:

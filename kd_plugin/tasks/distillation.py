@@ -69,6 +69,8 @@ class Distillation(FairseqTask):
     """
 
     kind: Kind
+    pairs: Sequence[str] = ()  # of languages, of a task with several
+    cacheable = True  # whether a cache can hold the teacher's answers
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -88,6 +90,14 @@ class Distillation(FairseqTask):
         """Source and target tokens of each sample, (n, 2), as fairseq's length filter counts them;
         None of data without targets."""
         raise NotImplementedError
+
+    def parts(self, dataset: Any) -> Sequence[Any]:
+        """The datasets of one pair of languages each that it is made of."""
+        return [dataset]
+
+    def numbered(self, sample: Dict[str, Any]) -> Dict[str, Any]:
+        """A batch as source and criterion take it."""
+        return sample
 
     def data_endings(self) -> Sequence[str]:
         """How the names of a subset's files end, behind ``train``, say, and before ``.bin``."""
@@ -246,15 +256,16 @@ class Distillation(FairseqTask):
 
     def _look_over(self, dataset: Any, max_positions: Any) -> None:
         """Let the source know the sentences that fairseq's length filter keeps."""
-        lengths = self.lengths(dataset)
-        if lengths is None:
-            return
-        kept: np.ndarray = np.ones(len(lengths), dtype=bool)
-        if max_positions is not None:
-            pair = isinstance(max_positions, (tuple, list))
-            limits = max_positions if pair else [max_positions] * 2
-            kept = np.all(lengths <= [limit or math.inf for limit in limits], axis=1)
-        self.source.look_over(dataset, lengths, kept)
+        for part in self.parts(dataset):
+            lengths = self.lengths(part)
+            if lengths is None:
+                continue
+            kept: np.ndarray = np.ones(len(lengths), dtype=bool)
+            if max_positions is not None:
+                pair = isinstance(max_positions, (tuple, list))
+                limits = max_positions if pair else [max_positions] * 2
+                kept = np.all(lengths <= [limit or math.inf for limit in limits], axis=1)
+            self.source.look_over(part, lengths, kept)
 
     # Training
 
@@ -268,8 +279,8 @@ class Distillation(FairseqTask):
                 if split != self.cfg.train_subset:
                     self._look_over(dataset, limits)
         subset = self.cfg.train_subset
-        dataset = self.datasets[subset]
-        self.source.begin_training(model, dataset, self.lengths(dataset), subset)
+        for part in self.parts(self.datasets[subset]):
+            self.source.begin_training(model, part, self.lengths(part), subset)
         if self.inputs is not None:
             self.inputs.begin(model, self.source.longest_target())
 
@@ -318,6 +329,7 @@ class Distillation(FairseqTask):
 
         A copy, because on a CPU the trainer passes its own batch and keeps it as the dummy batch.
         """
+        sample = self.numbered(sample)
         return {**sample, "teacher": self.source.answer(sample, step), "step": step}
 
     # The checkpoint: the vocabulary, so that a student can teach

@@ -1,5 +1,6 @@
 """Teachers: run, checked against the student, and asked about every batch of a training."""
 
+from .pairs import TeacherOfEachPair
 from .probe import probe, token_losses
 from .run import TRAINING, Teacher, TeacherError, TeacherSettings, hidden_widths
 from .source import CachedTeacher, Needs, NoTeacher, RunningTeacher, Source, Step
@@ -17,6 +18,7 @@ __all__ = [
     "Student",
     "Teacher",
     "TeacherError",
+    "TeacherOfEachPair",
     "TeacherSettings",
     "TeacherView",
     "hidden_widths",

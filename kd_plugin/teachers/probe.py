@@ -63,7 +63,7 @@ def probe(
 
 @torch.no_grad()
 def token_losses(teacher: Teacher, batch: Any, student: Student) -> torch.Tensor:
-    """The teacher's nll of each target token of a batch that is no padding, in nats, float64.
+    """The teacher's nll of each target token of a batch that is no padding or tag: nats, float64.
 
     A few rows at a time.
 
@@ -71,7 +71,7 @@ def token_losses(teacher: Teacher, batch: Any, student: Student) -> torch.Tensor
         NotFiniteTeacherError: it gives NaN.
     """
     target = batch["target"].flatten()
-    rows = target.ne(student.target.pad()).nonzero().squeeze(-1)
+    rows = student.words(batch["target"]).flatten().nonzero().squeeze(-1)
     answer = teacher(batch["net_input"])
     like = torch.zeros((), device=teacher.device)
     size = rows_at_once(like.device, len(student.target)) * rows_ahead(like.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoints import (
     DTYPES,
+    EACH_DIRECTION,
     AskedTags,
     Checkpoint,
     Dictionaries,
@@ -99,11 +100,14 @@ class Teacher:
         self.log_weights = [math.log(weight / total) for weight in weights]
 
     @classmethod
-    def open(cls, settings: TeacherSettings, student: Student) -> "Teacher":
+    def open(
+        cls, settings: TeacherSettings, student: Student, other: Optional["Teacher"] = None
+    ) -> "Teacher":
         """Read, check and build every member.
 
         Args:
             student: the student's vocabularies and languages, which it must fit.
+            other: one of the same settings, opened for other languages; its models are used.
 
         Raises:
             UserError: a file cannot be used, or does not fit.
@@ -119,12 +123,13 @@ class Teacher:
         folders: List[Optional[str]] = [None] * len(paths)
         if data:
             folders = [*data] * len(paths) if len(data) == 1 else [*data]
+        built = [None] * len(paths) if other is None else [one.model for one in other.members]
         members = [
             _Model(
                 Checkpoint.open(path, settings.role, settings.trust).as_task(settings.task),
-                *(student, folder, settings),
+                *(student, folder, settings, model),
             )
-            for path, folder in zip(paths, folders)
+            for path, folder, model in zip(paths, folders, built)
         ]
         return cls(members, settings.weights or [1.0] * len(paths))
 
@@ -166,6 +171,11 @@ class Teacher:
         """By how many tokens any member's source and target are longer than the student's."""
         source, target = zip(*(member.view.longer for member in self.members))
         return max(source), max(target)
+
+    @property
+    def reads(self) -> Tuple[Any, ...]:
+        """Sentences of two teachers for which this is equal can be asked about in one batch."""
+        return tuple((id(member.model), member.view.changes) for member in self.members)
 
     @torch.no_grad()
     def __call__(
@@ -211,6 +221,7 @@ class _Model:
         student: Student,
         data: Optional[str],
         settings: TeacherSettings,
+        built: Any = None,
     ) -> None:
         self.path, self.overrides = checkpoint.path, settings.overrides
         languages, kind = student.languages, student.kind
@@ -227,7 +238,9 @@ class _Model:
         tags = _tags(checkpoint, settings.tags, named, found)
         self.view = TeacherView(student, found, checkpoint, tags)
         own_task = kind.new_task(found, checkpoint.max_positions)
-        self.model = checkpoint.build(own_task, self.overrides, kind)
+        if built is None or checkpoint.task == EACH_DIRECTION:  # whose models are many
+            built = checkpoint.build(own_task, self.overrides, kind)
+        self.model = built
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         if not is_autoregressive(self.model):
@@ -324,7 +337,7 @@ def _check_task(
     """Refuse what cannot teach at word level, was trained for something else than the student is,
     or translates between other languages."""
     kind, found = student.kind, checkpoint.kind
-    if found is not None and found is not kind:
+    if found is not None and found.model != kind.model:
         raise TeacherError(
             f"{checkpoint} is {found.model} ({checkpoint.architecture}); a student of the task "
             f"{kind.task} needs {kind.model} for a teacher"

@@ -9,7 +9,7 @@ validation, which can.
 import logging
 import math
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -182,6 +182,10 @@ class Source:
         """The teacher's answer about a batch; None if it has none."""
         return None
 
+    def asked(self, batch: Dict[str, Any]) -> Iterator[Tuple[Teacher, Dict[str, Any]]]:
+        """The teachers that are run on a batch, and on which of its sentences."""
+        return iter(())
+
 
 class NoTeacher(Source):
     """No flag names a teacher: fine for translating, not for training.
@@ -214,12 +218,20 @@ class RunningTeacher(Source):
         settings: which, and how it is run.
         student: the vocabularies and languages that it must fit.
         layers: which of the student's learn from the inside of which of its own.
+        ignored: how many of each target's first symbols the loss leaves out.
+        other: one with the same teacher for other languages, opened before it.
     """
 
     def __init__(
-        self, settings: TeacherSettings, student: Student, layers: Sequence[LayerPair] = ()
+        self,
+        settings: TeacherSettings,
+        student: Student,
+        layers: Sequence[LayerPair] = (),
+        ignored: int = 0,
+        other: Optional["RunningTeacher"] = None,
     ) -> None:
         self.settings, self.student, self.layers = settings, student, layers
+        self._ignored, self._other = ignored, other
         self._places = list(dict.fromkeys(pair.of_teacher for pair in layers))
         self.teacher: Optional[Teacher] = None
         self._looked = False
@@ -258,12 +270,24 @@ class RunningTeacher(Source):
         amp = step.amp and self.settings.dtype == "same"
         return self.teacher(batch["net_input"], amp, self._places)
 
+    def asked(self, batch: Dict[str, Any]) -> Iterator[Tuple[Teacher, Dict[str, Any]]]:
+        if self.teacher is not None:
+            yield self.teacher, batch
+
     def _open(self, model: Any) -> Teacher:
         parameter = next(model.parameters())
         placement = self.settings.placement(parameter.device, parameter.dtype)
-        self.teacher = Teacher.open(self.settings, self.student).place(*placement)
+        other = None if self._other is None else self._other.teacher
+        self.teacher = Teacher.open(self.settings, self.student, other).place(*placement)
         if self.layers:
             self._check_layers(model)
+        unknown = max(member.view.unknown for member in self.teacher.members)
+        if unknown > self._ignored:
+            raise TeacherError(
+                "the target begins with a token of its language, about which the teacher says "
+                f"nothing: give --ignore-prefix-size {unknown}, which leaves it out of the loss (a "
+                "translation is decoded with it given)"
+            )
         return self.teacher
 
     def _check_layers(self, model: Any) -> None:
@@ -279,7 +303,8 @@ class RunningTeacher(Source):
         assert self.teacher is not None
         limits, tags = self.teacher.max_positions(), self.teacher.longer
         if (self._longest > limits).any():
-            beside = f" beside its tags, which take {tags[0]} and {tags[1]}" if any(tags) else ""
+            beside = f" beside its tags, which take {tags[0]} and {tags[1]}"
+            beside = beside if max(tags) > 0 <= min(tags) else ""
             kind = self.student.kind
             raise TeacherError(
                 f"the data holds {kind.samples[0]} of up to {kind.lengths(*self._longest)}, the "

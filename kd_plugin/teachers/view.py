@@ -1,7 +1,7 @@
 """How a student's batch looks to a teacher, and the teacher's rows to the student."""
 
 import math
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Container, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ class Student(NamedTuple):
         kind: of model.
         options: of the task, by name, that a teacher must have been trained with as well; False
             is a teacher's that has none of the name.
+        tags: what is read beside the sentences, which a teacher does not see: it has its own.
+        needless: symbols of no text in its vocabularies, which a teacher may lack.
     """
 
     source: Dictionary
@@ -40,10 +42,17 @@ class Student(NamedTuple):
     target_lang: str
     kind: Kind = TRANSLATION
     options: Mapping[str, Any] = {}
+    tags: Tags = Tags()
+    needless: Container[str] = ()
 
     @property
     def languages(self) -> Tuple[str, str]:
         return self.source_lang, self.target_lang
+
+    def words(self, target: Tensor) -> Tensor:
+        """Which symbols of targets (B, T) are neither padding nor tags, bool (B, T)."""
+        real = target.ne(self.target.pad())
+        return real & (real.cumsum(1) > self.tags.longer[1])
 
 
 def decoder_inputs(net_input: Mapping[str, Tensor]) -> Tensor:
@@ -56,7 +65,8 @@ class TeacherView:
     tags that it was trained to read.
 
     A teacher that reads anything else than the student's sentence differs here, and nowhere else:
-    in its ``inputs``, and in which of its ``rows`` answer for the student's.
+    in its ``inputs``, and in which of its ``rows`` answer for the student's. The tags that a
+    multilingual student reads are taken out, unless they are the teacher's, too.
 
     Args:
         student: the student's dictionaries.
@@ -73,8 +83,13 @@ class TeacherView:
     ) -> None:
         source, target, role = own.source, own.target, checkpoint.role
         try:
-            source_map = index_map(student.source.symbols, source.symbols, "source", role)
-            target_map = index_map(student.target.symbols, target.symbols, "target", role)
+            source_map, target_map = (
+                index_map(ours.symbols, theirs.symbols, side, role, student.needless)
+                for ours, theirs, side in (
+                    (student.source, source, "source"),
+                    (student.target, target, "target"),
+                )
+            )
         except VocabularyError as error:
             raise VocabularyError(f"{checkpoint}: {error}") from None
         self._target_map = target_map
@@ -86,7 +101,12 @@ class TeacherView:
             self._missing = None
         self._projection: Optional[Tuple[Tensor, Optional[Tensor]]] = None
         tags.refuse_lacking(source.symbols, target.symbols, str(checkpoint))
-        self.tags, self.longer = tags, tags.longer
+        self.tags, self._of_student = tags, student.tags
+        ours, theirs = student.tags.longer, tags.longer
+        # by how many tokens what it reads is longer than what the student reads
+        self.longer = theirs[0] - ours[0], theirs[1] - ours[1]
+        # how many symbols each target begins with that are the student's tags, and none to it
+        self.unknown = 0 if tags.before_target == student.tags.before_target else ours[1]
         self._pad = source.pad()
         self._before_source = [source.index(symbol) for symbol in tags.before_source]
         self._after_source = [source.index(symbol) for symbol in tags.after_source]
@@ -95,8 +115,13 @@ class TeacherView:
             f"source vocabulary {_fit(source_map, student.source, source)}, "
             f"target vocabulary {_fit(target_map, student.target, target)}"
         )
-        if tags != Tags():
+        if tags != Tags() or student.tags != Tags():
             self.description += f"; {tags}"
+
+    @property
+    def changes(self) -> Tuple[Tags, ...]:
+        """The tags that it takes out and puts in; none where both read the same."""
+        return () if self.tags == self._of_student else (self._of_student, self.tags)
 
     def to(self, device: torch.device) -> "TeacherView":
         for name in ("_read_source", "_read_target", "_target_map", "_missing"):
@@ -112,10 +137,11 @@ class TeacherView:
         if "prev_output_tokens" not in net_input:
             return {"src_tokens": source, "src_lengths": lengths}
         target = _look_up(self._read_target, net_input["prev_output_tokens"].to(device))
-        if self.tags != Tags():
-            # the student's source ends with the end of sentence, and its target begins with it
-            source = _around(source, self._before_source, self._after_source, self._pad, last=1)
-            target = _around(target, self._before_target, [], self._pad, first=1)
+        if self.changes:
+            before, after, begin = map(len, self._of_student)
+            own = self._before_source, self._after_source, self._pad
+            source = _around(source, *own, first=before, last=after)
+            target = _around(target, self._before_target, [], self._pad, first=begin)
         return {
             "src_tokens": source,
             "src_lengths": lengths,
@@ -148,7 +174,7 @@ class TeacherView:
             found: states (B, L, d) and maps (B, queries, keys) by place, of the teacher's batch.
             net_input: the student's batch; ``inputs``: the same as the teacher reads it.
         """
-        if self.tags == Tags():
+        if not self.changes:
             return Inside(found)
         first = {"encoder": len(self._before_source), "decoder": self.longer[1]}
         source = net_input["src_tokens"].to(inputs["src_tokens"].device)
@@ -209,16 +235,17 @@ def _around(
     Args:
         first, last: how many of a sentence's own tokens, on either side, these replace.
     """
-    (sentences, width), more = tokens.shape, len(before) - first
+    (sentences, width), more = tokens.shape, max(len(before) - first, 0)
     found = tokens.new_full((sentences, width + more + max(len(after) - last, 0)), pad)
     found[:, more : more + width] = tokens
     real, each = tokens.ne(pad).int(), torch.arange(sentences, device=tokens.device)
     start, end = real.argmax(1), more + width - real.flip(1).argmax(1) - last
-    for i, symbol in enumerate(before):
+    fewer = max(first - len(before), 0)
+    for i, symbol in enumerate([*[pad] * fewer, *before]):
         found[each, start + i] = symbol
     for i in range(max(len(after), last)):
         found[each, end + i] = after[i] if i < len(after) else pad
-    return found
+    return found[:, fewer:]
 
 
 def _fit(index: Optional[Tensor], student: Dictionary, teacher: Dictionary) -> str:

@@ -1,0 +1,193 @@
+"""Students of two pairs of languages: teach, validate, resume, translate, on two ranks."""
+
+import shutil
+
+import pytest
+import torch
+from support import (
+    CHECKOUT,
+    LANGUAGES,
+    PLUGIN,
+    SGD,
+    STUDENT,
+    TRAINING,
+    USER_DIR,
+    assert_same_weights,
+    distil,
+    fairseq,
+    hypotheses,
+    script,
+    train_on_two_ranks,
+)
+from toy import SIZES, binarise, changed, write_text
+
+from kd_plugin import benchmark
+from kd_plugin.commands import benchmark as benchmark_command
+
+TASK = "translation_multi_simple_epoch"
+PAIRS = ("aa-bb", "cc-bb")
+TAGS = ("--lang-pairs", ",".join(PAIRS), "--encoder-langtok", "src", "--decoder-langtok")
+METRICS = [f"{name}_{pair}" for name in ("nll_loss", "kd_loss") for pair in PAIRS]
+assert TRAINING[-len(LANGUAGES) :] == LANGUAGES  # which would have the task decode one direction
+
+
+@pytest.fixture(scope="session")
+def two_pairs(once, corpus):
+    """A data-bin of aa-bb and of cc-bb, which is smaller and has the same words."""
+
+    def make(folder):
+        sizes = {split: size // 2 for split, size in SIZES.items()}
+        text = write_text(folder / "text", sizes, seed=5)
+        given = [("--srcdict", "aa"), ("--tgtdict", "bb")]
+        given = [x for flag, lang in given for x in (flag, corpus.data / f"dict.{lang}.txt")]
+        other = binarise(text, folder / "other", *given, "--testpref", text / "test")
+        data = folder / "data"
+        shutil.copytree(str(corpus.data), str(data))
+        for file in other.iterdir():
+            if ".aa" in file.name:
+                file.rename(data / file.name.replace("aa", "cc"))
+            elif "aa-bb.bb" in file.name:
+                file.rename(data / file.name.replace("aa-bb", "cc-bb"))
+        return data
+
+    return once("two-pairs", make)
+
+
+@pytest.fixture
+def paths(teacher, tmp_path):
+    """A teacher of aa-bb, and one that says of cc-bb the same with less certainty."""
+
+    def less_certain(state):
+        for name, weight in state["model"].items():
+            if name == "decoder.output_projection.weight":
+                weight.mul_(0.5)
+
+    other = changed(teacher, tmp_path / "other" / "teacher.pt", less_certain)
+    return f"aa-bb={teacher},cc-bb={other}"
+
+
+@pytest.fixture
+def teachers(paths):
+    overrides = "cc-bb={'source_lang': 'cc', 'dropout': 0.1}"
+    return ("--teacher-checkpoint-path", paths, "--teacher-overrides", overrides)
+
+
+def stock(data, save_dir, *more):
+    criterion = ("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1)
+    common = (*TRAINING[: -len(LANGUAGES)], *STUDENT, "--ignore-prefix-size", 1)
+    return (data, "--task", TASK, *criterion, *common, *TAGS, "--save-dir", save_dir, *more)
+
+
+def distilling(data, teachers, save_dir, *more):
+    criterion = ("--criterion", "kd_label_smoothed_cross_entropy")
+    own = (*USER_DIR, "--task", "kd_" + TASK, *criterion, *teachers)
+    return (*stock(data, save_dir), *own, *more)
+
+
+def test_weight_0_is_stock_training(two_pairs, teachers, tmp_path):
+    options = (*SGD, "--max-update", 12, "--dropout", 0.1, "--sampling-method", "temperature")
+    plain = fairseq("fairseq-train", *stock(two_pairs, tmp_path / "stock", *options)).ok()
+    weightless = (*options, "--kd-weight", 0)
+    arguments = distilling(two_pairs, teachers, tmp_path / "ours", *weightless)
+    ours = fairseq("fairseq-train", *arguments).ok()
+    assert len(plain.series("train_inner", "nll_loss")) == 12
+    for tag, key in (("train_inner", "nll_loss"), ("valid", "valid_nll_loss")):
+        assert ours.series(tag, key) == pytest.approx(plain.series(tag, key), abs=0.0021)
+    assert_same_weights(
+        *(tmp_path / "ours/checkpoint_last.pt", tmp_path / "stock/checkpoint_last.pt"),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    for name in METRICS:
+        assert ours.series("valid", "valid_" + name)[-1] > 0
+
+
+def test_a_student_resumes_translates_and_teaches(two_pairs, teachers, corpus, tmp_path):
+    """It goes on in the second virtual epoch, with a queue of scores for each pair."""
+    options = ("--max-update", 30, "--dropout", 0.1, "--save-interval-updates", 10)
+    options += ("--virtual-epoch-size", 256, "--sampling-method", "temperature")
+    options += ("--kd-selection", "global", "--kd-selection-scope", "pair")
+
+    def train(folder):
+        arguments = distilling(two_pairs, teachers, tmp_path / folder, *options)
+        return fairseq("fairseq-train", *arguments).ok()
+
+    run = train("whole")
+    losses = run.series("train_inner", "kd_loss")
+    assert losses[-1] < losses[0] and run.series("valid", "valid_agreement_cc-bb")[-1] > 0
+    (saved,) = (tmp_path / "whole").glob("checkpoint_2_20.pt")
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(str(saved), str(tmp_path / "resumed" / "checkpoint_last.pt"))
+    resumed = train("resumed")
+    assert resumed.series("train_inner", "num_updates") == list(range(21, 31))
+    assert resumed.series("train_inner", "kd_loss") == losses[20:]
+    student = tmp_path / "whole/checkpoint_last.pt"
+    assert_same_weights(tmp_path / "resumed/checkpoint_last.pt", student)
+
+    validated = fairseq(
+        *("fairseq-validate", two_pairs, *USER_DIR, "--task", "kd_" + TASK, *TAGS, "--cpu"),
+        *("--path", student, "--max-sentences", 16, "--required-batch-size-multiple", 1),
+        *("--num-workers", 0, "--valid-subset", "valid", "--log-format", "json"),
+    ).ok()
+    for name in ("kd_loss", *METRICS):
+        (found,) = validated.series("valid", "valid_" + name)
+        assert found == pytest.approx(run.series("valid", "valid_" + name)[-1], abs=0.0011), name
+
+    # in stock fairseq; without the plugin where torch opens what fairseq saves
+    plugin = USER_DIR if hasattr(torch.serialization, "add_safe_globals") else ()
+    given = ("--task", TASK, *TAGS, "--source-lang", "cc", "--target-lang", "bb", *plugin)
+    found = fairseq(
+        *("fairseq-generate", two_pairs, *given, "--path", student, "--cpu", "--beam", 2),
+        *("--gen-subset", "test", "--num-workers", 0, "--required-batch-size-multiple", 1),
+    ).ok()
+    assert len(hypotheses(found.text)) == SIZES["test"] // 2
+
+    again = distil(corpus.data, student, tmp_path / "again", "--max-update", 2).ok()
+    assert "reads __aa__ ... </s>, writes after </s> __bb__" in again.text
+
+
+def test_two_ranks_are_one_with_two_batches(two_pairs, teachers, tmp_path):
+    """Most batches have sentences of one pair alone."""
+    options = (*SGD, "--max-update", 12, "--max-sentences", 3, "--ddp-backend", "legacy_ddp")
+    arguments = distilling(two_pairs, teachers, tmp_path / "one", *options, "--update-freq", 2)
+    one = fairseq("fairseq-train", *arguments).ok()
+    two, other = train_on_two_ranks(*distilling(two_pairs, teachers, tmp_path / "two", *options))
+    for tag, prefix in (("train_inner", ""), ("valid", "valid_")):
+        for key in ("kd_loss", *METRICS):
+            there, here = (
+                [record.get(prefix + key) for record in run.records(tag)] for run in (one, two)
+            )
+            # None where an update has nothing of the pair
+            assert [x is None for x in here] == [x is None for x in there]
+            known = [[x for x in run if x is not None] for run in (here, there)]
+            assert known[0] and known[0] == pytest.approx(known[1], abs=0.0021), (tag, key)
+    assert_same_weights(
+        *(tmp_path / "one/checkpoint_last.pt", tmp_path / "two/checkpoint_last.pt"),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+
+
+def test_the_benchmark_times_it(two_pairs, teachers, tmp_path):
+    arguments = [*map(str, distilling(two_pairs, teachers, tmp_path))]
+    steps = benchmark.Steps(benchmark_command._configuration(arguments), batches=1)
+    measured = steps.costs(1)
+    assert measured["target_tokens"] > 16
+    assert {"plain step", "distilled step", "teacher forward"} < set(measured["costs"])
+
+
+def test_the_shipped_yaml_runs(two_pairs, paths, tmp_path):
+    name = "kd_" + TASK
+    run = script(
+        *("fairseq-hydra-train", "--config-dir", CHECKOUT / "recipes" / "config"),
+        *("--config-name", name, f"common.user_dir={PLUGIN}", "common.cpu=true"),
+        *(f"task.data={two_pairs}", "task.lang_pairs='aa-bb,cc-bb'", "task.langs=[aa,bb,cc]"),
+        f"task.teacher_checkpoint_path='{paths}'",
+        "+task.teacher_overrides=\"cc-bb={'source_lang':'cc'}\"",
+        *("model.share_all_embeddings=false", "optimization.max_update=3"),
+        "dataset.ignore_unused_valid_subsets=true",
+        "common.log_format=json",
+        cwd=tmp_path,
+    ).ok()
+    assert "valid_kd_loss_cc-bb" in run.text
+    assert list(tmp_path.glob("outputs/*/*/checkpoints/checkpoint_best.pt"))
