@@ -57,7 +57,7 @@ class KDTranslationMultiSimpleEpochTask(Distillation, TranslationMultiSimpleEpoc
         if not isinstance(args, Namespace):  # of fairseq-hydra-train: what its file says, no more
             parser = ArgumentParser()
             cls.add_args(parser)
-            given = OmegaConf.to_container(args)
+            given: Any = OmegaConf.to_container(args)
             args = Namespace(**{**vars(parser.parse_args([args.data])), **given})
         return super().setup_task(args, **kwargs)
 
