@@ -1,7 +1,8 @@
 """kd_plugin: knowledge distillation, as a fairseq ``--user-dir``.
 
-Importing it registers the tasks ``kd_translation`` and ``kd_language_modeling`` and the criterion
-``kd_label_smoothed_cross_entropy``, and lets torch open fairseq's checkpoints safely.
+Importing it registers the tasks ``kd_translation``, ``kd_language_modeling`` and
+``kd_speech_to_text`` and the criterion ``kd_label_smoothed_cross_entropy``, and lets torch open
+fairseq's checkpoints safely.
 """
 
 import logging

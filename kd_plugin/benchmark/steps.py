@@ -14,7 +14,7 @@ from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
-from ..cache import rows_of_batch, target_sizes
+from ..cache import read_by_teacher, rows_of_batch
 from ..errors import UserError
 from ..flags import (
     BEYOND_OUTPUTS,
@@ -86,7 +86,7 @@ class Steps:
         """Seconds of one round over the batches, and how they compare."""
         timings = Timings(self.works(), repeats, "steps")
         _, dataset, batches = self._trainer(with_teacher=None)
-        tokens = int(sum(target_sizes(dataset)[batch].sum() for batch in batches))
+        tokens = sum(dataset.collater([dataset[i] for i in ids])["ntokens"] for ids in batches)
         costs: Dict[str, Any] = {}
         for name in timings.seconds:
             spread = timings.quartiles(name)
@@ -180,7 +180,7 @@ class Steps:
         """As fairseq runs a model that it does not train: to all of its logits."""
         trainer, dataset, batches = self._trainer("run")
         inputs = [
-            _on_device(trainer, dataset.collater([dataset[i] for i in ids]))["net_input"]
+            read_by_teacher(_on_device(trainer, dataset.collater([dataset[i] for i in ids])))
             for ids in batches
         ]
 
@@ -195,8 +195,8 @@ class Steps:
     def _validation(self) -> Callable[[], None]:
         """What fairseq-validate does with the teacher."""
         trainer, dataset, batches = self._trainer("run")
-        sides = trainer.task.source_dictionary, trainer.task.target_dictionary
-        stock = self.stock(self.cfg.task, *sides)
+        stock = self.stock.setup_task(self.cfg.task)
+        pad = trainer.task.target_dictionary.pad()
         criterion = _stock_criterion(stock, self.cfg)
         criterion.eval()
 
@@ -204,10 +204,10 @@ class Steps:
             for batch in batches:
                 sample = _on_device(trainer, dataset.collater([dataset[i] for i in batch]))
                 for member in trainer.task.source.teacher.members:
-                    inputs = member.inputs(sample["net_input"])
+                    inputs = member.inputs(read_by_teacher(sample))
                     # tags before the target are no words to predict
                     padding = (member.view.longer[1], 0)
-                    target = F.pad(sample["target"], padding, value=sides[1].pad())
+                    target = F.pad(sample["target"], padding, value=pad)
                     own = {**sample, "net_input": inputs, "target": target}
                     stock.valid_step(own, member.model, criterion)
 

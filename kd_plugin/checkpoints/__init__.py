@@ -29,7 +29,7 @@ from .dictionaries import (
     is_padding,
     lacking,
 )
-from .kinds import LANGUAGE_MODEL, TRANSLATION, Kind, kind_of
+from .kinds import LANGUAGE_MODEL, SPEECH, TRANSCRIPT, TRANSLATION, Kind, kind_of
 from .roles import Role
 from .tags import FAMILIES, MULTILINGUAL, AskedTags, Tags, family_tags, nearest, parse_symbols
 from .tasks import STOCK_OTHERS, reads_as_translation, translates_otherwise
@@ -42,7 +42,9 @@ __all__ = [
     "MISSING",
     "MULTILINGUAL",
     "SECOND_COPIES",
+    "SPEECH",
     "STOCK_OTHERS",
+    "TRANSCRIPT",
     "TRANSLATION",
     "AskedTags",
     "Checkpoint",
