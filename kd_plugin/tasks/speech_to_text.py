@@ -9,9 +9,8 @@ import numpy as np
 from fairseq.data import Dictionary
 from fairseq.data.audio.speech_to_text_joint_dataset import S2TJointDataConfig
 from fairseq.dataclass import ChoiceEnum
-from fairseq.tasks import register_task
+from fairseq.tasks import FairseqTask, register_task
 from fairseq.tasks.speech_to_text import SpeechToTextTask
-from omegaconf import MISSING
 
 from ..checkpoints import SPEECH, TRANSCRIPT
 from ..errors import UserError
@@ -24,7 +23,7 @@ from .speech import SpeechDataset, digest_of_audio, encoder, refuse_changing, se
 @dataclass
 class KDSpeechToTextConfig(DistillationConfig):
     # fairseq's own flags of its task, which has no dataclass
-    data: str = field(default=MISSING, metadata={"help": "folder of the TSV files"})
+    data: str = ""
     config_yaml: str = "config.yaml"
     max_source_positions: int = 6000
     max_target_positions: int = 1024
@@ -43,6 +42,8 @@ class KDSpeechToTextTask(Distillation, SpeechToTextTask):
 
     kind = SPEECH
     repair = "Make its TSV files and what they name again"
+    # those of the dataclass, and not of the parent, which has none
+    add_args = classmethod(FairseqTask.add_args.__func__)  # type: ignore
 
     def __init__(self, cfg: KDSpeechToTextConfig, tgt_dict: Dictionary) -> None:
         super().__init__(cfg, tgt_dict)
