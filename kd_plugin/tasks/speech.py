@@ -68,7 +68,7 @@ class SpeechDataset(BaseWrapperDataset):
         source: Optional[Dictionary] = None,
     ) -> None:
         super().__init__(dataset)
-        self.seed, self.source = seed, source
+        self.seed, self.source, self.epoch = seed, source, 1
         self._transcripts: Dict[str, List[Tensor]] = {}
         if encode is not None:
             for part in _parts(dataset):
@@ -99,8 +99,6 @@ class SpeechDataset(BaseWrapperDataset):
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
         self.epoch = epoch
-
-    epoch = 1
 
     # What the other datasets have
 
