@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import os
+import threading
 from argparse import Namespace
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -43,6 +44,20 @@ KINDS = ("feature", "waveform", "dataset")  # of transforms
 Encode = Callable[[str], Tensor]
 
 
+class Seeding:
+    """One at a time seeds numpy's only generator: fairseq reads training data ahead in a thread,
+    and validates meanwhile."""
+
+    lock = threading.RLock()
+
+
+def _unlock() -> None:
+    Seeding.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_unlock)  # the thread that held it stays behind
+
+
 class SpeechDataset(BaseWrapperDataset):
     """Utterances of one TSV file or several.
 
@@ -76,14 +91,15 @@ class SpeechDataset(BaseWrapperDataset):
                 self._transcripts[part.split] = [encode(text) for text in part.src_texts]
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
-        with data_utils.numpy_seed(self.seed, self.epoch, int(index)):
+        with Seeding.lock, data_utils.numpy_seed(self.seed, self.epoch, int(index)):
             item = self.dataset[index]
         item.index = index  # which several files count from 0 each
         sample = {"id": int(index), "item": item}
         return {**sample, "transcript": self._transcript(index)} if self.source else sample
 
     def collater(self, samples: List[Dict[str, Any]]) -> Dict[str, Any]:
-        with data_utils.numpy_seed(self.seed, self.epoch, *(sample["id"] for sample in samples)):
+        ids = [sample["id"] for sample in samples]
+        with Seeding.lock, data_utils.numpy_seed(self.seed, self.epoch, *ids):
             batch = self.dataset.collater([sample["item"] for sample in samples])
         if not batch or self.source is None:
             return batch

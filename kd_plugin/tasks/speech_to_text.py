@@ -17,7 +17,15 @@ from ..errors import UserError
 from ..plan import choice_value, two_languages
 from ..teachers import Student
 from .distillation import Distillation, DistillationConfig
-from .speech import SpeechDataset, digest_of_audio, encoder, refuse_changing, settings, transforms
+from .speech import (
+    Seeding,
+    SpeechDataset,
+    digest_of_audio,
+    encoder,
+    refuse_changing,
+    settings,
+    transforms,
+)
 
 
 @dataclass
@@ -89,6 +97,10 @@ class KDSpeechToTextTask(Distillation, SpeechToTextTask):
         return SpeechDataset(
             dataset, self.cfg.seed, encoder(self.data_cfg, self.transcripts), self.transcripts
         )
+
+    def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        with Seeding.lock:
+            return super().get_batch_iterator(*args, **kwargs)
 
     def lengths(self, dataset: Any) -> np.ndarray:
         return np.array([dataset.size(i) for i in range(len(dataset))])
