@@ -56,13 +56,17 @@ def page() -> str:
 def _sections() -> Iterator[Any]:
     from kd_plugin.commands import benchmark, cache, export, report, sequences, vocabulary
     from kd_plugin.criterion import KDLabelSmoothedCrossEntropyCriterionConfig
+    from kd_plugin.tasks.speech_to_text import KDSpeechToTextConfig
     from kd_plugin.tasks.translation import KDTranslationConfig
 
+    common = dataclass_flags(KDTranslationConfig)
+    speech = [flag for flag in dataclass_flags(KDSpeechToTextConfig) if flag not in common]
     yield (
-        "Tasks `kd_translation`, `kd_translation_multi_simple_epoch` and `kd_language_modeling`",
-        "Beside the flags of fairseq's `translation`, `translation_multi_simple_epoch` and "
-        "`language_modeling`.",
-        {"": dataclass_flags(KDTranslationConfig)},
+        "Tasks `kd_translation`, `kd_translation_multi_simple_epoch`, `kd_language_modeling` and "
+        "`kd_speech_to_text`",
+        "Beside the flags of fairseq's `translation`, `translation_multi_simple_epoch`, "
+        "`language_modeling` and `speech_to_text`.",
+        {"": common, "of `kd_speech_to_text` alone": speech},
     )
     yield (
         "Criterion `kd_label_smoothed_cross_entropy`",

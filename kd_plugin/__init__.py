@@ -1,7 +1,8 @@
 """kd_plugin: knowledge distillation, as a fairseq ``--user-dir``.
 
-Importing it registers the tasks ``kd_translation``, ``kd_translation_multi_simple_epoch`` and
-``kd_language_modeling`` and the criterion ``kd_label_smoothed_cross_entropy``, and lets torch open
+Importing it registers the tasks ``kd_translation``, ``kd_translation_multi_simple_epoch``,
+``kd_language_modeling`` and ``kd_speech_to_text`` and the criterion
+``kd_label_smoothed_cross_entropy``, and lets torch open
 fairseq's checkpoints safely.
 """
 

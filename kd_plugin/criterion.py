@@ -167,10 +167,9 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         Args:
             target: B x T; source: B x S.
         """
-        positions = {
-            "encoder": source.ne(self.task.source_dictionary.pad()),
-            "decoder": target.ne(self.padding_idx),
-        }
+        positions = {"decoder": target.ne(self.padding_idx)}
+        if not self.task.kind.reads_frames:
+            positions["encoder"] = source.ne(self.task.source_dictionary.pad())
         counted = {**positions, "decoder": self._real(target)}
         for term in self._inner:
             maps = self.maps if term.has_maps and self.maps is not None else ()

@@ -121,7 +121,8 @@ class Plan(NamedTuple):
         taught = faults.check(
             hasattr(flags, "teacher_cache"),
             "the criterion kd_label_smoothed_cross_entropy needs a task with a teacher: --task "
-            "kd_translation, kd_translation_multi_simple_epoch or kd_language_modeling; got "
+            "kd_translation, kd_translation_multi_simple_epoch, kd_language_modeling or "
+            "kd_speech_to_text; got "
             f"{type(task).__name__}",
         )
         cache = flags.teacher_cache if taught else None
@@ -366,9 +367,16 @@ def _inside(criterion: Any, kind: Kind, faults: Faults) -> Iterator[StateTerm]:
             "choose another --ddp-backend",
         )
         with faults.collecting():
-            yield StateTerm(
-                *(name.replace("-", "_"), how, weight), states.parse_layers(layers, where, kinds)
+            pairs = states.parse_layers(layers, where, kinds)
+            others = {
+                pair.kind for pair in pairs if not {*states.SIDES[pair.kind]} <= {*kind.sides}
+            }
+            faults.check(
+                not (kind.reads_frames and others),
+                f"{where}: encoders shorten the sound, each in its own way, so their positions "
+                f"cannot be compared: leave out {', '.join(sorted(others))}",
             )
+            yield StateTerm(*(name.replace("-", "_"), how, weight), pairs)
 
     weight, layers = criterion.kd_hidden_weight, criterion.kd_hidden_layers
     if criterion.kd_hidden is not None:
@@ -415,7 +423,7 @@ def read_teacher(task: Any) -> Optional[TeacherSettings]:
     )
     langs = None
     with faults.collecting():
-        langs = _two_languages(task.teacher_langs)
+        langs = two_languages(task.teacher_langs)
     before_target = parse_symbols(task.teacher_target_prefix)
     faults.check(
         before_target is None or before_target,
@@ -609,7 +617,7 @@ def _scheduled(
     return schedules.constant(default)
 
 
-def _two_languages(text: Optional[str]) -> Optional[Tuple[str, str]]:
+def two_languages(text: Optional[str]) -> Optional[Tuple[str, str]]:
     """``--teacher-langs``: a source and a target language, or None."""
     found = [part.strip() for part in (text or "").split(",")]
     if text is None:

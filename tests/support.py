@@ -370,6 +370,18 @@ def language_model(data: Any, save_dir: Any, *more: Any, kd: bool = False, dim: 
     return [data, *task, *_TRAINING, *shape, "--save-dir", save_dir, *more]
 
 
+def listener(
+    data: Any, save_dir: Any, *more: Any, kd: bool = False, dim: int = 16, yaml: str = "config.yaml"
+) -> List:
+    """Arguments of a training on speech, by fairseq's own task or by ours; later ones override
+    earlier ones."""
+    task = ["--task", "speech_to_text", *STOCK[2:]]
+    if kd:
+        task = [*USER_DIR, "--task", "kd_speech_to_text", *_KD_CRITERION]
+    model = [*transformer(dim, "s2t_transformer"), "--conv-kernel-sizes", 3, "--conv-channels", dim]
+    return [data, *task, *_TRAINING, *model, "--config-yaml", yaml, "--save-dir", save_dir, *more]
+
+
 # Adam would blow rounding noise in a gradient that is 0 up to its step size
 SGD = ("--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 1.0)
 

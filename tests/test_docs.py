@@ -221,11 +221,13 @@ def known_flags() -> Set[str]:
     kd = ["--criterion", "kd_label_smoothed_cross_entropy", "--task"]
     multilingual = ["kd_translation_multi_simple_epoch", "--lang-pairs", "de-en"]
     lm = ["kd_language_modeling", "--arch", "transformer_lm", "--lr-scheduler", "polynomial_decay"]
+    speech = ["kd_speech_to_text", "--arch", "s2t_transformer"]
     # fairseq adds the flags of what is chosen while it parses
     for parser, arguments in (
         (fairseq_options.get_training_parser(), [*TRAINING, *kd, "kd_translation"]),
         (fairseq_options.get_training_parser(), [*TRAINING, *kd, *multilingual]),
         (fairseq_options.get_training_parser(), [*TRAINING, *kd, *lm]),
+        (fairseq_options.get_training_parser(), [*TRAINING, *kd, *speech]),
         (fairseq_options.get_generation_parser(), ["data-bin", "--bpe", "sentencepiece"]),
     ):
         fairseq_options.parse_args_and_arch(parser, arguments, modify_parser=parsers.append)

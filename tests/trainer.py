@@ -152,13 +152,14 @@ def task_config(flags: Dict[str, Any], kind: Any, name: str) -> Any:
     """A task's configuration, with what fairseq's other configurations would give it."""
     config = kind(
         train_subset="train",
-        dataset_impl=None,
         disable_validation=False,
         save_dir="nowhere",
         restore_file="checkpoint_last.pt",
         update_ordered_indices_seed=False,
         seed=1,
     )
+    if hasattr(config, "dataset_impl"):
+        config.dataset_impl = None
     for field, value in flags.items():
         assert hasattr(config, field), field
         setattr(config, field, value)

@@ -15,7 +15,7 @@ from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
-from ..cache import rows_of_batch, target_sizes
+from ..cache import read_by_teacher, rows_of_batch
 from ..errors import UserError
 from ..flags import (
     BEYOND_OUTPUTS,
@@ -88,7 +88,7 @@ class Steps:
         """Seconds of one round over the batches, and how they compare."""
         timings = Timings(self.works(), repeats, "steps")
         _, dataset, batches = self._trainer(with_teacher=None)
-        tokens = int(sum(target_sizes(dataset)[batch].sum() for batch in batches))
+        tokens = sum(dataset.collater([dataset[i] for i in ids])["ntokens"] for ids in batches)
         costs: Dict[str, Any] = {}
         for name in timings.seconds:
             spread = timings.quartiles(name)
@@ -189,7 +189,7 @@ class Steps:
             with torch.no_grad():
                 for teacher, batch in asked:
                     for member in teacher.members:
-                        member.model(**member.inputs(batch["net_input"]))
+                        member.model(**member.inputs(read_by_teacher(batch)))
 
         return work
 
@@ -205,7 +205,7 @@ class Steps:
             for batch in batches:
                 for teacher, sample in _asked(trainer, dataset, batch):
                     for member in teacher.members:
-                        inputs = member.inputs(sample["net_input"])
+                        inputs = member.inputs(read_by_teacher(sample))
                         # tags before the target are no words to predict
                         padding = (member.view.longer[1], 0)
                         target = F.pad(sample["target"], padding, value=pad)

@@ -1,6 +1,6 @@
 """A teacher's distributions on disk: run it once, train from them as often as you like."""
 
-from .dataset import TaughtDataset, target_sizes
+from .dataset import TaughtDataset, read_by_teacher
 from .fill import rows_of_batch
 from .layout import CacheError, Describe, data_files, describe_data
 from .pipeline import Asked, make, verify
@@ -15,7 +15,7 @@ __all__ = [
     "data_files",
     "describe_data",
     "make",
+    "read_by_teacher",
     "rows_of_batch",
-    "target_sizes",
     "verify",
 ]

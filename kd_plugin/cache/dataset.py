@@ -10,6 +10,12 @@ from .layout import CacheError
 from .reader import CachedSubset
 
 
+def read_by_teacher(batch: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+    """The ``net_input`` of a batch that a teacher is asked about: the student's, or with what is
+    said where the student hears it."""
+    return {**batch["net_input"], **batch.get("transcript", {})}
+
+
 def target_tokens(dataset: Any, sentence: Any, pad: int) -> np.ndarray:
     """A sentence's target symbols, without padding symbols in its text: no loss counts those."""
     target = getattr(dataset, "tgt", None)  # of sentence pairs; reads no source
@@ -66,6 +72,10 @@ class TaughtDataset(BaseWrapperDataset):
     @property
     def tgt_sizes(self) -> np.ndarray:
         return self.dataset.tgt_sizes
+
+    @property
+    def lengths_read(self) -> np.ndarray:
+        return self.dataset.lengths_read
 
     @property
     def add_bos_token(self) -> bool:

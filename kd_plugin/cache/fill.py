@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..objective.answer import NotFiniteTeacherError, rows_ahead, rows_at_once
 from ..timing import progress_bar
-from .dataset import target_tokens
+from .dataset import read_by_teacher, target_tokens
 from .layout import CacheError
 from .writer import CacheWriter, teacher_rows, uniform_of_sentence
 
@@ -54,7 +54,7 @@ def open_writer(
         raise CacheError(
             f"a teacher cache needs references, and {header['subset']} of {task.cfg.data} has none"
         )
-    readable = (tokens <= np.array(limits)).all(axis=1)
+    readable = (task.lengths_read(dataset) <= np.array(limits)).all(axis=1)
     pad, lengths = task.target_dictionary.pad(), np.zeros(len(tokens), dtype=np.int64)
     for sentence in np.flatnonzero(readable):
         lengths[sentence] = len(target_tokens(dataset, sentence, pad))
@@ -160,7 +160,7 @@ def rows_of_batch(
     ids, pad = batch["id"].numpy(), task.target_dictionary.pad()
     if teacher.device.type == "cuda":
         batch = utils.move_to_cuda(batch)
-    answer, target = teacher(batch["net_input"]), batch["target"]
+    answer, target = teacher(read_by_teacher(batch)), batch["target"]
     real = target.ne(pad)
     flat = _in_order(real, ids, plan)
     uniform = _uniform(real, ids, plan, header)

@@ -29,7 +29,15 @@ from .dictionaries import (
     is_padding,
     lacking,
 )
-from .kinds import LANGUAGE_MODEL, MULTILINGUAL_TRANSLATION, TRANSLATION, Kind, kind_of
+from .kinds import (
+    LANGUAGE_MODEL,
+    MULTILINGUAL_TRANSLATION,
+    SPEECH,
+    TRANSCRIPT,
+    TRANSLATION,
+    Kind,
+    kind_of,
+)
 from .roles import Role
 from .tags import (
     EACH_DIRECTION,
@@ -57,7 +65,9 @@ __all__ = [
     "MULTILINGUAL_TRANSLATION",
     "SECOND_COPIES",
     "SIMPLE_EPOCH",
+    "SPEECH",
     "STOCK_OTHERS",
+    "TRANSCRIPT",
     "TRANSLATION",
     "AskedTags",
     "Checkpoint",

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import build, dictionaries, tags, tasks, torchfile, untrusted
 from .dictionaries import Dictionaries, VocabularyError
-from .kinds import TRANSLATION, Kind, kind_of
+from .kinds import SPEECH, TRANSLATION, Kind, kind_of
 from .roles import Role
 from .tags import Tags
 
@@ -295,6 +295,8 @@ class Checkpoint:
         files = allowed = " or ".join(
             [*sorted(set(self._named_dictionaries())), dictionaries.files(langs)]
         )
+        if self.kind is SPEECH:
+            files = allowed = f"{files} or {self._speech_configuration} that names another"
         if langs != tuple(languages):
             allowed += " or " + dictionaries.files(languages)
         if data is not None:
@@ -351,9 +353,17 @@ class Checkpoint:
         both = [given.get(key) or given.get("fixed_dictionary") for key in _DICTIONARIES]
         return [os.path.basename(str(name)) for name in both] if all(both) else []
 
+    @property
+    def _speech_configuration(self) -> str:
+        """The YAML file of its data folder, of a speech task."""
+        return os.path.basename(str(self.task_options.get("config_yaml") or "config.yaml"))
+
     def _read_folder(
         self, folder: str, *names: Sequence[Optional[str]]
     ) -> Optional[Tuple[Dictionary, Dictionary]]:
+        if self.kind is SPEECH:
+            own = dictionaries.read_speech_folder(folder, self._speech_configuration)
+            return own and (own, own)
         files = [os.path.join(folder, name) for name in self._named_dictionaries()]
         if files and all(map(os.path.isfile, files)):
             source, target = map(dictionaries.read, files)

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Container, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import yaml  # type: ignore
 from fairseq.data import Dictionary
 
 from ..errors import UserError
@@ -13,6 +14,7 @@ from .roles import Role
 
 MISSING = -1
 _TEACHER = Role("teacher")
+_LONGEST_YAML = 1 << 16  # bytes
 _PADDING_SYMBOL = re.compile(r"madeupword\d{4,}$")
 
 
@@ -75,6 +77,31 @@ def read_folder(
         if os.path.isfile(source) and os.path.isfile(target):
             return read(source), read(target)
     return None
+
+
+def read_speech_folder(folder: str, configuration: str) -> Optional[Dictionary]:
+    """The dictionary that a data folder's configuration of fairseq's speech tasks names; None if
+    there is none.
+
+    Args:
+        configuration: the name of the YAML file, ``config.yaml`` mostly.
+
+    Raises:
+        VocabularyError: either cannot be read.
+    """
+    path, name = os.path.join(folder, os.path.basename(configuration)), file_of("")
+    if os.path.isfile(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                found = yaml.safe_load(file.read(_LONGEST_YAML)) or {}
+            name = os.path.basename(found.get("vocab_filename", name))
+        except Exception as error:  # of several kinds, on a file that is something else
+            raise VocabularyError(
+                f"{path}: cannot be read as the configuration of a speech task "
+                f"({' '.join(str(error).split())[:300]})"
+            ) from error
+    path = os.path.join(folder, name)
+    return read(path) if os.path.isfile(path) else None
 
 
 def of_symbols(symbols: Sequence[str]) -> Dictionary:

@@ -33,6 +33,9 @@ class Kind(NamedTuple):
         samples: what its data consist of, with the lengths of one for ``str.format``.
         shorten: what to do where samples are too long for a teacher that reads ``{0}`` source and
             ``{1}`` target tokens.
+        reads_frames: whether the source is sound, (B, frames, features), and not symbols: then only
+            the targets' dictionary is a model's own, and stands for both.
+        otherwise: what to do about a teacher of another kind.
     """
 
     task: str
@@ -44,6 +47,8 @@ class Kind(NamedTuple):
     new_task: Callable[[Dictionaries, Tuple[int, int]], Any]
     samples: Tuple[str, str]
     shorten: str
+    reads_frames: bool = False
+    otherwise: str = ""
 
     def lengths(self, source: Any, target: Any) -> str:
         return self.samples[1].format(source, target)
@@ -86,6 +91,31 @@ LANGUAGE_MODEL = Kind(
     "sentences, also --shorten-method truncate.",
 )
 
+SPEECH = Kind(
+    task="speech_to_text",
+    tasks=("speech_to_text",),
+    model="a speech-to-text model",
+    classes=(FairseqEncoderDecoderModel,),
+    # encoders shorten the sound, each in its own way: their positions are not the same
+    sides=("decoder",),
+    tables=(
+        ("embeddings", "decoder.embed_tokens.weight"),
+        ("outputs", "decoder.output_projection.weight"),
+    ),
+    new_task=TRANSLATION.new_task,  # models ask it for the target dictionary alone
+    samples=("utterances", "{} frames and {} target tokens"),
+    shorten="Leave the longer ones out with --max-source-positions {0} --max-target-positions {1} "
+    "(for validation data also --skip-invalid-size-inputs-valid-test).",
+    reads_frames=True,
+    otherwise="; --teacher-reads transcript takes one that translates text",
+)
+# What a translation model is asked that reads what is said
+TRANSCRIPT = TRANSLATION._replace(
+    task="kd_speech_to_text with --teacher-reads transcript",
+    samples=("utterances", "{} tokens of the transcript and {} target tokens"),
+    shorten="Leave the longer ones out of the TSV files.",
+)
+
 
 def kind_of(task: Optional[str], architecture: Optional[str]) -> Optional[Kind]:
     """The kind of model that a checkpoint holds, by its task and architecture; None of others."""
@@ -95,6 +125,8 @@ def kind_of(task: Optional[str], architecture: Optional[str]) -> Optional[Kind]:
     own = TASK_REGISTRY.get(task or "")
     if decodes or unknown_lm or (own is not None and issubclass(own, LanguageModelingTask)):
         return LANGUAGE_MODEL
+    if task in ("speech_to_text", "kd_speech_to_text"):
+        return SPEECH
     if task in (None, *MULTILINGUAL) or is_translation(task):
         return TRANSLATION
     return None

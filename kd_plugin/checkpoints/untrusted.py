@@ -25,8 +25,11 @@ EVALUATED = re.compile(
 )
 BUILDABLE = re.compile(
     r"fairseq\.models\.(transformer(\.\w+)?|transformer_(legacy|align|lm)|multilingual_transformer"
-    r"|bart\.model|nat\.\w+|(lstm|fconv|lightconv)(_lm)?)$"
+    r"|bart\.model|nat\.\w+|(lstm|fconv|lightconv)(_lm)?"
+    r"|speech_to_text\.(s2t_transformer|s2t_conformer|convtransformer|berard))$"
 )
+# Files that training began from; the weights replace what was in them
+_BEFORE_TRAINING = re.compile(r".*embed_path$|load_pretrained_\w+_from$")
 _DEEPEST, _MOST_VALUES = 20, 1 << 16  # of a configuration
 _BUILDING = 1 << 32  # bytes for building a model, beyond some times its weights
 
@@ -64,8 +67,7 @@ class Plain:
             return Namespace(**self.of(vars(value), depth + 1))
         if isinstance(value, dict):
             return {
-                # pretrained embeddings were read before training; the weights replace them
-                str(key): None if str(key).endswith("embed_path") else self.of(part, depth + 1)
+                str(key): None if _BEFORE_TRAINING.match(str(key)) else self.of(part, depth + 1)
                 for key, part in value.items()
             }
         if isinstance(value, (list, tuple)):

@@ -71,6 +71,7 @@ class Distillation(FairseqTask):
     kind: Kind
     pairs: Sequence[str] = ()  # of languages, of a task with several
     cacheable = True  # whether a cache can hold the teacher's answers
+    repair = "Binarise it again with fairseq-preprocess"  # data that are damaged
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,6 +91,15 @@ class Distillation(FairseqTask):
         """Source and target tokens of each sample, (n, 2), as fairseq's length filter counts them;
         None of data without targets."""
         raise NotImplementedError
+
+    def lengths_read(self, dataset: Any) -> Optional[np.ndarray]:
+        """The same, of what the teacher reads."""
+        return self.lengths(dataset)
+
+    def prepared(self, dataset: Any, split: str) -> Any:
+        """What fairseq loaded, as a dataset whose samples are dictionaries with an ``id``, their
+        place in it."""
+        return dataset
 
     def parts(self, dataset: Any) -> Sequence[Any]:
         """The datasets of one pair of languages each that it is made of."""
@@ -177,7 +187,7 @@ class Distillation(FairseqTask):
             pad = self.target_dictionary.pad()
             caches = utils.split_paths(plan.cache)
             return CachedTeacher(
-                caches, self.data_folders(), plan.needs, pad, self.kind, plan.beside_cache
+                caches, self.data_folders(), plan.needs, pad, self.student().kind, plan.beside_cache
             )
         if plan.teacher:
             return RunningTeacher(plan.teacher, self.student(), plan.needs.layers)
@@ -188,12 +198,12 @@ class Distillation(FairseqTask):
     def load_dataset(
         self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
     ) -> None:
-        if str(self.cfg.dataset_impl) == "lazy":
+        if str(getattr(self.cfg, "dataset_impl", None)) == "lazy":
             self.cfg.dataset_impl = None  # the same files, read whole
-        with reading_binarised(f"{self.cfg.data}: {split}"):
+        with reading_binarised(f"{self.cfg.data}: {split}", self.repair):
             super().load_dataset(split, epoch, combine, **kwargs)
-            dataset = self.datasets[split]
-            read_whole(dataset)
+            read_whole(self.datasets[split])
+        dataset = self.prepared(self.datasets[split], split)
         folders, train = self.data_folders(), split == self.cfg.train_subset
         self.datasets[split] = self.source.join(
             dataset,
@@ -222,9 +232,13 @@ class Distillation(FairseqTask):
         return describe_data(
             {"source": student.source.symbols, "target": student.target.symbols},
             settings,
-            data_files(folder, subset, combine, self.data_endings()),
+            self.data_paths(folder, subset, combine),
             whole,
         )
+
+    def data_paths(self, folder: str, subset: str, combine: bool) -> List[str]:
+        """The files that a subset is read from."""
+        return data_files(folder, subset, combine, self.data_endings())
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         max_positions = kwargs.get("max_positions", args[2] if len(args) > 2 else None)
@@ -257,15 +271,15 @@ class Distillation(FairseqTask):
     def _look_over(self, dataset: Any, max_positions: Any) -> None:
         """Let the source know the sentences that fairseq's length filter keeps."""
         for part in self.parts(dataset):
-            lengths = self.lengths(part)
-            if lengths is None:
+            lengths, read = self.lengths(part), self.lengths_read(part)
+            if lengths is None or read is None:
                 continue
             kept: np.ndarray = np.ones(len(lengths), dtype=bool)
             if max_positions is not None:
                 pair = isinstance(max_positions, (tuple, list))
                 limits = max_positions if pair else [max_positions] * 2
                 kept = np.all(lengths <= [limit or math.inf for limit in limits], axis=1)
-            self.source.look_over(part, lengths, kept)
+            self.source.look_over(part, read, kept)
 
     # Training
 
@@ -280,7 +294,7 @@ class Distillation(FairseqTask):
                     self._look_over(dataset, limits)
         subset = self.cfg.train_subset
         for part in self.parts(self.datasets[subset]):
-            self.source.begin_training(model, part, self.lengths(part), subset)
+            self.source.begin_training(model, part, self.lengths_read(part), subset)
         if self.inputs is not None:
             self.inputs.begin(model, self.source.longest_target())
 
@@ -336,8 +350,9 @@ class Distillation(FairseqTask):
 
     def state_dict(self) -> Dict[str, Any]:
         student = self.student()
+        source = student.target if self.kind.reads_frames else student.source
         return {
-            "source_symbols": list(student.source.symbols),
+            "source_symbols": list(source.symbols),
             "target_symbols": list(student.target.symbols),
         }
 
@@ -368,7 +383,7 @@ class Distillation(FairseqTask):
             UserError: it is.
         """
         dataset = self.dataset(subset)
-        probe(teacher, dataset, self.lengths(dataset), self.student(), subset)
+        probe(teacher, dataset, self.lengths_read(dataset), self.student(), subset)
 
 
 def _refuse_student(student: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from ..files import refuse_unknown_numbers
+from ..cache import read_by_teacher
+from ..files import FileError, refuse_unknown_numbers
 from ..objective import NotFiniteTeacherError, rows_ahead, rows_at_once
 from .run import Teacher, TeacherError
 from .view import Student
@@ -42,7 +43,12 @@ def probe(
     nll, count = 0.0, 0
     for start in range(0, len(chosen), _BATCH):
         batch = dataset.collater([dataset[int(i)] for i in chosen[start : start + _BATCH]])
-        refuse_unknown_numbers(batch["net_input"]["src_tokens"].flatten(), len(student.source))
+        tokens: Any = read_by_teacher(batch)["src_tokens"]
+        if not student.kind.reads_frames:
+            refuse_unknown_numbers(tokens.flatten(), len(student.source))
+        elif not tokens.isfinite().all():
+            bad = batch["id"][~tokens.isfinite().flatten(1).all(1)].tolist()
+            raise FileError(f"the features of {subset} hold NaN or inf: utterances {bad}")
         refuse_unknown_numbers(batch["target"].flatten(), len(student.target))
         found = token_losses(teacher, batch, student)
         nll, count = nll + found.sum().item(), count + found.numel()
@@ -72,7 +78,7 @@ def token_losses(teacher: Teacher, batch: Any, student: Student) -> torch.Tensor
     """
     target = batch["target"].flatten()
     rows = student.words(batch["target"]).flatten().nonzero().squeeze(-1)
-    answer = teacher(batch["net_input"])
+    answer = teacher(read_by_teacher(batch))
     like = torch.zeros((), device=teacher.device)
     size = rows_at_once(like.device, len(student.target)) * rows_ahead(like.device)
     parts = []

@@ -184,8 +184,8 @@ class Teacher:
         """Run the teacher on a batch given in the student's indices.
 
         Args:
-            net_input: ``src_tokens`` (B, S), ``src_lengths`` (B,) and, where the student has an
-                encoder, ``prev_output_tokens`` (B, T).
+            net_input: ``src_tokens`` (B, S), or sound (B, S, features), ``src_lengths`` (B,) and,
+                where the student has an encoder, ``prev_output_tokens`` (B, T).
             amp: run under CUDA autocast.
             places: in each of its models, what is found there is part of the answer.
         """
@@ -243,6 +243,10 @@ class _Model:
         self.model = built
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+        for layer in self.model.modules() if kind.reads_frames else ():
+            # fairseq 0.12.2's fast path wants B x T x C, and encoders of speech give it T x B x C
+            if hasattr(layer, "can_use_fastpath"):
+                layer.can_use_fastpath = False
         if not is_autoregressive(self.model):
             raise TeacherError(
                 f"{checkpoint} is a {type(self.model).__name__}: {_what_teaches(kind)}{_SEQUENCES}"
@@ -273,7 +277,9 @@ class _Model:
 
     def inputs(self, net_input: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """A batch as the model's forward pass takes it."""
-        return self.view.inputs(net_input, self.device)
+        inputs = self.view.inputs(net_input, self.device)
+        dtype = next(self.model.parameters()).dtype  # sound comes in the run's
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
     def run(self, net_input: Dict[str, Tensor], amp: bool, places: Sequence[Place]) -> Member:
         model, view = self.model, self.view
@@ -340,7 +346,7 @@ def _check_task(
     if found is not None and found.model != kind.model:
         raise TeacherError(
             f"{checkpoint} is {found.model} ({checkpoint.architecture}); a student of the task "
-            f"{kind.task} needs {kind.model} for a teacher"
+            f"{kind.task} needs {kind.model} for a teacher{kind.otherwise}"
         )
     if found is None:
         raise TeacherError(
@@ -349,7 +355,7 @@ def _check_task(
             f"{checkpoint.advise_task()}"
         )
     for name, ours in student.options.items():
-        theirs = checkpoint.task_options.get(name) or False
+        theirs = {**checkpoint.options, **checkpoint.task_options}.get(name) or False
         if theirs != ours:
             raise TeacherError(
                 f"{checkpoint} was trained with {_option(name, theirs)}, and the student with "

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-from ..cache import CachedSubset, CacheError, Describe, TaughtDataset
+from ..cache import CachedSubset, CacheError, Describe, TaughtDataset, read_by_teacher
 from ..checkpoints import TRANSLATION, Kind
 from ..errors import UserError
 from ..objective import Answer, CachedAnswer, LayerPair, Schedule
@@ -153,7 +153,7 @@ class Source:
         """Note what batches of a dataset will ask of the teacher.
 
         Args:
-            lengths: source and target tokens of each sentence, (n, 2).
+            lengths: source and target tokens of each sentence as the teacher reads it, (n, 2).
             kept: which sentences batches are made of, bool (n,).
         """
 
@@ -165,7 +165,7 @@ class Source:
         Args:
             model: the student, where it will be trained.
             dataset: the training data; ``subset`` is its name.
-            lengths: source and target tokens of each of its samples, (n, 2).
+            lengths: source and target tokens of each of its samples as read by the teacher, (n, 2).
 
         Raises:
             UserError: anything speaks against this teacher.
@@ -268,7 +268,7 @@ class RunningTeacher(Source):
         if self.teacher is None:
             return None
         amp = step.amp and self.settings.dtype == "same"
-        return self.teacher(batch["net_input"], amp, self._places)
+        return self.teacher(read_by_teacher(batch), amp, self._places)
 
     def asked(self, batch: Dict[str, Any]) -> Iterator[Tuple[Teacher, Dict[str, Any]]]:
         if self.teacher is not None:

@@ -26,12 +26,13 @@ class Student(NamedTuple):
     """What a teacher must fit: the student's data.
 
     Attributes:
-        source, target: the vocabularies of what is read and of what is predicted.
+        source, target: the vocabularies of what is read and of what is predicted; where sound is
+            read, both are the latter.
         source_lang, target_lang: the languages, which name the files of the dictionaries; "" is no
             particular one.
         kind: of model.
-        options: of the task, by name, that a teacher must have been trained with as well; False
-            is a teacher's that has none of the name.
+        options: of task or model, by name, that a teacher must have been trained with as well;
+            False is a teacher's that has none of the name.
         tags: what is read beside the sentences, which a teacher does not see: it has its own.
         needless: symbols of no text in its vocabularies, which a teacher may lack.
     """
@@ -93,8 +94,8 @@ class TeacherView:
         except VocabularyError as error:
             raise VocabularyError(f"{checkpoint}: {error}") from None
         self._target_map = target_map
-        # a padding symbol that the teacher lacks never occurs in data
-        self._read_source = _readable(source_map, source)
+        # a padding symbol that the teacher lacks never occurs in data; sound has no symbols
+        self._read_source = None if student.kind.reads_frames else _readable(source_map, source)
         self._read_target = _readable(target_map, target)
         self._missing = None if target_map is None else target_map.eq(MISSING)
         if self._missing is not None and not self._missing.any():
@@ -111,10 +112,10 @@ class TeacherView:
         self._before_source = [source.index(symbol) for symbol in tags.before_source]
         self._after_source = [source.index(symbol) for symbol in tags.after_source]
         self._before_target = [target.index(symbol) for symbol in tags.before_target]
-        self.description = (
-            f"source vocabulary {_fit(source_map, student.source, source)}, "
-            f"target vocabulary {_fit(target_map, student.target, target)}"
-        )
+        self.description = f"target vocabulary {_fit(target_map, student.target, target)}"
+        if not student.kind.reads_frames:
+            fit = _fit(source_map, student.source, source)
+            self.description = f"source vocabulary {fit}, {self.description}"
         if tags != Tags() or student.tags != Tags():
             self.description += f"; {tags}"
 
