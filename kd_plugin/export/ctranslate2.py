@@ -114,6 +114,7 @@ class CTranslate2Format(Format):
         figures: Optional[Dict[str, Any]],
     ) -> None:
         content = {
+            "format": self.name,
             **model.origin(paths),
             "quantization": _quantization(options),
             "sentencepiece": "spm.model" if options.get("spm") else None,
@@ -121,9 +122,6 @@ class CTranslate2Format(Format):
             "verification": figures,
         }
         write_json(output / RECORD, content)
-
-    def made(self, output: Path) -> bool:
-        return output.is_dir() and ((output / RECORD).is_file() or not any(output.iterdir()))
 
 
 def _quantization(options: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 from ..checkpoints import LANGUAGE_MODEL, Checkpoint, count_parameters, digest
 from ..decoding import Tokenizer, open_sentencepiece
 from ..errors import UserError
-from ..files import FileError
+from ..files import FileError, read_json
 from .verify import Blocks, Text
 
 RECORD = "kd_export.json"  # in a folder: what it was made of
@@ -169,9 +169,15 @@ class Format(abc.ABC):
     def made(self, output: Path) -> bool:
         """Whether an existing output is one of this format, so that another may replace it.
 
-        Unless told otherwise, of a folder format only an empty folder is.
+        A folder is one if it is empty, or holds a ``RECORD`` that says so.
         """
-        return not any(output.iterdir()) if output.is_dir() else not self.is_folder
+        if not output.is_dir():
+            return not self.is_folder
+        if not any(output.iterdir()):
+            return True
+        record = output / RECORD
+        # CTranslate2's did not say so at first
+        return record.is_file() and read_json(record).get("format", "ctranslate2") == self.name
 
 
 def spm_faults(options: Mapping[str, Any]) -> List[str]:

@@ -143,12 +143,6 @@ class TransformersFormat(Format):
         card = model_card(model, content)
         (output / "README.md").write_text(card, encoding="utf-8")
 
-    def made(self, output: Path) -> bool:
-        if not output.is_dir() or not any(output.iterdir()):
-            return output.is_dir()
-        record = output / RECORD
-        return record.is_file() and read_json(record).get("format") == self.name
-
 
 # what fits
 
