@@ -397,7 +397,7 @@ model = AutoModelForSeq2SeqLM.from_pretrained(folder, torch_dtype=torch.float32,
 pad, end = model.config.pad_token_id, model.config.eos_token_id
 beams = {"greedy": {"num_beams": 1, "early_stopping": False}, "beam": {"num_beams": asked["beam"]}}
 if asked["beam"] == 1:
-    beams["beam"] = beams["greedy"]
+    del beams["beam"]
 
 def padded(rows):
     width = max(map(len, rows))
@@ -420,8 +420,10 @@ with torch.no_grad():
             for row in written:
                 row = row[1:]
                 found[name].append(row[: row.index(end)] if end in row else row)
-        last = found["beam"][-len(batch["sources"]) :]
+        last = found[name][-len(batch["sources"]) :]
         found["text"] += tokenizer.batch_decode(last, skip_special_tokens=True)
+if asked["beam"] == 1:
+    found["beam"] = found["greedy"]
 found.update(transformers=transformers.__version__, model=type(model).__name__)
 found["imported"] = [name for name in ("fairseq", "kd_plugin") if name in sys.modules]
 with open(answers, "w", encoding="utf-8") as file:
