@@ -7,6 +7,7 @@ does not fit.
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -236,7 +237,6 @@ def write_model(model: Model, folder: Path) -> None:
     except RuntimeError as error:  # of shapes
         reason = " ".join(str(error).split())[:500]
         raise ExportError(f"{model.checkpoint} does not fit into {fit.name}: {reason}") from None
-    missing = [name for name in missing if not name.endswith("final_logits_bias")]
     if missing or over:
         raise ExportError(
             f"{model.checkpoint} does not fit into {fit.name}: its weights "
@@ -254,10 +254,12 @@ def _weights(model: Model, args: Namespace, fit: Family) -> Dict[str, Tensor]:
     stock = model.stock["model"]
     weights = {"model." + name: w for name, w in stock.items() if not ignored.search(name)}
     weights["lm_head.weight"] = weights.pop("model.decoder.output_projection.weight")
+    _make_vocabularies_one_size(weights)
     source, target = [weights[f"model.{side}.embed_tokens.weight"] for side in _SIDES]
     if same(source, target):
         weights["model.shared.weight"] = source
     if fit.name == "M2M100":  # which computes its positions
+        del weights["final_logits_bias"]
         return weights
     # the first one comes after the padding's; Marian's table begins with it
     first = _SYMBOLS.pad() + 1
@@ -276,6 +278,21 @@ def _weights(model: Model, args: Namespace, fit: Family) -> Dict[str, Tensor]:
     return weights
 
 
+def _make_vocabularies_one_size(weights: Dict[str, Tensor]) -> None:
+    """Fill up the smaller side's tables: Marian's decoder has as many embeddings as its encoder.
+
+    What is added to the target side has no probability.
+    """
+    tables = [f"model.{side}.embed_tokens.weight" for side in _SIDES]
+    rows, target = max(weights[name].size(0) for name in tables), weights[tables[1]].size(0)
+    for name in (*tables, "lm_head.weight"):
+        table = weights[name]
+        weights[name] = torch.cat([table, table.new_zeros(rows - table.size(0), table.size(1))])
+    bias = weights[tables[1]].new_zeros(1, rows)
+    bias[:, target:] = -math.inf
+    weights["final_logits_bias"] = bias
+
+
 def same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(one.equal(other))
 
@@ -291,12 +308,11 @@ def _settings(
         sides[side + "_attention_heads"] = getattr(args, side + "_attention_heads")
         sides[side + "_ffn_dim"] = getattr(args, side + "_ffn_embed_dim")
         sides[side + "_layerdrop"] = 0.0
-    source, target = symbols(model)
     tables = [weights[f"model.{side}.embed_tokens.weight"] for side in _SIDES]
-    sizes: Dict[str, Any] = {"vocab_size": len(source)}
+    size, shared = tables[0].size(0), same(*tables)
+    sizes: Dict[str, Any] = {"vocab_size": size}
     if not fit.one_table:
-        shared = same(*tables)
-        sizes.update(decoder_vocab_size=len(target), share_encoder_decoder_embeddings=shared)
+        sizes.update(decoder_vocab_size=size, share_encoder_decoder_embeddings=shared)
     return {
         **sides,
         **sizes,
