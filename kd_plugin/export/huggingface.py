@@ -119,12 +119,16 @@ class TransformersFormat(Format):
         self, model: Model, output: Path, options: Mapping[str, Any], proof: Proof
     ) -> Verdict:
         found = compare(model, output, options["spm"], proof)
+        left_out = ""
+        if found["ended_beam"] < found["sentences"]:
+            cut = found["sentences"] - found["ended_beam"]
+            left_out = f" ({cut} cut off at the longest length were not compared)"
         lines = [
             f"verified in transformers {found['transformers']}, {found['class']}: tokens of "
             f"{found['sentences']} references of {found['subset']} scored within "
             f"{found['max_token_difference']:.1g}, sources tokenised the same",
             f"the same translations of {found['same_greedy']} by greedy search, of "
-            f"{found['same_beam']} by beam {found['beam']}",
+            f"{found['same_beam']} by beam {found['beam']}{left_out}",
             f"BLEU {found['bleu_fairseq']:.2f} in fairseq, {found['bleu']:.2f} in transformers "
             f"({found['bleu_signature']}, beam {found['beam']})",
         ]
@@ -497,12 +501,18 @@ def compare(model: Model, folder: Path, spm: str, proof: Proof) -> Dict[str, Any
         written[name] = {
             sentence.i: _subwords(dictionary, row) for sentence, row in zip(asked, found[name])
         }
-        both = {i: (one, expected[name][i].subwords) for i, one in written[name].items()}
+        # where all are cut off, transformers forces an end that costs nothing, and ranks otherwise
+        both = {
+            i: (one, expected[name][i].subwords)
+            for i, one in written[name].items()
+            if name == "greedy" or expected[name][i].finished
+        }
+        ended = len(both)
         same[name] = sum(ours == theirs for ours, theirs in both.values())
         differing = [f"{a!r}, not {b!r}" for a, b in both.values() if a != b]
         faults.check(
-            same[name] >= SAME * len(asked),
-            f"only {same[name]} of {len(asked)} translations by "
+            same[name] >= SAME * ended,
+            f"only {same[name]} of {ended} translations by "
             f"{'greedy search' if name == 'greedy' else f'beam {proof.beam}'} are fairseq's "
             f"({differing[:1]})",
         )
@@ -523,6 +533,7 @@ def compare(model: Model, folder: Path, spm: str, proof: Proof) -> Dict[str, Any
         "max_token_difference": difference,
         "same_greedy": same["greedy"],
         "same_beam": same["beam"],
+        "ended_beam": ended,
         "beam": proof.beam,
         "bleu_fairseq": before,
         "bleu": after,
