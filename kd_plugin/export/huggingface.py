@@ -172,7 +172,7 @@ def check(checkpoint: Checkpoint) -> None:
     faults = Faults()
     kind = ARCH_MODEL_REGISTRY.get(checkpoint.architecture or "", object)
     if not issubclass(kind, TransformerModel) or issubclass(kind, FairseqNATModel):
-        faults.add(f"{checkpoint.architecture!r} is not one of fairseq's transformers")
+        faults.add(f"{checkpoint.architecture!r} is none of fairseq's transformers that translate")
     else:
         faults.messages += _misfits(args)
     faults.raise_if_any(ExportError, f"transformers {version} has no class for {checkpoint}: ")
@@ -470,6 +470,7 @@ def compare(model: Model, folder: Path, spm: str, proof: Proof) -> Dict[str, Any
         ExportError: they are not fairseq's, or the SentencePiece model is not that of the data.
     """
     text = proof.text
+    assert isinstance(text, verify.Text)  # all others are refused
     logger.info(f"translating {text.sentences} sentences with {model.checkpoint}")
     torch_model = verify.build(model.checkpoint, text, proof.beam)
     scores = verify.reference_scores(torch_model, text)
