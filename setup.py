@@ -53,7 +53,8 @@ setup(
         # tokenizer; 3.0: the first with process_words.
         "rouge": ["rouge-score>=0.1.2,<0.2"],
         "wer": ["jiwer>=3,<5"],
-        # fairseq-kd-sequences with a tokenizer or a model of Hugging Face's. 4.46: the last for
+        # fairseq-kd-sequences with a tokenizer or a model of Hugging Face's, and
+        # fairseq-kd-export --format transformers. 4.46: the last for
         # Python 3.8, with torch 1.12; 4.57: tried with torch 2.13. 5 imports torchaudio with every
         # model, and ve-fairseq brings one that need not fit torch. safetensors: what weights are
         # written in for the converter.

@@ -576,7 +576,7 @@ def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
         (("--path", path, "--data", tmp_path / "absent"), "absent: there is no such folder"),
         (("--path", path, "--quantization", "int8"), "--quantization needs --format ctranslate2"),
         (("--path", path, "--max-positions", 9), "--max-positions needs --format ctranslate2"),
-        (("--path", path, "--spm", "absent"), "--spm needs --format ctranslate2; --spm absent"),
+        (("--path", path, "--spm", "absent"), "transformers; --spm absent: no such"),
         (("--path", path, "--beam", 0), "--beam must be"),
         (("--path", path, "--bleu-tokenize", "zh"), "--bleu-tokenize needs --format ctranslate2"),
         (

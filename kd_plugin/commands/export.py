@@ -1,7 +1,8 @@
 """``fairseq-kd-export``: a model that works without the plugin, verified to be the same.
 
-Writes a checkpoint for stock fairseq, or a folder for CTranslate2; averages checkpoints first if
-wanted. What it has written is compared with the checkpoint before it gets its name.
+Writes a checkpoint for stock fairseq, or a folder for CTranslate2 or Hugging Face's transformers;
+averages checkpoints first if wanted. What it has written is compared with the checkpoint before it
+gets its name.
 """
 
 import argparse
@@ -26,7 +27,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="the checkpoint; several with --average",
     )
     add("--average", action="store_true", help="average the checkpoints' weights first")
-    add("--output", required=True, metavar="OUT", help="file to write, or folder for CTranslate2")
+    add(
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="file to write, or folder where the format is one",
+    )
     add(
         "--format",
         default="fairseq",

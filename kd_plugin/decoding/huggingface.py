@@ -98,7 +98,15 @@ def _is_file_of(folder: Path, name: str) -> bool:
     return os.path.basename(name) == name and (folder / name).is_file()
 
 
-def _transformers(flag: str) -> Any:
+def open_library(flag: str) -> Any:
+    """The library, which never fetches anything.
+
+    Args:
+        flag: that needs it, for messages.
+
+    Raises:
+        FileError: it is not installed, or cannot be imported.
+    """
     # nothing is fetched; and processes that the tokenizers' threads are in must not fork
     for name, value in (("HF_HUB_OFFLINE", "1"), ("TOKENIZERS_PARALLELISM", "false")):
         os.environ.setdefault(name, value)
@@ -132,7 +140,7 @@ class TransformersTokens:
         found = Faults()
         found.messages += faults(self._folder)
         found.raise_if_any(FileError, f"{flag}: ")
-        library = _transformers(flag)
+        library = open_library(flag)
         try:
             self._tokenizer = library.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
@@ -184,7 +192,7 @@ def convert(folder: Path, new: Path) -> None:
     found = Faults()
     found.messages += model_faults(folder)
     found.raise_if_any(FileError)
-    _transformers(f"--path {folder}")
+    open_library(f"--path {folder}")
     try:
         from ctranslate2.converters import TransformersConverter
     except ImportError:

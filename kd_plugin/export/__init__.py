@@ -1,4 +1,4 @@
-"""Models that need no plugin, for stock fairseq or CTranslate2, verified to be the same.
+"""Models that need no plugin, for other software or stock fairseq, verified to be the same.
 
 ``make`` does all of it; a further format is a file like ``fairseq.py`` and a line in
 ``pipeline.FORMATS``.

@@ -11,13 +11,22 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 from fairseq.data import Dictionary
 
 from .. import decoding
-from ..checkpoints import LANGUAGE_MODEL, Checkpoint, digest
+from ..checkpoints import LANGUAGE_MODEL, Checkpoint
 from ..decoding import databin
 from ..errors import Faults
 from ..files import FileError, naming, passing_folder, read_json, write_json
 from . import verify
-from .fairseq import model_arguments, shortened, stock_state, write
-from .formats import ExportError, Format, Model, Proof, Verdict
+from .fairseq import model_arguments, shortened, stock_state, unusual_options, write
+from .formats import (
+    RECORD,
+    SPM,
+    ExportError,
+    Format,
+    Model,
+    Proof,
+    Verdict,
+    spm_faults,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +40,6 @@ QUANTIZATIONS = (
     "int8_float16",
     "int8_bfloat16",
 )
-RECORD = "kd_export.json"  # in the folder: what it was made of
 TOLERANCE = 1e-3  # of log-probabilities per token, in float32: rounding, and no more
 
 
@@ -46,11 +54,7 @@ class CTranslate2Format(Format):
         "--quantization": dict(
             choices=QUANTIZATIONS, help="precision of CTranslate2's weights (default: float32)"
         ),
-        "--spm": dict(
-            metavar="MODEL",
-            help="SentencePiece model to put into CTranslate2's folder; implies --remove-bpe "
-            "sentencepiece",
-        ),
+        **SPM,
         "--max-positions": dict(
             type=int,
             metavar="N",
@@ -60,15 +64,10 @@ class CTranslate2Format(Format):
     }
 
     def faults(self, options: Mapping[str, Any]) -> List[str]:
-        found = []
-        longest, spm = options.get("max_positions"), options.get("spm")
+        found = spm_faults(options)
+        longest = options.get("max_positions")
         if longest is not None and longest < 2:
             found.append("--max-positions must be 2 or more")
-        if spm:
-            try:
-                decoding.open_sentencepiece(spm, "--spm")
-            except FileError as error:
-                found.append(str(error))
         return found
 
     def refuse(self, checkpoint: Checkpoint) -> None:
@@ -114,22 +113,15 @@ class CTranslate2Format(Format):
         *,
         figures: Optional[Dict[str, Any]],
     ) -> None:
-        total, rest = model.parameters()
         content = {
-            **dict(zip(("source_lang", "target_lang"), model.languages)),
-            "checkpoints": [{"path": os.path.abspath(p), "sha256": digest(p)} for p in paths],
+            "format": self.name,
+            **model.origin(paths),
             "quantization": _quantization(options),
-            "parameters": total,
-            "parameters_without_embeddings": rest,
-            **dict(zip(("max_source_positions", "max_target_positions"), model.max_positions)),
             "sentencepiece": "spm.model" if options.get("spm") else None,
             "ctranslate2": _ctranslate2().__version__,
             "verification": figures,
         }
         write_json(output / RECORD, content)
-
-    def made(self, output: Path) -> bool:
-        return output.is_dir() and ((output / RECORD).is_file() or not any(output.iterdir()))
 
 
 def _quantization(options: Mapping[str, Any]) -> str:
@@ -174,20 +166,7 @@ def check(checkpoint: Checkpoint) -> None:
         for reason in re.findall(r"^- (.*)$", str(error), re.MULTILINE) or [str(error)]:
             faults.add(" ".join(reason.split()))
     if not faults:  # options that it does not look at
-        for name in ("adaptive_input", "cross_self_attention", "no_cross_attention"):
-            faults.check(
-                not getattr(args, name, False),
-                f"Option --{name.replace('_', '-')} is not supported",
-            )
-        faults.check(
-            not getattr(args, "adaptive_softmax_cutoff", None),
-            "Option --adaptive-softmax-cutoff is not supported",
-        )
-        for name in ("decoder_input_dim", "decoder_output_dim"):
-            faults.check(
-                getattr(args, name, args.decoder_embed_dim) == args.decoder_embed_dim,
-                f"Option --{name.replace('_', '-')} must be as --decoder-embed-dim",
-            )
+        faults.messages += unusual_options(args)
     faults.raise_if_any(ExportError, _cannot_take(checkpoint))
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from fairseq import models
@@ -99,6 +99,26 @@ def model_arguments(checkpoint: Checkpoint) -> Namespace:
                 f"{checkpoint.architecture} with a single layer from plain types"
             )
     return Namespace(**{name: _plain(checkpoint, name, v) for name, v in complete.items()})
+
+
+def unusual_options(args: Namespace) -> List[str]:
+    """Options by which a transformer is of a kind that other software has no place for.
+
+    Args:
+        args: ``model_arguments`` of a transformer.
+    """
+    found = [
+        f"Option --{name.replace('_', '-')} is not supported"
+        for name in (
+            *("adaptive_input", "cross_self_attention", "no_cross_attention"),
+            "adaptive_softmax_cutoff",
+        )
+        if getattr(args, name, None)
+    ]
+    for name in ("decoder_input_dim", "decoder_output_dim"):
+        if getattr(args, name, args.decoder_embed_dim) != args.decoder_embed_dim:
+            found.append(f"Option --{name.replace('_', '-')} must be as --decoder-embed-dim")
+    return found
 
 
 def stock_state(

@@ -4,13 +4,25 @@ A new one is a file with a subclass of ``Format``, and a line in ``pipeline.FORM
 """
 
 import abc
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-from ..checkpoints import LANGUAGE_MODEL, Checkpoint, count_parameters
-from ..decoding import Tokenizer
+from ..checkpoints import LANGUAGE_MODEL, Checkpoint, count_parameters, digest
+from ..decoding import Tokenizer, open_sentencepiece
 from ..errors import UserError
+from ..files import FileError, read_json
 from .verify import Blocks, Text
+
+RECORD = "kd_export.json"  # in a folder: what it was made of
+
+# Of formats that are folders
+SPM = {
+    "--spm": dict(
+        metavar="MODEL",
+        help="SentencePiece model to put into the folder; implies --remove-bpe sentencepiece",
+    )
+}
 
 
 class ExportError(UserError):
@@ -50,6 +62,21 @@ class Model(NamedTuple):
     def parameters(self) -> Tuple[int, int]:
         return count_parameters(self.stock["model"])
 
+    def origin(self, paths: Sequence[str]) -> Dict[str, Any]:
+        """What it is and what it was made of, for the record in a folder.
+
+        Args:
+            paths: the checkpoint's, or of those whose average it is.
+        """
+        total, rest = self.parameters()
+        return {
+            **dict(zip(("source_lang", "target_lang"), self.languages)),
+            "checkpoints": [{"path": os.path.abspath(p), "sha256": digest(p)} for p in paths],
+            "parameters": total,
+            "parameters_without_embeddings": rest,
+            **dict(zip(("max_source_positions", "max_target_positions"), self.max_positions)),
+        }
+
 
 class Proof(NamedTuple):
     """What an export is compared on.
@@ -85,6 +112,7 @@ class Format(abc.ABC):
         sentences: how many to verify on unless told otherwise; 0 for all.
         needs_references: whether those must have references.
         flags: its own flags, with what argparse is told of each.
+        required: those of them that it cannot do without.
     """
 
     name: str
@@ -92,6 +120,7 @@ class Format(abc.ABC):
     sentences = 200
     needs_references = False
     flags: Mapping[str, Mapping[str, Any]] = {}
+    required: Sequence[str] = ()
 
     def faults(self, options: Mapping[str, Any]) -> List[str]:
         """What is wrong with options, before any file of a model is opened."""
@@ -140,9 +169,25 @@ class Format(abc.ABC):
     def made(self, output: Path) -> bool:
         """Whether an existing output is one of this format, so that another may replace it.
 
-        Unless told otherwise, of a folder format only an empty folder is.
+        A folder is one if it is empty, or holds a ``RECORD`` that says so.
         """
-        return not any(output.iterdir()) if output.is_dir() else not self.is_folder
+        if not output.is_dir():
+            return not self.is_folder
+        if not any(output.iterdir()):
+            return True
+        record = output / RECORD
+        # CTranslate2's did not say so at first
+        return record.is_file() and read_json(record).get("format", "ctranslate2") == self.name
+
+
+def spm_faults(options: Mapping[str, Any]) -> List[str]:
+    """What is wrong with the SentencePiece model of ``--spm``, if one is given."""
+    if options.get("spm"):
+        try:
+            open_sentencepiece(options["spm"], "--spm")
+        except FileError as error:
+            return [str(error)]
+    return []
 
 
 def flag_name(flag: str) -> str:

@@ -17,13 +17,14 @@ from . import fairseq
 from .ctranslate2 import CTranslate2Format
 from .fairseq import FairseqFormat
 from .formats import ExportError, Format, Model, Proof, flag_name
+from .huggingface import TransformersFormat
 from .verify import Blocks, Text
 
 logger = logging.getLogger(__name__)
 
 ROLE = Role("model", "--trust-checkpoint", "--data", task="--task")
 FORMATS: Dict[str, Format] = {
-    format.name: format for format in (FairseqFormat(), CTranslate2Format())
+    format.name: format for format in (FairseqFormat(), CTranslate2Format(), TransformersFormat())
 }
 
 
@@ -127,18 +128,24 @@ def _refuse(asked: Asked) -> None:
         f"--path names {len(asked.paths)} checkpoints: --average makes one model of them; an "
         "ensemble cannot be exported",
     )
-    for other in FORMATS.values():
-        for flag in other.flags:
-            faults.check(
-                flag in format.flags or asked.options.get(flag_name(flag)) is None,
-                f"{flag} needs --format {other.name}",
-            )
-        for fault in other.faults(asked.options):
-            faults.add(fault)
+    for flag in dict.fromkeys(flag for other in FORMATS.values() for flag in other.flags):
+        names = [other.name for other in FORMATS.values() if flag in other.flags]
+        faults.check(
+            format.name in names or asked.options.get(flag_name(flag)) is None,
+            f"{flag} needs --format {' or '.join(names)}",
+        )
+    for flag in format.required:
+        given = asked.options.get(flag_name(flag)) is not None
+        faults.check(given, f"--format {format.name} needs {flag}")
+    found = [fault for other in FORMATS.values() for fault in other.faults(asked.options)]
+    faults.messages += dict.fromkeys(found)
     faults.check(asked.beam >= 1, "--beam must be 1 or more")
     if asked.tokenize:
         faults.check(
-            format.needs_references, "--bleu-tokenize needs --format ctranslate2, which tells BLEU"
+            format.needs_references,
+            "--bleu-tokenize needs --format "
+            f"{' or '.join(o.name for o in FORMATS.values() if o.needs_references)}, which tells "
+            "BLEU",
         )
         with faults.collecting():
             Tokenizer.of("", asked.tokenize)
