@@ -160,8 +160,8 @@ def _refuse(asked: Asked) -> None:
         not asked.data or os.path.isdir(asked.data), f"--data {asked.data}: there is no such folder"
     )
     written = os.path.realpath(asked.output) + os.sep
-    given = [value for value in asked.options.values() if isinstance(value, str)]
-    for name in (*asked.paths, asked.data, *filter(os.path.exists, given)):
+    files = [value for value in asked.options.values() if isinstance(value, str)]
+    for name in (*asked.paths, asked.data, *filter(os.path.exists, files)):
         if name and (os.path.realpath(name) + os.sep).startswith(written):
             faults.add(f"--output {output} would overwrite {name}")
     if output.exists():
