@@ -473,7 +473,7 @@ def read_teachers(
             texts[name] = _by_pair(text, "--" + name.replace("_", "-"), trained, faults)
     paths = texts.get("teacher_checkpoint_path")
     if paths is not None:
-        without = ", ".join(pair for pair in pairs if pair not in paths)
+        without = ", ".join(pair for pair in pairs if not paths.get(pair))
         faults.check(
             not without,
             f"--teacher-checkpoint-path names no teacher for {without}: every pair of --lang-pairs "

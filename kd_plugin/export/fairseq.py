@@ -9,8 +9,9 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
+import numpy as np
 import torch
 from fairseq import models
 from fairseq.data import Dictionary
@@ -288,7 +289,7 @@ def compare(
                 f"the export differs from the checkpoint: sentence {i} is {found[i][1]!r} in stock "
                 f"fairseq, {hypothesis.subwords!r} before"
             )
-    return _tolerable(max(abs(found[i][0] - expected[i].score) for i in expected))
+    return _tolerable(largest(abs(found[i][0] - expected[i].score) for i in expected))
 
 
 def compare_scores(
@@ -321,7 +322,12 @@ def compare_scores(
             f"checkpoint {sum(lengths[1].values())}"
         )
     pairs = [pair for i in expected for pair in zip(found[i], expected[i])]
-    return len(pairs), _tolerable(max(abs(a - b) for a, b in pairs))
+    return len(pairs), _tolerable(largest(abs(a - b) for a, b in pairs))
+
+
+def largest(differences: Iterable[float]) -> float:
+    """NaN if one of them is, which ``max`` may pass over."""
+    return float(np.max(list(differences)))
 
 
 # What fairseq-eval-lm prints of a block: its number, and each symbol with its score

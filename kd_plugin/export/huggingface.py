@@ -31,8 +31,9 @@ from ..decoding import Hypothesis, databin, open_sentencepiece
 from ..decoding.huggingface import open_library
 from ..errors import Faults
 from ..files import FileError, naming, read_json, write_json
+from ..pages import markdown_text
 from . import verify
-from .fairseq import model_arguments, unusual_options
+from .fairseq import largest, model_arguments, unusual_options
 from .formats import (
     RECORD,
     SPM,
@@ -146,7 +147,7 @@ class TransformersFormat(Format):
         content = {"format": self.name, **model.origin(paths), "verification": figures}
         write_json(output / RECORD, content)
         card = model_card(model, content)
-        (output / "README.md").write_text(card, encoding="utf-8")
+        (output / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))
 
 
 # what fits
@@ -486,7 +487,7 @@ def compare(model: Model, folder: Path, spm: str, proof: Proof) -> Dict[str, Any
     asked = [sentence for batch in batches for sentence in batch]
     logger.info("scoring and translating them in transformers")
     found = _there(folder, [batch for batch in batches if batch], proof)
-    difference = max(
+    difference = largest(
         abs(ours - theirs)
         for sentence, row in zip(asked, found["scores"])
         for ours, theirs in zip(scores[sentence.i], row)
@@ -670,6 +671,11 @@ No license is stated: it is for those who trained the model to say, after the li
 """
 
 
+def _name(path: str) -> str:
+    """A file's name, for the card: nothing in it ends a line or the quotes around it."""
+    return " ".join(os.path.basename(path).replace("`", "'").split())
+
+
 def model_card(model: Model, record: Mapping[str, Any]) -> str:
     """The README.md of a folder.
 
@@ -686,22 +692,25 @@ def model_card(model: Model, record: Mapping[str, Any]) -> str:
             f"`{figures['subset']}` ({figures['bleu_signature']}, beam {figures['beam']}), where "
             f"fairseq has {figures['bleu_fairseq']:.2f}.\n\nCompared there with its checkpoint: "
             f"tokens of references score within {figures['max_token_difference']:.1g} (natural "
-            f"logarithms), and of {figures['sentences']} translations {figures['same_greedy']} by "
-            f"greedy search and {figures['same_beam']} by beam {figures['beam']} are fairseq's own."
+            f"logarithms); {figures['same_greedy']} of {figures['sentences']} translations by "
+            f"greedy search are fairseq's own, and {figures['same_beam']} of "
+            f"{figures['ended_beam']} by beam {figures['beam']} that end by themselves."
         )
     checkpoint = model.checkpoint
     origin = [
-        f"- checkpoint `{os.path.basename(one['path'])}`, SHA-256 `{one['sha256']}`"
+        f"- checkpoint `{_name(one['path'])}`, SHA-256 `{one['sha256']}`"
         for one in record["checkpoints"]
     ]
     if len(origin) > 1:
         origin.append("- weights: the average of these checkpoints")
-    origin.append(f"- architecture `{checkpoint.architecture}`, {checkpoint.updates:,} updates")
+    origin.append(
+        f"- architecture `{_name(str(checkpoint.architecture))}`, {checkpoint.updates:,} updates"
+    )
     teacher = checkpoint.task_options.get("teacher_checkpoint_path")
     if isinstance(teacher, str) and teacher:
-        names = ", ".join(f"`{os.path.basename(path)}`" for path in teacher.split(":"))
+        names = ", ".join(f"`{_name(path)}`" for path in teacher.split(":"))
         origin.append(f"- knowledge distillation from {names}")
-    source, target = model.languages
+    source, target = map(markdown_text, model.languages)
     further = ""
     if fit.name == "Marian":
         further = (

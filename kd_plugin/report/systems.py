@@ -192,6 +192,11 @@ def kind_of_models(models: Sequence[Model], trust: bool = False) -> Kind:
                     kinds.add(checkpoint.kind or TRANSLATION)
         for kind in kinds:
             found.setdefault(kind, []).append(model.name)
+    for kind in found.keys() - {TRANSLATION, LANGUAGE_MODEL}:
+        raise UserError(
+            f"--models: expected models that translate or that model language; "
+            f"{', '.join(found[kind])}: {kind.model}"
+        )
     if len(found) > 1:
         raise UserError(
             f"--models: expected models of one kind; {', '.join(found[LANGUAGE_MODEL])} model "

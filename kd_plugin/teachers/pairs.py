@@ -82,6 +82,9 @@ class TeacherOfEachPair(Source):
             part = batch
             if len(together) > 1:
                 inputs = {k: v[sentences] for k, v in batch["net_input"].items()}
+                # an LSTM wants the longest source to fill the width
+                symbols = inputs["src_tokens"].ne(first[key].student.source.pad()).any(0)
+                inputs["src_tokens"] = inputs["src_tokens"][:, symbols]
                 part = {**batch, "net_input": inputs, "target": batch["target"][sentences]}
             yield first[key], part, sentences
 

@@ -9,12 +9,14 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 import torch
 from fairseq.models import FairseqLanguageModel
 from fairseq.models.bart import BARTModel
+from fairseq.models.lstm import LSTMEncoder
 from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
 from torch import Tensor
 
 from ..checkpoints import (
     DTYPES,
     EACH_DIRECTION,
+    TRANSCRIPT,
     AskedTags,
     Checkpoint,
     Dictionaries,
@@ -255,6 +257,12 @@ class _Model:
             raise TeacherError(
                 f"{checkpoint} has an adaptive softmax, which gives no distribution over the whole "
                 "vocabulary to distil; train it without --adaptive-softmax-cutoff"
+            )
+        if kind is TRANSCRIPT and isinstance(getattr(self.model, "encoder", None), LSTMEncoder):
+            raise TeacherError(
+                f"{checkpoint} is a {type(self.model).__name__}, which reads sentences sorted by "
+                "length, and transcripts come in the order of the sound: take a transformer or a "
+                "convolutional model"
             )
         logger.info(
             f"{checkpoint}: {type(self.model).__name__}, dictionaries {found.origin}; "
