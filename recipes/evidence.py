@@ -6,14 +6,16 @@ several machines in one folder, RUNS, for one table of them all. evidence.md and
 written to WORK, or to RUNS.
 
 Each row is the mean over seeds with its standard deviation; scores are sacreBLEU's. Against the row
-plain stands the p-value of a hierarchical bootstrap over sentences and seeds together: each of its
-samples draws sentences, the same for both rows, and seeds, for each row its own, both with
-replacement; p is twice the share of samples in which the difference of the means has the other
-sign. Rows that end in -finetuned are compared with plain-finetuned. evidence.json also has the mean
-of the p-values that sacreBLEU's paired bootstrap gives each seed against its plain one.
+plain, or another that BASELINE in the environment names, stands the p-value of a hierarchical
+bootstrap over sentences and seeds together: each of its samples draws sentences, the same for both
+rows, and seeds, for each row its own, both with replacement; p is twice the share of samples in
+which the difference of the means has the other sign. Rows that end in -finetuned are compared with
+plain-finetuned. evidence.json also has the mean of the p-values that sacreBLEU's paired bootstrap
+gives each seed against its plain one.
 """
 
 import json
+import os
 import re
 import shlex
 import statistics
@@ -26,7 +28,8 @@ from sacrebleu.metrics import BLEU, CHRF
 
 SAMPLES = 4000
 METRICS = ("BLEU", "chrF2")
-BASELINE, FINETUNED = "plain", "-finetuned"  # the latter have had more updates
+BASELINE = os.environ.get("BASELINE", "plain")
+FINETUNED = "-finetuned"  # have had more updates
 
 
 def lines_of(path):
