@@ -39,6 +39,7 @@ from kd_plugin.cache import (
     writer,
 )
 from kd_plugin.cache.writer import CacheWriter, teacher_rows
+from kd_plugin.checkpoints import TRANSLATION
 from kd_plugin.commands import cache as command
 from kd_plugin.commands.cache import _temperatures
 from kd_plugin.files import FileError
@@ -889,7 +890,7 @@ def test_workers_hold_no_lock(case, tmp_path, monkeypatch):
         filling._run(None, None, Numbers(range(len(case.lengths))), shard, num_workers=1)
 
 
-def test_lengths_are_what_the_task_says(case, tmp_path):
+def test_lengths_are_what_the_task_says(case, tmp_path, caplog):
     """A data set of another task may hold them otherwise."""
     filling = importlib.import_module("kd_plugin.cache.fill")
     lengths = np.array([[3, 2], [9, 2], [2, 4], [3, 9], [2, 2], [3, 1]])
@@ -897,12 +898,22 @@ def test_lengths_are_what_the_task_says(case, tmp_path):
     texts[2][1] = 1  # padding in the text
     data = Namespace(batch_by_size=lambda order, **_: [order[:2], order[2:]], tgt=texts)
     task = Namespace(
-        target_dictionary=dictionary(), dataset={"train": data}.get, cfg=Namespace(data="bin")
+        target_dictionary=dictionary(),
+        dataset={"train": data}.get,
+        cfg=Namespace(data="bin"),
+        kind=TRANSLATION,
     )
     arguments = (task, (8, 5), str(tmp_path), case.header)
     task.lengths = lambda dataset: lengths if dataset is data else None
+    task.lengths_read = lambda dataset: task.lengths(dataset)
     shard = filling.open_writer(*arguments, max_tokens=4)
     assert shard.lengths.tolist() == [2, 0, 3, 0, 2, 1]
+    assert (
+        "2 of 6 sentences of train are longer than the teacher can read (8 source and 5 target "
+        "tokens): they are not cached" in caplog.text
+    )
+    with pytest.raises(CacheError, match="6 of 6 .* can read .1 source and 1 target.*--max-source"):
+        filling.open_writer(task, (1, 1), *arguments[2:])
     assert [batch.tolist() for batch in shard.plan] == [[4, 2], [5, 0]]
     with pytest.raises(CacheError, match="the longest sentence has 4 tokens.* 3: raise it"):
         filling.open_writer(*arguments, max_tokens=3)

@@ -1,6 +1,7 @@
 """Exported models are the same models: in stock fairseq, in CTranslate2, in their numbers."""
 
 import dataclasses
+import math
 import pickletools
 import random
 import shutil
@@ -632,3 +633,8 @@ def test_an_export_under_other_names_of_the_languages(named, data, tmp_path, cap
     code, error = run(capsys, "--path", path, "--output", tmp_path / "out.pt", *flags)
     assert code == 0 and "UNVERIFIED" not in error, error
     assert read(tmp_path / "out.pt").languages == ("x_X", "y_Y")
+
+
+def test_a_score_that_is_no_number_is_the_largest_difference():
+    assert to_fairseq.largest([0.5, 2.0, 1.0]) == 2
+    assert math.isnan(to_fairseq.largest([0.0, math.nan, 1.0]))

@@ -326,10 +326,21 @@ class _Says:
         return Dense(torch.zeros(len(index), 5000))
 
 
+def test_parts_of_a_batch_are_as_wide_as_their_sentences(data, teachers):
+    """An LSTM reads no others."""
+    t = Learning(data, *named(teachers)).opened()
+    parts = [*t.task.source._parts(t.task.numbered(t.batch()))]
+    assert len(parts) == 2
+    for _, part, _ in parts:
+        inputs = part["net_input"]
+        assert inputs["src_tokens"].size(1) == inputs["src_lengths"].max()
+
+
 @pytest.mark.parametrize(
     "flags, criterion, words",
     [
         (("aa-bb=A",), {}, "names no teacher for cc-bb: every pair of --lang-pairs"),
+        (("aa-bb=,cc-bb=B",), {}, "names no teacher for aa-bb"),
         (("aa-bb=A,cc-bb=B,aa-bb=C",), {}, "names aa-bb twice"),
         (
             ("aa-bb=A,cc-bb=B,bb-cc=C",),

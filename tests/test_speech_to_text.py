@@ -25,6 +25,7 @@ from kd_plugin.cache.fill import fill, open_writer
 from kd_plugin.cache.reader import CachedSubset
 from kd_plugin.checkpoints import TRANSLATION
 from kd_plugin.errors import UserError
+from kd_plugin.report.systems import Model, kind_of_models
 from kd_plugin.tasks.speech_to_text import KDSpeechToTextConfig, KDSpeechToTextTask
 from kd_plugin.teachers import Teacher, TeacherSettings
 
@@ -478,3 +479,10 @@ def test_tags_of_languages(tmp_path):
     logs = [one.update(one.batches()[:1])[0] for one in (t, o)]
     assert float(logs[0]["kd_loss"]) == pytest.approx(float(logs[1]["kd_loss"]), rel=2e-3)
     assert logs[0]["kd_tokens"] == logs[0]["ntokens"] - 2
+
+
+def test_reports_do_not_judge_speech(data, teacher, reader):
+    speech, text = Model("hears", teacher[0], str(data)), Model("reads", reader, str(data))
+    for judged in ([speech], [text, speech]):
+        with pytest.raises(UserError, match="or that model language; hears: a speech-to-text"):
+            kind_of_models(judged)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import zlib
 from typing import Any, Dict, List, Optional, Sequence
@@ -16,6 +17,8 @@ from ..timing import progress_bar
 from .dataset import read_by_teacher, target_tokens
 from .layout import CacheError
 from .writer import CacheWriter, teacher_rows, uniform_of_sentence
+
+logger = logging.getLogger(__name__)
 
 
 def open_writer(
@@ -58,6 +61,17 @@ def open_writer(
     pad, lengths = task.target_dictionary.pad(), np.zeros(len(tokens), dtype=np.int64)
     for sentence in np.flatnonzero(readable):
         lengths[sentence] = len(target_tokens(dataset, sentence, pad))
+    too_long = np.count_nonzero(~readable)
+    if too_long:
+        samples, most = task.kind.samples[0], task.kind.lengths(*limits)
+        left_out = (
+            f"{too_long} of {len(readable)} {samples} of {header['subset']} are longer than the "
+            f"teacher can read ({most})"
+        )
+        advice = task.kind.shorten.format(*limits)
+        if not readable.any():
+            raise CacheError(f"{left_out}. {advice}")
+        logger.warning(f"{left_out}: they are not cached, and training must do without. {advice}")
     return CacheWriter(
         cache,
         {**header, "vocabulary": vocabulary},

@@ -332,6 +332,8 @@ class Checkpoint:
         owner, source, target = otherwise
         missing = f"{self}: no {files} found beside it or in the data folder that it names"
         advice = self._advise_data(f", as {allowed if self.role.data else files}")
+        if langs == ("", "") and self.kind is not SPEECH and self.role.languages:
+            advice += f" {self.role.languages} says which two languages it translates between."
         for folder in filter(None, (beside, self.data)):
             others = dictionaries.named(folder)
             if others:

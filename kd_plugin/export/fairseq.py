@@ -77,17 +77,25 @@ class FairseqFormat(Format):
         return Verdict([f"verified in {where}: {same} {difference:.1g} per token"], {})
 
 
-def model_arguments(checkpoint: Checkpoint) -> Namespace:
-    """What building a checkpoint's model reads of its options, plain types, defaults filled in.
-
+def refuse_task(checkpoint: Checkpoint) -> None:
+    """
     Raises:
-        ExportError: stock fairseq could not use such a model or task.
+        ExportError: it was trained for a task whose models are not exported.
     """
     if not (checkpoint.is_translation or checkpoint.kind is LANGUAGE_MODEL):
         raise ExportError(
             f"{checkpoint} was trained for the task {checkpoint.task!r}; only models of the tasks "
             f"'translation' and 'language_modeling' can be exported.{checkpoint.advise_task()}"
         )
+
+
+def model_arguments(checkpoint: Checkpoint) -> Namespace:
+    """What building a checkpoint's model reads of its options, plain types, defaults filled in.
+
+    Raises:
+        ExportError: stock fairseq could not use such a model or task.
+    """
+    refuse_task(checkpoint)
     try:
         complete = vars(checkpoint.complete_options())
     except CheckpointError as error:

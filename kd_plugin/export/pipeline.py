@@ -93,6 +93,7 @@ def make(asked: Asked) -> List[str]:
     else:
         checkpoint = Checkpoint.open(asked.paths[0], ROLE, asked.trust).as_task(asked.task)
         format.refuse(checkpoint)
+    fairseq.refuse_task(checkpoint)
     langs = _languages(asked, checkpoint)
     data, source, target = _dictionaries(asked, checkpoint, langs)
     stock = fairseq.stock_state(checkpoint, source, target, langs)
