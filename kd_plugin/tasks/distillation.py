@@ -294,7 +294,7 @@ class Distillation(FairseqTask):
                     self._look_over(dataset, limits)
         subset = self.cfg.train_subset
         for part in self.parts(self.datasets[subset]):
-            self.source.begin_training(model, part, self.lengths_read(part), subset)
+            self.source.begin_training(model, part, partial(self.lengths_read, part), subset)
         if self.inputs is not None:
             self.inputs.begin(model, self.source.longest_target())
 

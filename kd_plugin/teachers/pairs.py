@@ -10,7 +10,7 @@ from ..checkpoints import AskedTags
 from ..errors import Faults
 from ..objective import Answer, MixedAnswer, RunningAnswer
 from .run import Teacher, TeacherError, TeacherSettings
-from .source import RunningTeacher, Source, Step
+from .source import Lengths, RunningTeacher, Source, Step
 from .view import Student
 
 
@@ -38,9 +38,7 @@ class TeacherOfEachPair(Source):
     def look_over(self, dataset: Any, lengths: np.ndarray, kept: np.ndarray) -> None:
         self.sources[dataset.pair].look_over(dataset, lengths, kept)
 
-    def begin_training(
-        self, model: Any, dataset: Any, lengths: Optional[np.ndarray], subset: str
-    ) -> None:
+    def begin_training(self, model: Any, dataset: Any, lengths: Lengths, subset: str) -> None:
         source, faults = self.sources[dataset.pair], Faults()
         with faults.collecting():
             source.begin_training(model, dataset, lengths, subset)

@@ -9,7 +9,7 @@ validation, which can.
 import logging
 import math
 import os
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from .view import Student
 
 logger = logging.getLogger(__name__)
 
+Lengths = Callable[[], Optional[np.ndarray]]
 _ALONE = "without kd_loss, teacher_nll_loss and agreement"
 
 
@@ -157,15 +158,14 @@ class Source:
             kept: which sentences batches are made of, bool (n,).
         """
 
-    def begin_training(
-        self, model: Any, dataset: Any, lengths: Optional[np.ndarray], subset: str
-    ) -> None:
+    def begin_training(self, model: Any, dataset: Any, lengths: Lengths, subset: str) -> None:
         """Open the teacher, or refuse to train.
 
         Args:
             model: the student, where it will be trained.
             dataset: the training data; ``subset`` is its name.
-            lengths: source and target tokens of each of its samples as read by the teacher, (n, 2).
+            lengths: gives source and target tokens of each of its samples as read by the teacher,
+                (n, 2), or None of a text without targets; called only when the teacher is opened.
 
         Raises:
             UserError: anything speaks against this teacher.
@@ -197,9 +197,7 @@ class NoTeacher(Source):
     def __init__(self, plain: str = TRANSLATION.task) -> None:
         self.plain, self._warned = plain, False
 
-    def begin_training(
-        self, model: Any, dataset: Any, lengths: Optional[np.ndarray], subset: str
-    ) -> None:
+    def begin_training(self, model: Any, dataset: Any, lengths: Lengths, subset: str) -> None:
         raise TeacherError(
             "the task needs a teacher: give --teacher-checkpoint-path or --teacher-cache (for "
             f"training without one use --task {self.plain})"
@@ -241,11 +239,9 @@ class RunningTeacher(Source):
         if kept.any():
             self._longest = np.maximum(self._longest, lengths[kept].max(axis=0))
 
-    def begin_training(
-        self, model: Any, dataset: Any, lengths: Optional[np.ndarray], subset: str
-    ) -> None:
+    def begin_training(self, model: Any, dataset: Any, lengths: Lengths, subset: str) -> None:
         if self.teacher is None:
-            probe(self._open(model), dataset, lengths, self.student, subset)
+            probe(self._open(model), dataset, lengths(), self.student, subset)
         self._check_lengths()
 
     def begin_validation(self, model: Any) -> None:
@@ -405,9 +401,7 @@ class CachedTeacher(Source):
                 f"{kind.shorten.format('N', 'M')}"
             )
 
-    def begin_training(
-        self, model: Any, dataset: Any, lengths: Optional[np.ndarray], subset: str
-    ) -> None:
+    def begin_training(self, model: Any, dataset: Any, lengths: Lengths, subset: str) -> None:
         if self.faults:
             raise CacheError("; ".join(dict.fromkeys(self.faults)))
 
