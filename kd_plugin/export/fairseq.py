@@ -78,9 +78,10 @@ class FairseqFormat(Format):
 
 
 def refuse_task(checkpoint: Checkpoint) -> None:
-    """
+    """Models of other tasks than these are not exported.
+
     Raises:
-        ExportError: it was trained for a task whose models are not exported.
+        ExportError: it was trained for another one.
     """
     if not (checkpoint.is_translation or checkpoint.kind is LANGUAGE_MODEL):
         raise ExportError(

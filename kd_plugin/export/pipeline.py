@@ -83,17 +83,18 @@ def make(asked: Asked) -> List[str]:
     """
     _refuse(asked)
     format, output = FORMATS[asked.format], Path(asked.output)
+
+    def refuse(first: Checkpoint) -> None:
+        first = first.as_task(asked.task)
+        fairseq.refuse_task(first)
+        format.refuse(first)
+
     if len(asked.paths) > 1:
-
-        def refuse(first: Checkpoint) -> None:
-            format.refuse(first.as_task(asked.task))
-
         checkpoint = average(asked.paths, ROLE, asked.trust, refuse).as_task(asked.task)
         logger.info(f"averaged {len(asked.paths)} checkpoints")
     else:
         checkpoint = Checkpoint.open(asked.paths[0], ROLE, asked.trust).as_task(asked.task)
-        format.refuse(checkpoint)
-    fairseq.refuse_task(checkpoint)
+        refuse(checkpoint)
     langs = _languages(asked, checkpoint)
     data, source, target = _dictionaries(asked, checkpoint, langs)
     stock = fairseq.stock_state(checkpoint, source, target, langs)
