@@ -9,7 +9,7 @@ from ..checkpoints import Kind
 from ..teachers import Student
 from . import metrics as columns
 from .measured import Measured, Sample
-from .systems import Model, System, task_given
+from .systems import Model, System, trained_for
 
 
 class Asked(NamedTuple):
@@ -59,7 +59,7 @@ class Asked(NamedTuple):
     @property
     def trained_for(self) -> Optional[str]:
         """The models' task, whatever their checkpoints say; None is what those say."""
-        return self.options.task if task_given(self.options) else None
+        return trained_for(self.options)
 
     def systems(self) -> List[System]:
         beams = [self.beam, *([1] if self.greedy and self.beam != 1 else [])]

@@ -39,7 +39,7 @@ from .systems import (
     configuration,
     models_language,
     role_of,
-    task_given,
+    trained_for,
 )
 
 _OTHER_DICTIONARIES = "Name a data-bin made with its own dictionaries: --model-data NAME=DIR."
@@ -238,7 +238,7 @@ class _Decoder:
         utils.import_user_module(cfg.common)
         self.device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
         self.task = decoding.set_up_task(cfg)
-        if model.kind == FAIRSEQ and not task_given(options):
+        if model.kind == FAIRSEQ and trained_for(options) is None:
             self.task = decoding.own_task(
                 *(cfg, self.task, model.paths, role, options.trust_checkpoint)
             )

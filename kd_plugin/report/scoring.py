@@ -13,7 +13,7 @@ from ..errors import UserError
 from .blocks import Blocks
 from .compare import references
 from .measured import Memory, Pass, facts
-from .systems import Model, open_model, task_given
+from .systems import Model, open_model, trained_for
 
 
 class Scorer:
@@ -25,7 +25,7 @@ class Scorer:
 
     def __init__(self, model: Model, role: Role, options: Namespace) -> None:
         self.data = data = Blocks(options)
-        trust, task = options.trust_checkpoint, options.task if task_given(options) else None
+        trust, task = options.trust_checkpoint, trained_for(options)
         self._memory = Memory()
         checkpoints = [Checkpoint.open(path, role, trust) for path in model.paths]
         self.model = open_model(model, data.student, data.cfg, role=role, trust=trust, task=task)

@@ -168,9 +168,9 @@ def configuration(options: Namespace, model: Optional[Model] = None) -> Any:
     return cfg
 
 
-def task_given(options: Namespace) -> bool:
-    """Whether --task is to hold whatever the checkpoints say that they were trained for."""
-    return getattr(options, "task_given", False)
+def trained_for(options: Namespace) -> Optional[str]:
+    """The task that --task gives the models, whatever they were trained for; None: their own."""
+    return options.task if getattr(options, "task_given", False) else None
 
 
 def kind_of_models(models: Sequence[Model], trust: bool = False) -> Kind:
