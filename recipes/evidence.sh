@@ -17,8 +17,9 @@
 #   ROWS           plain plain-ls0 word bucket-8 sample-8-8 sample-8-16 bucket-32 best closest mixed mixed-word
 #                  also: word-ls0, sample-8-8-ls0; keep-4 (the 4 closest), mbr (of 16 samples, by chrF), samples (4 of
 #                  these), backward (needs BACKWARD); ensemble (needs ENSEMBLE); junior (needs JUNIOR);
-#                  of the running teacher hidden-relations, hidden-mse, attention, inputs-argmax, inputs-sample (half of
-#                  the batches); ranking (8 and 8);
+#                  of the running teacher hidden-relations, hidden-mse, attention, ranking;
+#                  inputs-argmax, inputs-sample, inputs-reference: sample-8-8's student after an eighth as many updates
+#                  more of the running teacher, on words of its own in half of the batches, or in none;
 #                  annealed (8 and 8, the weight falling from 1 to 0: the references alone at the end);
 #                  ROW-finetuned: ROW's student after an eighth as many updates more, on the references alone
 #   SEEDS          1 2 3
@@ -80,6 +81,12 @@ cached() { # K S [TEACHER] [SUFFIX]
     distil_flags "${3:-$teacher}"
 }
 
+# An eighth as many updates more of a student that is trained. name and seed are those of `row`.
+finetune() { # STUDENT
+    UPDATES=$((UPDATES / 8)) student "$name" "${seed[@]}" --lr "$FINETUNE_LR" \
+        --finetune-from-model "$WORK/models/$1/checkpoint_last.pt"
+}
+
 # What the rows are: the data, the teacher, the loss.
 row() { # NAME SEED
     local name=$1-s$2 seed=(--seed "$2") junior k
@@ -89,8 +96,7 @@ row() { # NAME SEED
         *-finetuned)
             (row "${1%-finetuned}" "$2")
             plain_flags
-            UPDATES=$((UPDATES / 8)) student "$name" "${seed[@]}" --lr "$FINETUNE_LR" \
-                --finetune-from-model "$WORK/models/${1%-finetuned}-s$2/checkpoint_last.pt"
+            finetune "${1%-finetuned}-s$2"
             return
             ;;
         plain | plain-ls0)
@@ -117,12 +123,16 @@ row() { # NAME SEED
             distil_flags "$teacher"
             ;;
         inputs-*)
-            KD_FLAGS="--kd-inputs ${1#inputs-} --kd-inputs-rate 0.5 $KD_FLAGS"
+            (row sample-8-8 "$2")
+            KD_FLAGS="--kd-inputs ${1#inputs-} $KD_FLAGS"
+            if [ "$1" != inputs-reference ]; then KD_FLAGS="--kd-inputs-rate 0.5 $KD_FLAGS"; fi
             distil_flags "$teacher"
+            finetune "sample-8-8-s$2"
+            return
             ;;
         ranking)
             KD_FLAGS="--kd-ranking-weight 1 $KD_FLAGS"
-            cached 8 8
+            distil_flags "$teacher"
             ;;
         annealed)
             KD_WEIGHT= KD_FLAGS="--kd-weight-schedule linear:1:0:$UPDATES $KD_FLAGS"
