@@ -5,12 +5,16 @@ would overwrite the other that a user already has. `pip install .[fairseq]` brin
 fits this Python.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="kd_plugin",
     version="0.1.0",
     description="Knowledge distillation of translation models as a fairseq --user-dir plugin",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
     author="kd_plugin authors",
     # 3.8: the oldest Python with a prebuilt fairseq 0.12.2; 3.13: no prebuilt fairseq at all.
