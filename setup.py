@@ -87,6 +87,7 @@ setup(
             "fairseq-kd-benchmark=kd_plugin.commands.benchmark:main",
             "fairseq-kd-cache=kd_plugin.commands.cache:main",
             "fairseq-kd-export=kd_plugin.commands.export:main",
+            "fairseq-kd-init=kd_plugin.commands.init:main",
             "fairseq-kd-report=kd_plugin.commands.report:main",
             "fairseq-kd-sequences=kd_plugin.commands.sequences:main",
             "fairseq-kd-vocabulary=kd_plugin.commands.vocabulary:main",

@@ -54,7 +54,7 @@ def page() -> str:
 
 
 def _sections() -> Iterator[Any]:
-    from kd_plugin.commands import benchmark, cache, export, report, sequences, vocabulary
+    from kd_plugin.commands import benchmark, cache, export, init, report, sequences, vocabulary
     from kd_plugin.criterion import KDLabelSmoothedCrossEntropyCriterionConfig
     from kd_plugin.tasks.speech_to_text import KDSpeechToTextConfig
     from kd_plugin.tasks.translation import KDTranslationConfig
@@ -74,7 +74,7 @@ def _sections() -> Iterator[Any]:
         "formulas.",
         {"": dataclass_flags(KDLabelSmoothedCrossEntropyCriterionConfig)},
     )
-    for command in (cache, sequences, vocabulary, report, export, benchmark):
+    for command in (cache, sequences, vocabulary, init, report, export, benchmark):
         parser = command.make_parser()
         usage = (parser.usage or _usage(parser)).replace("%(prog)s", parser.prog)
         text = f"    {usage}"
@@ -176,7 +176,7 @@ def _fairseq_parser(parser: argparse.ArgumentParser) -> Any:
     from fairseq import options
 
     ours = {name for action in parser._actions for name in action.option_strings}
-    if "--user-dir" not in ours:
+    if "--cpu" not in ours:
         return None
     make = options.get_generation_parser if "--beam" in ours else options.get_validation_parser
     return make()

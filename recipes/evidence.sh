@@ -21,11 +21,15 @@
 #                  inputs-argmax, inputs-sample, inputs-reference: sample-8-8's student after an eighth as many updates
 #                  more of the running teacher, on words of its own in half of the batches, or in none;
 #                  annealed (8 and 8, the weight falling from 1 to 0: the references alone at the end);
+#                  layers: sample-8-8 of a wider student, made of the teacher's layers; layers-random: the same from a
+#                  random start
 #                  ROW-finetuned: ROW's student after an eighth as many updates more, on the references alone
 #   SEEDS          1 2 3
 #   UPDATES        4000             of every training; choose it by plain ones: twice as many should gain nothing
 #   KD_WEIGHT      0.9              of every row at word level
 #   FINETUNE_LR    0.0015           highest learning rate of the rows that are finetuned
+#   LAYERS         3:1              encoder and decoder layers of the rows layers and layers-random
+#   LAYERS_LR      0.001            and their highest learning rate
 #   JUDGE          1                0: only train
 #   ENSEMBLE       none             more checkpoints of teachers with the same vocabulary, with ':' between
 #   BACKWARD       none             model of the other direction: best, without the 5% that it finds least likely
@@ -42,6 +46,7 @@ SEEDS=${SEEDS:-1 2 3}
 UPDATES=${UPDATES:-4000}
 KD_WEIGHT=${KD_WEIGHT:-0.9}
 FINETUNE_LR=${FINETUNE_LR:-0.0015}
+LAYERS=${LAYERS:-3:1} LAYERS_LR=${LAYERS_LR:-0.001}
 
 source "$HERE/setup.sh"
 source "$HERE/stages.sh"
@@ -89,7 +94,7 @@ finetune() { # STUDENT
 
 # What the rows are: the data, the teacher, the loss.
 row() { # NAME SEED
-    local name=$1-s$2 seed=(--seed "$2") junior k
+    local name=$1-s$2 seed=(--seed "$2") junior k start
     local KD_CACHE= KD_WEIGHT=$KD_WEIGHT CACHE_FLAGS=${CACHE_FLAGS:-} KD_FLAGS=${KD_FLAGS:-} DATA_BIN= LABEL_SMOOTHING=${LABEL_SMOOTHING:-}
     case $1 in *-ls0) LABEL_SMOOTHING=0 ;; esac
     case $1 in
@@ -161,6 +166,16 @@ row() { # NAME SEED
             distil_flags "$teacher"
             # the second half alone counts its updates anew, and its learning rate starts as high
             UPDATES=$((UPDATES - UPDATES / 2)) student "$name" "${seed[@]}" --finetune-from-model "$junior"
+            return
+            ;;
+        layers | layers-random)
+            cached 8 8
+            # flags of fairseq-train as a shell reads them; the first two start from the layers
+            start=$(command_of init "$teacher" --layers "$LAYERS" --teacher-data "$TEACHER" --source-lang "$SRC" \
+                --target-lang "$TGT" --output "$WORK/layers.pt" --overwrite | tail -n 1) || die "taking the teacher's layers failed."
+            eval "start=($start)"
+            if [ "$1" = layers-random ]; then start=("${start[@]:2}"); fi
+            student "$name" "${seed[@]}" --lr "$LAYERS_LR" "${start[@]}"
             return
             ;;
         *) die "there is no row '$1'; the rows are in the header of recipes/evidence.sh." ;;

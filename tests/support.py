@@ -45,6 +45,7 @@ _COMMANDS = {
     "fairseq-kd-benchmark": "kd_plugin.commands.benchmark",
     "fairseq-kd-cache": "kd_plugin.commands.cache",
     "fairseq-kd-export": "kd_plugin.commands.export",
+    "fairseq-kd-init": "kd_plugin.commands.init",
     "fairseq-kd-report": "kd_plugin.commands.report",
     "fairseq-kd-sequences": "kd_plugin.commands.sequences",
     "fairseq-kd-vocabulary": "kd_plugin.commands.vocabulary",

@@ -17,7 +17,7 @@ FLOORS = [
     ["flags", "plan", "tasks", "criterion"],
     ["decoding", "vocabulary"],
     ["export"],
-    ["sequences"],
+    ["sequences", "initialisation"],
     ["report", "benchmark"],
     ["commands"],
 ]

@@ -12,7 +12,7 @@ from typing import Dict, Iterator, List, Set, Tuple
 import pytest
 from fairseq import options as fairseq_options
 
-from kd_plugin.commands import benchmark, cache, export, report, sequences, vocabulary
+from kd_plugin.commands import benchmark, cache, export, init, report, sequences, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -20,7 +20,8 @@ PAGES = sorted(
     for path in chain(ROOT.glob("*.md"), (ROOT / "docs").rglob("*.md"), ROOT.glob("recipes/*.md"))
 )
 COMMANDS = {
-    module.PROG: module for module in (benchmark, cache, export, report, sequences, vocabulary)
+    module.PROG: module
+    for module in (benchmark, cache, export, init, report, sequences, vocabulary)
 }
 TRAINING = ["data-bin", "--arch", "transformer", "--optimizer", "adam", "--lr", "0.001"]
 HOSTS = {"github.com", "opennmt.net", "fairseq.readthedocs.io"}
@@ -182,6 +183,9 @@ def check(words: List[str]) -> bool:
             if training:
                 kd = ["--task", "kd_translation", "--criterion", "kd_label_smoothed_cross_entropy"]
                 parse(fairseq_options.get_training_parser(), [*kd, *training])
+        elif word == init.PROG:
+            training = init.make_parser().parse_known_args(rest)[1]
+            parse(fairseq_options.get_training_parser(), [*TRAINING, *training])
         elif word in COMMANDS:
             # the checkpoints, which are not here, would tell the command what they are
             of_text = word == report.PROG and "--sample-break-mode" in rest

@@ -4,12 +4,14 @@ Everything that a checkpoint is asked is a member of ``Checkpoint``.
 """
 
 from ..files import digest
-from .average import average
+from .average import average, is_computed
 from .build import (
     DTYPES,
+    TRANSFORMER,
     build_model,
     import_user_dir,
     is_autoregressive,
+    new_model,
     parse_overrides,
     translation_task,
 )
@@ -68,6 +70,7 @@ __all__ = [
     "SPEECH",
     "STOCK_OTHERS",
     "TRANSCRIPT",
+    "TRANSFORMER",
     "TRANSLATION",
     "AskedTags",
     "Checkpoint",
@@ -88,11 +91,13 @@ __all__ = [
     "import_user_dir",
     "index_map",
     "is_autoregressive",
+    "is_computed",
     "is_padding",
     "kind_of",
     "lacking",
-    "parse_overrides",
     "nearest",
+    "new_model",
+    "parse_overrides",
     "parse_symbols",
     "reads_as_translation",
     "refuse_cut_short",

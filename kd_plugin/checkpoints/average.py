@@ -17,6 +17,11 @@ _NOT_COMPUTED = re.compile(
 _MOST_NAMED = 5  # differences in a message
 
 
+def is_computed(option: str) -> bool:
+    """Whether what a model computes depends on one of its options."""
+    return not _NOT_COMPUTED.search(option)
+
+
 def average(
     paths: Sequence[str],
     role: Role,
@@ -89,7 +94,7 @@ class _Model:
         options = {
             name: value
             for name, value in vars(checkpoint.complete_options()).items()
-            if not _NOT_COMPUTED.search(name)
+            if is_computed(name)
         }
         symbols, languages = checkpoint.symbols, checkpoint.languages
         if symbols is None and all(languages):

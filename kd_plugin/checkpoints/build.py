@@ -8,6 +8,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 import torch
 from fairseq import models, utils
 from fairseq.data import Dictionary
+from fairseq.models.bart import BARTModel
 from fairseq.models.nat import FairseqNATModel
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer.transformer_config import (
@@ -136,6 +137,17 @@ def build_model(options: Any, weights: Mapping[str, torch.Tensor], task: Any) ->
     return model
 
 
+def new_model(options: Any, task: Any, seed: int) -> Any:
+    """A model as fairseq starts to train it; the state of torch's generator stays as it was.
+
+    Args:
+        options, task: as of ``build_model``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.build_model(options, task)
+
+
 def flat_options(options: Mapping[str, Any]) -> Dict[str, Any]:
     """A configuration of fairseq-hydra-train's with a transformer's options as the command line has
     them: each section's with its prefix, and a value where fairseq takes its default.
@@ -187,6 +199,8 @@ def complete_options(
     # an LSTM takes its adaptive softmax from there
     criterion = options.get("criterion")
     found["criterion"] = criterion if criterion == "adaptive_loss" else None
+    if issubclass(models.ARCH_MODEL_REGISTRY[architecture], BARTModel):
+        found["task"] = "translation"  # which it asks for when its weights are loaded
     complete = Namespace(**found, arch=architecture, _name=architecture)
     models.ARCH_CONFIG_REGISTRY[architecture](complete)
     return complete

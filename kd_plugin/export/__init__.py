@@ -5,8 +5,9 @@
 """
 
 from .ctranslate2 import QUANTIZATIONS, export_ctranslate2, read_record
+from .fairseq import model_arguments, stock_state, write
 from .formats import ExportError, Format, flag_name
-from .pipeline import FORMATS, Asked, make
+from .pipeline import FORMATS, Asked, languages_of, make
 
 __all__ = [
     "FORMATS",
@@ -16,6 +17,10 @@ __all__ = [
     "Format",
     "export_ctranslate2",
     "flag_name",
+    "languages_of",
     "make",
+    "model_arguments",
     "read_record",
+    "stock_state",
+    "write",
 ]

@@ -95,7 +95,8 @@ def make(asked: Asked) -> List[str]:
     else:
         checkpoint = Checkpoint.open(asked.paths[0], ROLE, asked.trust).as_task(asked.task)
         refuse(checkpoint)
-    langs = _languages(asked, checkpoint)
+    given = (asked.source_lang, asked.target_lang)
+    langs = languages_of(checkpoint, given, (asked.data, checkpoint.data))
     data, source, target = _dictionaries(asked, checkpoint, langs)
     stock = fairseq.stock_state(checkpoint, source, target, langs)
     model = format.adapt(Model(checkpoint, stock), asked.options)
@@ -177,20 +178,32 @@ def _refuse(asked: Asked) -> None:
     faults.raise_if_any(ExportError)
 
 
-def _languages(asked: Asked, checkpoint: Checkpoint) -> Tuple[str, str]:
+def languages_of(
+    checkpoint: Checkpoint,
+    given: Tuple[Optional[str], Optional[str]],
+    folders: Sequence[Optional[str]],
+) -> Tuple[str, str]:
+    """A model's source and target language; "" and "" of a language model.
+
+    Args:
+        given: what flags say of them.
+        folders: data-bins, which may tell by the names of their files, the first ones rather.
+
+    Raises:
+        ExportError: nothing says what they are, or the flags are of no use.
+    """
     if checkpoint.kind is LANGUAGE_MODEL:
-        if asked.source_lang or asked.target_lang:
+        if any(given):
             raise ExportError(
                 f"{checkpoint} is {LANGUAGE_MODEL.model}: leave out --source-lang and --target-lang"
             )
         return "", ""
     found = checkpoint.languages
-    if not all(found) and not (asked.source_lang and asked.target_lang):
+    for folder in folders:
         # fairseq-train had them from the data's file names, and told nobody
-        folder = asked.data or checkpoint.data
-        if folder and os.path.isdir(folder):
+        if folder and os.path.isdir(folder) and not all(found) and not all(given):
             found = infer_languages(folder)
-    source, target = asked.source_lang or found[0], asked.target_lang or found[1]
+    source, target = given[0] or found[0], given[1] or found[1]
     if not (source and target):
         raise ExportError(f"{checkpoint} names no languages: give --source-lang and --target-lang")
     return source, target
