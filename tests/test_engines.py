@@ -16,9 +16,11 @@ from kd_plugin.decoding import (
     FairseqEngine,
     SymbolReading,
     databin,
+    open_translator,
     placement,
 )
 from kd_plugin.errors import UserError
+from kd_plugin.files import FileError
 
 ONE_SENTENCE = {"id": torch.tensor([7]), "net_input": {"src_tokens": torch.tensor([[4, 2]])}}
 
@@ -79,11 +81,21 @@ def test_flags_that_ctranslate2_refuses_are_the_users_mistake(task):
     engine = engine_of(
         CTranslate2Engine,
         **{"reading": SymbolReading(task), "generation": GenerationConfig()},
-        **{"max_positions": 9, "workers": 1},
+        **{"max_positions": 9, "workers": 1, "mapped": False},
         **{"split": {}, "translator": Translator()},
     )
     with pytest.raises(UserError, match="CTranslate2 refuses.*min_decoding_length is greater"):
         list(engine.decode([ONE_SENTENCE]))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [(b"", "it is empty"), (b"a\tb\n" + b"a " * 1000 + b"\tb\n", "1001 source symbols")],
+)
+def test_a_vocabulary_map_that_ctranslate2_would_crash_over(content, words, tmp_path):
+    (tmp_path / "vmap.txt").write_bytes(content)
+    with pytest.raises(FileError, match=f"vmap.txt is no vocabulary map, or damaged .*{words}"):
+        open_translator(tmp_path, "cpu", 0, "default")
 
 
 def test_what_is_no_translation_is_stripped(task):
@@ -115,7 +127,7 @@ def test_ctranslate2_gets_and_gives_what_fairseq_does(task):
     engine = engine_of(
         CTranslate2Engine,
         **{"reading": SymbolReading(task), "generation": GenerationConfig()},
-        **{"max_positions": 9, "workers": 1},
+        **{"max_positions": 9, "workers": 1, "mapped": False},
         **{"split": {}, "translator": Translator()},
     )
     # fairseq's encoder sees an end within a sentence, and no pads

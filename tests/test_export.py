@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pickletools
 import random
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -34,6 +35,8 @@ from kd_plugin.export import ctranslate2 as to_ctranslate2
 from kd_plugin.export import fairseq as to_fairseq
 from kd_plugin.export import verify as verification
 from kd_plugin.export.formats import ExportError, Format, Model, Verdict
+from kd_plugin.export.vocabulary_map import VocabularyMap
+from kd_plugin.files import read_json
 
 LANGS = (support.SOURCE, support.TARGET)
 TRANSFORMER = [
@@ -585,12 +588,95 @@ def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
             "--bleu-tokenize no: expected one of",
         ),
         (("--path", lstm, "--data", other, "--format", "ctranslate2"), "'lstm'"),
+        (("--path", path, "--vocabulary-map", data), "--vocabulary-map needs --format ctranslate2"),
+        (
+            ("--path", path, "--map-candidates", 0, "--format", "ctranslate2"),
+            "--map-candidates needs --vocabulary-map; --map-candidates must be 1 or more",
+        ),
+        (
+            ("--path", path, "--vocabulary-map", "no", "absent", "--format", "ctranslate2"),
+            "--vocabulary-map no: there is no such folder; --vocabulary-map absent: there is no",
+        ),
     ):
         code, error = run(capsys, *arguments, "--output", tmp_path / "out")
         assert code == 1, error
         assert words in error.strip().split("\n")[-1], error
         assert error.strip().split("\n")[-1].startswith("fairseq-kd-export: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """The same data with a training set in which w00 to w09 alone are translations."""
+    folder = tmp_path_factory.mktemp("trained")
+    for file in data.iterdir():
+        shutil.copy(str(file), str(folder))
+    dictionary = DataBin(str(data), *LANGS).source
+    for lang, words in zip(LANGS, (30, 10)):
+        writer = databin.Writer(folder / "train.{}-{}.{}".format(*LANGS, lang), len(dictionary))
+        for i in range(60):
+            sentence = f"w{i % words:02d} w{(i + 1) % words:02d}"
+            writer.add(databin.encode(dictionary, sentence))
+        writer.close()
+    return folder
+
+
+def test_a_vocabulary_map(data, trained, tmp_path, capsys, monkeypatch):
+    """Translations choose among its symbols; with all symbols in it, they are what they were."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    path, output = made(data, tmp_path / "model.pt", MODELS["tied"]), tmp_path / "out"
+    flags = ("--path", path, "--output", output, "--format", "ctranslate2", "--beam", 2)
+    mapped = (*flags, "--overwrite", "--vocabulary-map", trained, "--map-candidates")
+    assert run(capsys, *flags)[0] == 0
+    assert "use_vmap" not in (output / "README.md").read_text()
+    assert command.main([*map(str, mapped), "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "is with the vocabulary map; without it" in printed
+    translator = ctranslate2.Translator(str(output))
+
+    def translated(word):
+        how = {"use_vmap": True, "max_decoding_length": 8}
+        return set(translator.translate_batch([[word]], **how)[0].hypotheses[0])
+
+    always = {"<s>", "<unk>", *(f"w{i:02d}" for i in range(10))}
+    for i in range(10, 30):
+        assert translated(f"w{i}") <= {*always, f"w{i}"}
+    assert ", beam_size=5, use_vmap=True)" in (output / "README.md").read_text()
+    record = read_json(output / "kd_export.json")
+    assert record["vocabulary_map"]["data"] == [str(trained)]
+    assert record["vocabulary_map"]["candidates"] == 2
+    for symbols in (range(5, 6), range(30)):
+        found = VocabularyMap([f"w{i:02d}" for i in symbols], {}, 60)
+        monkeypatch.setattr(to_ctranslate2, "vocabulary_map", lambda *_, found=found: found)
+        assert run(capsys, *mapped, 2)[0] == 0
+        figures = read_json(output / "kd_export.json")["verification"]
+        same = figures["same_without_map"] == figures["sentences"]
+        assert same is (len(symbols) == 30)
+    assert figures["bleu_without_map"] == figures["bleu"]
+
+
+def test_a_vocabulary_map_of_other_data_is_refused(data, trained, tmp_path, capsys):
+    """And an older output stays."""
+    pytest.importorskip("ctranslate2")
+    path, output = made(data, tmp_path / "model.pt", MODELS["tied"]), tmp_path / "out"
+    flags = ("--path", path, "--output", output, "--format", "ctranslate2", "--no-verify")
+    assert run(capsys, *flags)[0] == 0
+    before = support.tree(output)
+    other, cut = tmp_path / "other", tmp_path / "cut"
+    for folder in (other, cut):
+        shutil.copytree(str(trained), str(folder))
+    (other / "dict.bb.txt").write_text("w01 3\nw00 2\n")
+    (cut / "train.aa-bb.bb.bin").write_bytes(b"")
+    for folder, words in (
+        (other, "dict.bb.txt in .*other .6 symbols. is not the model's .34 symbols.; --voc"),
+        (data, "the vocabulary map is made of train in aa and bb, which is not there"),
+        (cut, "damaged or cut short"),
+        (tmp_path, "expected a folder of fairseq-preprocess"),
+    ):
+        code, error = run(capsys, *flags, "--overwrite", "--vocabulary-map", folder)
+        assert code == 1 and re.search(words, error.strip().split("\n")[-1]), error
+        assert support.tree(output) == before
+    assert {file.name for file in tmp_path.iterdir()} == {"model.pt", "out", "other", "cut"}
 
 
 def test_nothing_to_verify_on(data, tmp_path, capsys):

@@ -683,6 +683,7 @@ def a_report():
         return {
             **{"name": name, "kind": kind, "path": "/x", "error": error, "precision": "float32"},
             **{**sizes, "bytes": 30097408, "file_bytes": 30160000, "peak_memory_bytes": 9e7},
+            "vocabulary_map": False,
         }
 
     bucket = compare.Bucket.of("all", tokens_by_hand())._asdict()

@@ -1,16 +1,18 @@
 """Models that translate: data-bins, what is decoded in which batches, and what decodes it."""
 
 from .bleu import Tokenizer
-from .converted import Converted, vocabularies
+from .converted import VOCABULARY_MAP, Converted, vocabularies
 from .corpus import DEFAULT_MAX_TOKENS, Corpus, batch_limits, describe, plan
 from .databin import DataBin, infer_languages, parse_languages
 from .engines import (
+    BATCH_ON_CPU,
     CTranslate2Engine,
     FairseqEngine,
     Hypothesis,
     TextHypothesis,
     open_translator,
     refining_flags,
+    threads,
 )
 from .huggingface import TransformersTokens
 from .models import build_models, open_checkpoints, own_task, placement, set_up_task
@@ -21,6 +23,7 @@ from .tokens import SentencePieceTokens
 
 __all__ = [
     "Around",
+    "VOCABULARY_MAP",
     "Converted",
     "SentencePieceTokens",
     "SymbolReading",
@@ -28,6 +31,7 @@ __all__ = [
     "TransformersTokens",
     "open_sentencepiece",
     "vocabularies",
+    "BATCH_ON_CPU",
     "DEFAULT_MAX_TOKENS",
     "CTranslate2Engine",
     "open_translator",
@@ -50,4 +54,5 @@ __all__ = [
     "refining_flags",
     "set_up_task",
     "text_functions",
+    "threads",
 ]

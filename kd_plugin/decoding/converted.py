@@ -11,10 +11,12 @@ from ..checkpoints import nearest
 from ..files import FileError, digest, read_json
 
 _MODEL, _CONFIG = "model.bin", "config.json"
+VOCABULARY_MAP = "vmap.txt"  # target symbols by source symbol, which a model may have
 _TRANSLATES = "TransformerSpec"  # CTranslate2's name of encoder and decoder
 _POSITIONS = "{}/position_encodings/encodings"
 _VERSIONS = (2, 6)  # of the binary format, oldest and newest
 _MOST_VARIABLES, _MOST_DIMENSIONS = 1 << 20, 16
+_MOST_MAPPED = 16  # source symbols in a row that a vocabulary map has candidates for
 _PADS = ("<pad>", "<blank>")  # the latter for fairseq's and OpenNMT's
 
 
@@ -104,8 +106,27 @@ class Converted(NamedTuple):
         return {
             path.name: digest(str(path))
             for path in sorted(self.folder.iterdir())
-            if path.name in (_MODEL, _CONFIG) or "vocabulary" in path.name
+            if path.name in (_MODEL, _CONFIG, VOCABULARY_MAP) or "vocabulary" in path.name
         }
+
+
+def check_vocabulary_map(folder: Path) -> None:
+    """Refuse a vocabulary map that CTranslate2 would crash or run out of memory over.
+
+    Raises:
+        FileError: there is one, and it is empty or damaged.
+    """
+    path = folder / VOCABULARY_MAP
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        most = max((line.split(b"\t", 1)[0].count(b" ") for line in file), default=None)
+    if most is None or most >= _MOST_MAPPED:
+        reason = "it is empty" if most is None else f"a line has {most + 1} source symbols"
+        raise FileError(
+            f"{path} is no vocabulary map, or damaged ({reason}): write it again, or delete it to "
+            "translate without"
+        )
 
 
 def lacking_tokens(tokens: Sequence[str], known: Set[str], flag: str) -> List[str]:

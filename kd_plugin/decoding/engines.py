@@ -27,6 +27,7 @@ from torch import Tensor
 from ..checkpoints import is_autoregressive
 from ..errors import UserError, out_of_memory
 from ..files import FileError
+from .converted import VOCABULARY_MAP, check_vocabulary_map
 from .databin import DataBin
 from .text import added
 
@@ -68,6 +69,9 @@ def refining_flags(generation: Any) -> List[str]:
         if getattr(generation, name) != getattr(usual, name)
     ]
 
+
+# What fits a CPU's caches, as CTranslate2 is told
+BATCH_ON_CPU: Dict[str, Any] = {"max_batch_size": 512, "batch_type": "tokens"}
 
 # Of one batch: the n best of each sentence, by its id
 NBest = Dict[int, List[Hypothesis]]
@@ -184,8 +188,9 @@ def open_translator(model: Path, device: str, device_index: int, compute_type: s
     A CPU does more with a single-threaded worker for each core.
 
     Raises:
-        FileError: CTranslate2 is not there, or does not open it.
+        FileError: CTranslate2 is not there, or does not open it; or its vocabulary map is damaged.
     """
+    check_vocabulary_map(model)
     try:
         import ctranslate2
     except ImportError:
@@ -209,7 +214,8 @@ def open_translator(model: Path, device: str, device_index: int, compute_type: s
 class CTranslate2Engine:
     """CTranslate2, as many batches at a time as there are workers.
 
-    On a CPU there are as many workers as fairseq would have threads, so that speeds compare.
+    On a CPU there are as many workers as fairseq would have threads, so that speeds compare. A
+    model that has a vocabulary map translates with it.
 
     Args:
         reading: what batches say to the model, and what it says: ``SymbolReading`` or
@@ -219,6 +225,7 @@ class CTranslate2Engine:
         device: "cpu" or "cuda".
         compute_type: CTranslate2's name of the precision.
         max_positions: tokens of the longest hypothesis.
+        mapped: False to translate without a vocabulary map.
     """
 
     def __init__(
@@ -231,12 +238,13 @@ class CTranslate2Engine:
         device_index: int = 0,
         compute_type: str,
         max_positions: int,
+        mapped: bool = True,
     ) -> None:
         self.reading, self.generation, self.max_positions = reading, generation, max_positions
+        self.mapped = mapped and (model / VOCABULARY_MAP).is_file()
         cpu = device == "cpu"
         self.workers = threads() if cpu else 1
-        # what fits a CPU's caches
-        self.split = {"max_batch_size": 512, "batch_type": "tokens"} if cpu else {}
+        self.split = BATCH_ON_CPU if cpu else {}
         self.translator = open_translator(model, device, device_index, compute_type)
 
     def decode(self, batches: Iterable[Dict[str, Any]]) -> Iterator[Mapping[int, List[Any]]]:
@@ -276,6 +284,7 @@ class CTranslate2Engine:
                 max_decoding_length=longest + 1 + len(prefix),
                 min_decoding_length=max(g.min_len, 1) + len(prefix),
                 max_input_length=0,
+                use_vmap=self.mapped,
                 **self.split,
                 **how,
             )

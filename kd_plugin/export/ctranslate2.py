@@ -25,8 +25,11 @@ from .formats import (
     Model,
     Proof,
     Verdict,
+    data_bin,
+    refuse_other_dictionaries,
     spm_faults,
 )
+from .vocabulary_map import ALWAYS, vocabulary_map
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ QUANTIZATIONS = (
     "int8_float16",
     "int8_bfloat16",
 )
+CANDIDATES = 50  # of a source symbol in a vocabulary map
 TOLERANCE = 1e-3  # of log-probabilities per token, in float32: rounding, and no more
 
 
@@ -55,6 +59,19 @@ class CTranslate2Format(Format):
             choices=QUANTIZATIONS, help="precision of CTranslate2's weights (default: float32)"
         ),
         **SPM,
+        "--vocabulary-map": dict(
+            nargs="+",
+            metavar="DATA",
+            help="data-bins of the model's training: their train says which target symbols each "
+            "source symbol needs, and translations that choose among these (use_vmap=True) are "
+            "faster",
+        ),
+        "--map-candidates": dict(
+            type=int,
+            metavar="N",
+            help="target symbols of each source symbol in --vocabulary-map, beside the "
+            f"{ALWAYS} most frequent ones (default: {CANDIDATES})",
+        ),
         "--max-positions": dict(
             type=int,
             metavar="N",
@@ -68,6 +85,14 @@ class CTranslate2Format(Format):
         longest = options.get("max_positions")
         if longest is not None and longest < 2:
             found.append("--max-positions must be 2 or more")
+        for folder in options.get("vocabulary_map") or ():
+            if not os.path.isdir(folder):
+                found.append(f"--vocabulary-map {folder}: there is no such folder")
+        if options.get("map_candidates") is not None:
+            if not options.get("vocabulary_map"):
+                found.append("--map-candidates needs --vocabulary-map")
+            if options["map_candidates"] < 1:
+                found.append("--map-candidates must be 1 or more")
         return found
 
     def refuse(self, checkpoint: Checkpoint) -> None:
@@ -79,11 +104,15 @@ class CTranslate2Format(Format):
 
     def write(self, model: Model, output: Path, options: Mapping[str, Any]) -> None:
         quantization, spm = _quantization(options), options.get("spm")
+        data = [_mapped_data(model, folder) for folder in options.get("vocabulary_map") or ()]
         logger.info(f"converting {model.checkpoint} to {quantization}")
         convert(model, output, quantization)
+        if data:
+            found = vocabulary_map(data, _candidates(options))
+            found.write(output / decoding.VOCABULARY_MAP)
         if spm:
             shutil.copyfile(spm, str(output / "spm.model"))
-        text = readme(model.languages, quantization, bool(spm), RECORD)
+        text = readme(model.languages, quantization, bool(spm), RECORD, mapped=bool(data))
         (output / "README.md").write_text(text, encoding="utf-8")
 
     def verify(
@@ -102,6 +131,12 @@ class CTranslate2Format(Format):
             f"drop {found['bleu_drop']:.2f} ({found['bleu_signature']}, {found['sentences']} "
             f"sentences of {found['subset']}, beam {found['beam']})",
         ]
+        if "bleu_without_map" in found:
+            lines.append(
+                f"BLEU {found['bleu']:.2f} is with the vocabulary map; without it "
+                f"{found['bleu_without_map']:.2f}, and {found['same_without_map']} of "
+                f"{found['sentences']} translations are the same"
+            )
         return Verdict(lines, found)
 
     def record(
@@ -118,6 +153,7 @@ class CTranslate2Format(Format):
             **model.origin(paths),
             "quantization": _quantization(options),
             "sentencepiece": "spm.model" if options.get("spm") else None,
+            "vocabulary_map": _map_record(options),
             "ctranslate2": _ctranslate2().__version__,
             "verification": figures,
         }
@@ -128,6 +164,31 @@ def _quantization(options: Mapping[str, Any]) -> str:
     return options.get("quantization") or "float32"
 
 
+def _candidates(options: Mapping[str, Any]) -> int:
+    return options.get("map_candidates") or CANDIDATES
+
+
+def _map_record(options: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
+    """What the vocabulary map was made of, if there is one."""
+    folders = options.get("vocabulary_map")
+    if not folders:
+        return None
+    return {
+        "file": decoding.VOCABULARY_MAP,
+        "data": [os.path.abspath(folder) for folder in folders],
+        "candidates": _candidates(options),
+        "always": ALWAYS,
+    }
+
+
+def _mapped_data(model: Model, folder: str) -> decoding.DataBin:
+    """Data to make the vocabulary map of."""
+    data, state = data_bin(folder, model.checkpoint, model.languages), model.stock["task_state"]
+    symbols = [state["source_symbols"], state["target_symbols"]]
+    refuse_other_dictionaries(model.checkpoint, data, symbols, "--vocabulary-map")
+    return data
+
+
 def export_ctranslate2(
     checkpoint: Checkpoint,
     source: Dictionary,
@@ -135,14 +196,16 @@ def export_ctranslate2(
     langs: Tuple[str, str],
     *,
     folder: Path,
+    quantization: str = "float32",
 ) -> None:
-    """Write a checkpoint as a new folder that CTranslate2 opens, in float32; unverified.
+    """Write a checkpoint as a new folder that CTranslate2 opens; unverified.
 
     Raises:
         ExportError: CTranslate2 is not installed, or takes no such model.
     """
     check(checkpoint)
-    convert(Model(checkpoint, stock_state(checkpoint, source, target, langs)), folder)
+    stock = stock_state(checkpoint, source, target, langs)
+    convert(Model(checkpoint, stock), folder, quantization)
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -250,13 +313,14 @@ def compare(
     text = proof.text
     assert isinstance(text, verify.Text)
 
-    def engine(folder: Path) -> Any:
+    def engine(folder: Path, mapped: bool = True) -> Any:
         settings, longest = verify.generation(proof.beam), model.max_positions[1]
         return decoding.CTranslate2Engine(
             *(decoding.SymbolReading(text.task), folder, settings),
             device="cpu",
             compute_type="default",
             max_positions=longest,
+            mapped=mapped,
         )
 
     logger.info(f"scoring {text.sentences} references with {model.checkpoint} and CTranslate2")
@@ -287,10 +351,12 @@ def compare(
         verify.by_fairseq(torch_model, text, proof.beam),
         verify.translations(converted, text),
     ]
-    (before, after), signature = verify.bleu(
+    if converted.mapped:
+        systems.append(verify.translations(engine(folder, mapped=False), text))
+    (before, after, *unmapped), signature = verify.bleu(
         systems, text, post_process=post_process, tokenizer=proof.tokenizer
     )
-    return {
+    figures = {
         "sentences": text.sentences,
         "compute_type": compute_type,
         "max_token_difference_float32": largest,
@@ -301,6 +367,11 @@ def compare(
         "bleu_drop": before - after,
         "bleu_signature": signature,
     }
+    if unmapped:
+        _, mapped, others = systems
+        same = sum(mapped[i].subwords == others[i].subwords for i in mapped)
+        figures.update(bleu_without_map=unmapped[0], same_without_map=same)
+    return figures
 
 
 def read_record(folder: Path) -> Dict[str, Any]:
@@ -361,16 +432,28 @@ in this folder, with `translate.py`:
 import {imports}
 
 translator = ctranslate2.Translator(".")  # device="cuda" for a GPU
-{subwords}result = translator.translate_batch([{encode}], beam_size=5)
+{subwords}result = translator.translate_batch([{encode}], beam_size=5{mapped})
 print({decode})
 ```
-
+{note}
 What it was made of and how it compares with fairseq: `{record}`.
 """
 
 
-def readme(langs: Tuple[str, str], quantization: str, spm: bool, record: str) -> str:
-    """How to translate a sentence with a converted model: raw with ``spm``, else in subwords."""
+_MAPPED = """
+`use_vmap=True` chooses among the target symbols that the vocabulary map, `{file}`, has for the
+source symbols: faster; without it among all of them. Scores are of these alone.
+"""
+
+
+def readme(
+    langs: Tuple[str, str], quantization: str, spm: bool, record: str, *, mapped: bool = False
+) -> str:
+    """How to translate a sentence with a converted model: raw with ``spm``, else in subwords.
+
+    Args:
+        mapped: whether there is a vocabulary map.
+    """
     words = "result[0].hypotheses[0]"
     processor = 'subwords = sentencepiece.SentencePieceProcessor(model_file="spm.model")\n'
     return _README.format(
@@ -383,4 +466,6 @@ def readme(langs: Tuple[str, str], quantization: str, spm: bool, record: str) ->
         subwords=processor if spm else "# in and out: subwords, with spaces between\n",
         encode="subwords.encode(input(), out_type=str)" if spm else "input().split()",
         decode=f"subwords.decode({words})" if spm else f'" ".join({words})',
+        mapped=", use_vmap=True" if mapped else "",
+        note=_MAPPED.format(file=decoding.VOCABULARY_MAP) if mapped else "",
     )

@@ -4,12 +4,13 @@ A new one is a file with a subclass of ``Format``, and a line in ``pipeline.FORM
 """
 
 import abc
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-from ..checkpoints import LANGUAGE_MODEL, Checkpoint, count_parameters, digest
-from ..decoding import Tokenizer, open_sentencepiece
+from ..checkpoints import LANGUAGE_MODEL, Checkpoint, count_parameters, dictionaries, digest
+from ..decoding import DataBin, Tokenizer, open_sentencepiece
 from ..errors import UserError
 from ..files import FileError, read_json
 from .verify import Blocks, Text
@@ -193,3 +194,39 @@ def spm_faults(options: Mapping[str, Any]) -> List[str]:
 def flag_name(flag: str) -> str:
     """The name by which the value of a flag is kept: ``max_positions`` of ``--max-positions``."""
     return flag.lstrip("-").replace("-", "_")
+
+
+def data_bin(folder: str, checkpoint: Checkpoint, langs: Tuple[str, str]) -> DataBin:
+    """A data-bin of the model's languages, under its own names for them or those of the flags."""
+    own = checkpoint.languages_or(langs)
+    if own != langs:
+        with contextlib.suppress(FileError):
+            return DataBin(folder, *own)
+    return DataBin(folder, *langs)
+
+
+def refuse_other_dictionaries(
+    checkpoint: Checkpoint,
+    data: DataBin,
+    symbols: Sequence[Sequence[str]],
+    flag: str,
+    origin: str = "",
+) -> None:
+    """Refuse data that were not binarised with the model's dictionaries.
+
+    Args:
+        symbols: of the model's sides; of a language model's, of one.
+        flag: that names such data.
+        origin: where the symbols were found, for the message.
+
+    Raises:
+        ExportError: they were not.
+    """
+    for lang, mine, dictionary in zip(data.langs, symbols, (data.source, data.target)):
+        if list(mine) != dictionary.symbols:
+            found = f", {origin}" if origin else ""
+            raise ExportError(
+                f"{checkpoint}: {dictionaries.file_of(lang)} in {data.folder} ({len(dictionary)} "
+                f"symbols) is not the model's{found} ({len(mine)} symbols); {flag} names a "
+                "data-bin that was made with the model's dictionaries"
+            )

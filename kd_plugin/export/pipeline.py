@@ -12,11 +12,19 @@ from fairseq.data import Dictionary
 from ..checkpoints import LANGUAGE_MODEL, Checkpoint, Role, average, dictionaries
 from ..decoding import DataBin, Tokenizer, infer_languages
 from ..errors import Faults, UserError
-from ..files import FileError, replacing
+from ..files import replacing
 from . import fairseq
 from .ctranslate2 import CTranslate2Format
 from .fairseq import FairseqFormat
-from .formats import ExportError, Format, Model, Proof, flag_name
+from .formats import (
+    ExportError,
+    Format,
+    Model,
+    Proof,
+    data_bin,
+    flag_name,
+    refuse_other_dictionaries,
+)
 from .huggingface import TransformersFormat
 from .verify import Blocks, Text
 
@@ -163,7 +171,8 @@ def _refuse(asked: Asked) -> None:
         not asked.data or os.path.isdir(asked.data), f"--data {asked.data}: there is no such folder"
     )
     written = os.path.realpath(asked.output) + os.sep
-    files = [value for value in asked.options.values() if isinstance(value, str)]
+    values = (v if isinstance(v, list) else [v] for v in asked.options.values())
+    files = [value for several in values for value in several if isinstance(value, str)]
     for name in (*asked.paths, asked.data, *filter(os.path.exists, files)):
         if name and (os.path.realpath(name) + os.sep).startswith(written):
             faults.add(f"--output {output} would overwrite {name}")
@@ -216,11 +225,11 @@ def _dictionaries(
     found = checkpoint.dictionaries(langs)
     data = None
     if asked.data:
-        data = _data_bin(asked.data, checkpoint, langs)
+        data = data_bin(asked.data, checkpoint, langs)
     elif checkpoint.data and asked.verify:
         # what is missing there is told when it is needed
         with contextlib.suppress(UserError):
-            data = _data_bin(checkpoint.data, checkpoint, langs)
+            data = data_bin(checkpoint.data, checkpoint, langs)
     if found is None:
         if data is None:
             raise ExportError(
@@ -229,26 +238,11 @@ def _dictionaries(
             )
         return data, data.source, data.target
     if data is not None:
-        theirs = [data.source, data.target]
+        symbols = [found.source.symbols, found.target.symbols]
         if checkpoint.kind is LANGUAGE_MODEL:  # what it predicts may be the first of these
-            theirs = theirs[:1]
-        for lang, mine, other in zip(data.langs, found, theirs):
-            if mine.symbols != other.symbols:
-                raise ExportError(
-                    f"{checkpoint}: {dictionaries.file_of(lang)} in {data.folder} ({len(other)} "
-                    f"symbols) is not the model's, {found.origin} ({len(mine)} symbols); --data "
-                    "names a data-bin that was made with the model's dictionaries"
-                )
+            symbols = symbols[:1]
+        refuse_other_dictionaries(checkpoint, data, symbols, "--data", found.origin)
     return data, found.source, found.target
-
-
-def _data_bin(folder: str, checkpoint: Checkpoint, langs: Tuple[str, str]) -> DataBin:
-    """A data-bin of the model's languages, under its own names for them or those of the flags."""
-    own = checkpoint.languages_or(langs)
-    if own != langs:
-        with contextlib.suppress(FileError):
-            return DataBin(folder, *own)
-    return DataBin(folder, *langs)
 
 
 @contextlib.contextmanager

@@ -267,6 +267,7 @@ class _Decoder:
                 "bytes": (self.model / "model.bin").stat().st_size,
                 "file_bytes": sum(file.stat().st_size for file in files),
                 "precision": record.get("quantization"),
+                "vocabulary_map": (self.model / decoding.VOCABULARY_MAP).is_file(),
             }
         else:
             checkpoints = decoding.open_checkpoints(

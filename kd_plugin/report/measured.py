@@ -47,8 +47,9 @@ class Measured:
     """What has been measured of one model, kept in a file from pass to pass.
 
     Attributes:
-        facts: sizes and precision of the model; the keys are ``NUMBERS``, "precision", and
-            "refines", whether it is one that no beam is for.
+        facts: sizes and precision of the model; the keys are ``NUMBERS``, "precision",
+            "vocabulary_map", whether it has one and translates with it, and "refines", whether it
+            is one that no beam is for.
         outcomes: by beam, what a pass says of each sentence.
         tokens: by beam, their number.
         seconds: by beam, of each pass.

@@ -154,6 +154,10 @@ def _p(system: Dict[str, Any], p: Optional[float]) -> str:
     return _number(p, "{:.4f}")
 
 
+def _mapped(model: Dict[str, Any]) -> str:
+    return "vocabulary map" if model["vocabulary_map"] else ""
+
+
 def _cost(report: Dict[str, Any]) -> Table:
     models = {model["name"]: model for model in report["models"]}
     units = ["tokens"] if _models_language(report) else ["sentences", "tokens"]
@@ -167,7 +171,7 @@ def _cost(report: Dict[str, Any]) -> Table:
             [
                 system["name"],
                 model["kind"],
-                model["precision"] or _NONE,
+                ", ".join(filter(None, [model["precision"], _mapped(model)])) or _NONE,
                 _number(model["parameters"], "{:,}"),
                 _number(model["parameters_without_embeddings"], "{:,}"),
                 _megabytes(model["bytes"]),

@@ -270,6 +270,7 @@ def _model(model: Model, results: Results) -> Dict[str, Any]:
         "path": model.path,
         "error": results.failures.get(model.name),
         **{key: measured.facts.get(key) for key in (*NUMBERS, "precision")},
+        "vocabulary_map": bool(measured.facts.get("vocabulary_map")),
         "peak_memory_bytes": measured.memory or None,
     }
 
