@@ -35,7 +35,7 @@
 #   BACKWARD       none             model of the other direction: best, without the 5% that it finds least likely
 #   JUNIOR         none             checkpoint of a medium teacher: the first half of the updates learn from it
 #   SCHEDULE       to 0             flags of another learning rate's schedule
-#   STUDENT_FLAGS, TRAIN_FLAGS, ENGINE as in multi30k.sh
+#   STUDENT_FLAGS, PRESET, TRAIN_FLAGS, ENGINE as in multi30k.sh
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

@@ -32,6 +32,7 @@
 #   AVERAGE            5               how many of the last epochs' checkpoints are averaged
 #   KD_WEIGHT, KD_TEMPERATURE, KD_FLAGS    0.5, 1, none    the distillation
 #   TEACHER_FLAGS, STUDENT_FLAGS, TRAIN_FLAGS    added to the trainings: of the teacher, of both students, of all.
+#   PRESET             none            tiny, small or base: size and learning rate of the students (presets/)
 #                      A toy run, on some 1000 lines; a teacher that is worse than a guess would be refused, so it
 #                      has to learn fast: AVERAGE=2 MAX_TOKENS=500 TEACHER_UPDATES=60 STUDENT_UPDATES=60 \
 #                      TRAIN_FLAGS="--encoder-embed-dim 32 --decoder-embed-dim 32 --lr 0.01 --warmup-updates 10" \
@@ -71,6 +72,8 @@ model() { # NAME LAYERS UPDATES FLAGS...
         --warmup-updates 4000 --max-tokens "${MAX_TOKENS:-4096}" --max-update "$updates" --seed 1 "$@"
     average "$name" "$AVERAGE"
 }
+# two dictionaries share no embeddings
+STUDENT_FLAGS=${STUDENT_FLAGS:-} && STUDENT_FLAGS=${STUDENT_FLAGS//--share-all-embeddings/}
 best=averaged.pt
 plain_flags
 model teacher 6 "${TEACHER_UPDATES:-60000}" "${LOSS[@]}" ${TEACHER_FLAGS:-}

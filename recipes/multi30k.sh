@@ -18,6 +18,7 @@
 #                  A toy run, on some 1000 lines; a teacher that is worse than a guess would be refused, so it has
 #                  to learn fast: VOCAB=500 TRAIN_FLAGS="--max-update 40 --lr 0.005 --warmup-updates 10"
 #                  SEQUENCES_FLAGS="--no-filters --max-len-a 1 --max-len-b 5" (it does not know yet where to end)
+#   PRESET         none             tiny, small or base: size and learning rate of the students (presets/); a WORK for each
 #   KD_WEIGHT, KD_TEMPERATURE, KD_FLAGS    0.9, 1, none    the distillation
 #   DISTILLED      distilled        name of the distilled student; another one for another try beside the first:
 #                  DISTILLED=t2 KD_TEMPERATURE=2 bash recipes/multi30k.sh CORPUS_DIR

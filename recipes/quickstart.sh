@@ -18,7 +18,7 @@
 #   SIZE, HELD_OUT   24000, 1000       pairs of the made corpus: train; valid and test each
 #   VOCAB            2000              joint SentencePiece vocabulary
 #   TEACHER_LAYERS, TEACHER_DIM        2, 128 (96)    of encoder and decoder each; the ffn is 4 times as wide
-#   STUDENT_LAYERS, STUDENT_DIM        1, 48
+#   STUDENT_LAYERS, STUDENT_DIM        1, 48; or PRESET: tiny, small, base (presets/). STUDENT_FLAGS are added
 #   TEACHER_UPDATES, STUDENT_UPDATES   UPDATES, or 700 and 900 (500 and 450)
 #   MAX_TOKENS       2048              per batch
 #   TEACHER_LR, STUDENT_LR             0.004, 0.006
@@ -64,7 +64,7 @@ if python -c 'import sys, torch; sys.exit(torch.__version__ >= "2")'; then dim=9
 teacher=$(model "${TEACHER_LAYERS:-2}" "${TEACHER_DIM:-$dim}" "${TEACHER_LR:-0.004}" \
     "${TEACHER_UPDATES:-${UPDATES:-${updates[0]}}}")
 student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-48}" "${STUDENT_LR:-0.006}" \
-    "${STUDENT_UPDATES:-${UPDATES:-${updates[1]}}}")
+    "${STUDENT_UPDATES:-${UPDATES:-${updates[1]}}}")" ${STUDENT_FLAGS:-}"
 
 best=checkpoint_best.pt
 teacher_checkpoint=$WORK/models/teacher/$best

@@ -12,6 +12,7 @@
 #   USER_DIR    the plugin (kd_plugin of this checkout)    KD_CACHE    read the teacher from a cache of its top K
 #   DATA_BIN    what is trained on (data-bin)              ENGINE      of decoding: fairseq, or ctranslate2
 #   LOSS        flags of a training, set by plain_flags and distil_flags
+#   PRESET      the students' size: tiny, small, base or a file of flags (presets/), put before STUDENT_FLAGS
 #   GREEDY      1: judge with beam 1, too                   REPORT      folder of the report (report)
 #   REPORT_FLAGS, EXPORT_FLAGS  added to these commands
 #
@@ -26,6 +27,14 @@ WORK=$(mkdir -p "$WORK" && cd "$WORK" && pwd)
 for path in "$WORK" "${TEACHER:-}"; do
     case $path in *[:,]*) die "expected a folder without : and , in its name, which separate paths for fairseq; got $path." ;; esac
 done
+if [ -n "${PRESET:-}" ]; then
+    case $PRESET in
+        */* | *.flags) preset=$PRESET ;;
+        *) preset=$REPO/recipes/presets/$PRESET.flags ;;
+    esac
+    [ -f "$preset" ] || die "expected PRESET=tiny, small, base or a file of fairseq-train's flags; got $PRESET."
+    STUDENT_FLAGS="$(sed 's/#.*//' "$preset") ${STUDENT_FLAGS:-}"
+fi
 BEAM=${BEAM:-5}
 SPLITS="train valid test"
 # Waiting threads sleep instead of spinning: with a busy neighbour on one core, small models train 8 times faster.

@@ -65,7 +65,7 @@ model() { # LAYERS DIM UPDATES
         --max-tokens ${MAX_TOKENS:-8192} --seed 1 --num-workers 0 $long"
 }
 teacher=$(model "${TEACHER_LAYERS:-2}" "${TEACHER_DIM:-128}" "${TEACHER_UPDATES:-${UPDATES:-1500}}")
-student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-64}" "${STUDENT_UPDATES:-${UPDATES:-1500}}")
+student=$(model "${STUDENT_LAYERS:-1}" "${STUDENT_DIM:-64}" "${STUDENT_UPDATES:-${UPDATES:-1500}}")" ${STUDENT_FLAGS:-}"
 
 best=checkpoint_best.pt
 teacher_checkpoint=$WORK/models/teacher/$best

@@ -128,6 +128,7 @@ def commands(page: str) -> List[List[str]]:
     found = []
     for block in code_blocks(text_of(page)):
         script = re.sub(r"\$\(which ([\w-]+)\)", r"\1", "\n".join(block)).replace("\\\n", " ")
+        script = re.sub(r"\$\(cat ([\w./]+)\)", lambda m: " ".join(text_of(m[1]).split()), script)
         for line in script.splitlines():
             if re.search(r"\b(fairseq-|recipes/\w+\.)", line):
                 try:

@@ -10,7 +10,8 @@ from tqdm import tqdm
 from .machine import describe, peak_of_another_process
 from .objective import objective_costs
 from .steps import Steps
-from .tables import memory_table, objective_table, step_tables
+from .students import Students
+from .tables import memory_table, objective_table, step_tables, students_table
 
 
 class Asked(NamedTuple):
@@ -19,13 +20,14 @@ class Asked(NamedTuple):
     Attributes:
         device: of the objective's tensors.
         repeats: rounds to measure.
-        vocabularies: sizes to time the objective with; none leaves it out.
+        vocabularies: sizes to time the objective or students with; none leaves it out.
         rows: target tokens of the objective's batch.
         dtype: of its logits.
         every_divergence: time it also with the other divergences, and with top-k 8.
         steps: of the training to time; None leaves it out.
         peak_command: arguments of Python that, with the name of one of the steps' works behind
             them, print the peak memory of a process that does only this, in bytes.
+        students: whose translations to time; instead of the objective.
         output: file to write the figures to, as JSON.
     """
 
@@ -37,6 +39,7 @@ class Asked(NamedTuple):
     every_divergence: bool = False
     steps: Optional[Steps] = None
     peak_command: Sequence[str] = ()
+    students: Optional[Students] = None
     output: Optional[str] = None
 
 
@@ -44,18 +47,21 @@ def make(asked: Asked) -> Dict[str, Any]:
     """Measure, print a table of each part, and write all figures.
 
     Returns:
-        "machine" and, of what was asked for, "objective", "steps" and "peak_memory", as plain
-        types.
+        "machine" and, of what was asked for, "students", "objective", "steps" and "peak_memory",
+        as plain types.
 
     Raises:
-        UserError: fairseq cannot set up the training.
+        UserError: fairseq cannot set up the training, or a student.
     """
     measured: Dict[str, Any] = {"machine": describe(asked.device)}
     machine = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
     print(machine + "\n", flush=True)
-    if asked.vocabularies:
-        measured["objective"] = []
     for vocabulary in asked.vocabularies:
+        if asked.students is not None:
+            speeds = asked.students.speeds(vocabulary, asked.repeats, asked.device)
+            measured.setdefault("students", []).append(speeds)
+            print(students_table(speeds), flush=True)
+            continue
         costs = objective_costs(
             rows=asked.rows,
             vocabulary=vocabulary,
@@ -64,7 +70,7 @@ def make(asked: Asked) -> Dict[str, Any]:
             dtype=asked.dtype,
             every_divergence=asked.every_divergence,
         )
-        measured["objective"].append(costs)
+        measured.setdefault("objective", []).append(costs)
         print(objective_table(costs), flush=True)
     if asked.steps is not None:
         measured["steps"] = asked.steps.costs(asked.repeats)

@@ -43,6 +43,26 @@ def memory_table(peaks: Dict[str, int]) -> str:
     return _table("peak memory, each in a process of its own", ("",), rows)
 
 
+def students_table(speeds: Dict[str, Any]) -> str:
+    """What `Students.speeds` measured; how much faster than the first one each is."""
+    title = "translations in int8, greedy, {length} subwords each, V = {vocabulary}"
+    return _table(
+        title.format(**speeds),
+        ("parameters", "without embeddings", "MB", "sentences/s", "to the first"),
+        [
+            (
+                name,
+                f"{one['parameters']:,}",
+                f"{one['parameters_without_embeddings']:,}",
+                f"{one['bytes'] / 1e6:.1f}",
+                "{median:.1f} ({low:.1f}-{high:.1f})".format(**one["sentences_per_second"]),
+                _shown(one["to_first"]),
+            )
+            for name, one in speeds["students"].items()
+        ],
+    )
+
+
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [("", *header), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

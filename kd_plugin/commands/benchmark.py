@@ -1,25 +1,31 @@
 """``fairseq-kd-benchmark``: what distillation costs on this machine, with your teacher and data.
 
 Give it the arguments of a distilling fairseq-train: it times some of that training's steps, plain
-and distilled, and the teacher's forward pass. Without any it times the objective alone.
+and distilled, and the teacher's forward pass. Without any it times the objective alone. With
+--preset it times translations by students that nobody has trained yet.
 """
 
 import argparse
+import contextlib
+import io
 import logging
 import os
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from fairseq import options as fairseq_options
+from fairseq.data import Dictionary
 from fairseq.dataclass.configs import OptimizationConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
 from fairseq.tasks import TASK_REGISTRY
 
 from .. import benchmark
 from ..checkpoints import DTYPES
+from ..errors import UserError
 from ..flags import CRITERION, KDLabelSmoothedCrossEntropyCriterionConfig
 from ..tasks.distillation import Distillation
 from ..tasks.translation import KDTranslationConfig
@@ -60,6 +66,28 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also time the other divergences and top-k 8",
     )
+    students = parser.add_argument_group("students").add_argument
+    students(
+        "--preset",
+        nargs="+",
+        metavar="FILE",
+        help="files with a student's flags of fairseq-train, as recipes/presets has them: time "
+        "translations by each, in int8 with CTranslate2 and random weights, with each of the "
+        "--vocabularies; and nothing else",
+    )
+    students(
+        "--sentence-length",
+        type=int,
+        default=25,
+        metavar="N",
+        help="subwords of each of their sources and translations",
+    )
+    students(
+        "--map-leaves",
+        type=int,
+        metavar="N",
+        help="time them also with a vocabulary map that leaves N target symbols of each batch",
+    )
     return parser
 
 
@@ -89,6 +117,17 @@ def run(arguments: List[str]) -> None:
     if options.output and not Path(options.output).resolve().parent.is_dir():
         parser.error(f"--output {options.output}: there is no such folder")
 
+    if options.preset:
+        if training:
+            parser.error(f"--preset takes files, and no other arguments; got {training[0]}")
+        leaves = 1 if options.map_leaves is None else options.map_leaves
+        if options.sentence_length < 1 or leaves < 1:
+            parser.error("--sentence-length and --map-leaves must be at least 1")
+        if min(options.vocabularies) <= Dictionary().nspecial:
+            parser.error("--vocabularies must be larger, for a student's own symbols")
+    elif options.map_leaves is not None:
+        parser.error("--map-leaves needs --preset")
+
     # fairseq tells at length what it sets up, again for each work
     logging.getLogger().setLevel(os.environ.get("LOGLEVEL", "WARNING").upper())
     steps = benchmark.Steps(_configuration(training), options.batches) if training else None
@@ -96,16 +135,21 @@ def run(arguments: List[str]) -> None:
         assert steps is not None
         print(steps.peak_memory(options.peak_memory_of))
         return
+    students = None
+    if options.preset:
+        configurations = _presets(options.preset)
+        students = benchmark.Students(configurations, options.sentence_length, options.map_leaves)
     on_cpu = steps is not None and steps.cfg.common.cpu
     benchmark.make(
         benchmark.Asked(
             device=torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu"),
             repeats=options.repeats,
-            vocabularies=options.vocabularies if options.rows > 0 else (),
+            vocabularies=options.vocabularies if options.rows > 0 or students else (),
             rows=options.rows,
             dtype=DTYPES[options.objective_dtype],
             every_divergence=options.every_divergence,
             steps=steps,
+            students=students,
             peak_command=("-m", "kd_plugin.commands.benchmark", *arguments, "--peak-memory-of"),
             output=options.output,
         )
@@ -121,6 +165,37 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     # the trainer's, which the criterion obeys
     (sentence_avg,) = [f for f in fields(OptimizationConfig) if f.name == "sentence_avg"]
     criterion.add_argument("--sentence-avg", action="store_true", **sentence_avg.metadata)
+
+
+def _presets(files: Sequence[str]) -> Dict[str, Any]:
+    """fairseq's configuration of each student, by the file's name.
+
+    Raises:
+        UserError: a file cannot be read, or fairseq refuses a flag in it.
+    """
+    names = [Path(file).stem for file in files]
+    if len(set(names)) < len(names):
+        names = list(files)
+    return {name: _preset(file) for name, file in zip(names, files)}
+
+
+def _preset(file: str) -> Any:
+    try:
+        flags = shlex.split(Path(file).read_text(encoding="utf-8"), comments=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--preset {file} cannot be read: {error}") from None
+    if not {"--arch", "-a"} & set(flags):
+        raise UserError(f"--preset {file}: expected flags of fairseq-train, --arch among them")
+    training = ["data-bin", "--task", "translation", *flags]
+    import_user_dir(training)
+    parser = fairseq_options.get_training_parser(default_task="translation")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return convert_namespace_to_omegaconf(parse_like_fairseq(parser, training))
+    except SystemExit:  # behind all of its flags
+        reason = said.getvalue().strip().split("\n")[-1].split("error: ")[-1]
+        raise UserError(f"--preset {file}: fairseq refuses its flags: {reason}") from None
 
 
 def _configuration(training: List[str]) -> Any:

@@ -204,8 +204,15 @@ def test_another_training_is_refused(other, tmp_path, capsys):
         (("--rows", "0", "--output", "nowhere/x.json"), ["nowhere/x.json", "no such folder"]),
         (("--vocabularies", "8k"), ["--vocabularies", "8000,32000", "'8k'"]),
         (("--vocabularies", "8000,1"), ["--vocabularies", "above 1"]),
+        (("--preset", "x", "--vocabularies", "4"), ["--vocabularies", "larger"]),
+        (("--preset", "x", "--cpu"), ["--preset", "no other arguments", "--cpu"]),
+        (("--preset", "x", "--map-leaves", "0"), ["--map-leaves", "at least 1"]),
+        (("--map-leaves", "9"), ["--map-leaves needs --preset"]),
     ],
-    ids=["no arch", "no folder", "no number", "no vocabulary"],
+    ids=[
+        *("no arch", "no folder", "no number", "no vocabulary"),
+        *("no symbols", "training", "no map", "no preset"),
+    ],
 )
 def test_what_is_missing_or_wrong_is_named(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -291,6 +298,65 @@ def test_help_lists_every_flag(config, stock, capsys, monkeypatch):
         assert entry.count("(default: ") <= 1 and "None" not in entry, flag
         if field.default is not None:
             assert entry.endswith(f"(default: {field.default})"), flag
+
+
+SMALL = """--arch transformer --encoder-layers 2 --decoder-layers 1 --share-all-embeddings
+--encoder-embed-dim 8 --encoder-ffn-embed-dim 16 --encoder-attention-heads 2
+--decoder-embed-dim 8 --decoder-ffn-embed-dim 16 --decoder-attention-heads 2  # comment
+"""
+
+
+def test_students_that_nobody_has_trained(tmp_path, capsys):
+    pytest.importorskip("ctranslate2")
+    output, files = tmp_path / "figures.json", []
+    for name, flags in (("one", SMALL), ("two", SMALL.replace("layers 2", "layers 3"))):
+        files.append(tmp_path / f"{name}.flags")
+        files[-1].write_text(flags)
+    how = ("--vocabularies", "50,60", "--sentence-length", "5", "--map-leaves", "20")
+    how = (*how, "--repeats", "2", "--output", str(output))
+    assert command.main(["--preset", *map(str, files), *how]) == 0
+    found = json.loads(output.read_text())
+    assert set(found) == {"machine", "students"}
+    assert [one["vocabulary"] for one in found["students"]] == [50, 60]
+    # self-attention or attention to the source, feed-forward, layer norms
+    attention, linear, norm = 4 * (8 * 8 + 8), 2 * 8 * 16 + 16 + 8, 2 * 8
+    layer, decoder = attention + linear + 2 * norm, 2 * attention + linear + 3 * norm
+    for one in found["students"]:
+        students = one["students"]
+        assert list(students) == ["one", "one, 20 symbols", "two", "two, 20 symbols"]
+        for name, student in students.items():
+            inner = layer * (2 if name.startswith("one") else 3) + decoder
+            assert student["parameters_without_embeddings"] == inner
+            assert student["parameters"] == inner + 8 * one["vocabulary"]
+            assert student["bytes"] > 1000
+            assert_positive(student["sentences_per_second"])
+            assert_positive(student["to_first"])
+        assert set(students["one"]["to_first"].values()) == {1.0}
+    assert "greedy, 5 subwords each, V = 60" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--encoder-layers 2", "expected flags of fairseq-train, --arch among them"),
+        (SMALL + "--layers 3", "fairseq refuses its flags: unrecognized arguments: --layers 3"),
+        (SMALL + "--arch 'x", "cannot be read: No closing quotation"),
+        (SMALL + "--encoder-attention-heads 3", "cannot build the student one: embed_dim must be"),
+        (SMALL + "--adaptive-softmax-cutoff 9", "--adaptive-softmax-cutoff|embeddings"),
+        (SMALL + "--max-target-positions 25", "student one takes sentences of up to 24 subwords"),
+        (None, "No such file"),
+    ],
+)
+def test_a_preset_that_is_no_student(flags, words, tmp_path, capsys):
+    pytest.importorskip("ctranslate2")
+    file = tmp_path / "one.flags"
+    if flags is not None:
+        file.write_text(flags)
+    assert command.main(["--preset", str(file), "--vocabularies", "50", "--repeats", "1"]) == 1
+    shown = capsys.readouterr()
+    last = shown.err.strip().splitlines()[-1]
+    assert last.startswith("fairseq-kd-benchmark: ") and re.search(words, last), last
+    assert "--max-tokens" not in shown.err
 
 
 MEGA = 1 << 20

@@ -37,7 +37,7 @@ def run(recipe: str, work: Path, *arguments, **settings) -> Run:
     return Run(done.returncode, done.stdout)
 
 
-def stages(work: Path, commands: str, *arguments) -> Run:
+def stages(work: Path, commands: str, *arguments, **settings) -> Run:
     """Commands of a recipe; the environment's own stay out of the way."""
     script = f"""set -euo pipefail
         SRC=aa TGT=bb WORK=$1 TMPDIR={work.parent}
@@ -47,7 +47,11 @@ def stages(work: Path, commands: str, *arguments) -> Run:
         {commands}"""
     done = subprocess.run(
         ["bash", "-c", script, "bash", str(work), *map(str, arguments)],
-        env={**os.environ, "SETUP": "skip", "VIRTUAL_ENV": sys.prefix, "KD_FLAGS": "--kd-[a-z]* x"},
+        env={
+            **os.environ,
+            **{"SETUP": "skip", "VIRTUAL_ENV": sys.prefix, "KD_FLAGS": "--kd-[a-z]* x"},
+            **{key: str(value) for key, value in settings.items()},
+        },
         cwd=str(work.parent),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -83,6 +87,20 @@ def test_a_text_whose_last_line_is_not_ended(tmp_path):
     assert (tmp_path / "work" / "text" / "train.aa").read_text() == "a\nb\nc"
     refused = stages(tmp_path / "other", "TGT=cc; " + use, tmp_path / "train")
     assert refused.code == 1 and "got 3 and 2" in refused.text
+
+
+def test_sizes_of_students(tmp_path):
+    """tiny, small and base, or a file of one's own, before STUDENT_FLAGS, which win."""
+    for name in ("tiny", "small", "base"):
+        printed = stages(tmp_path / "work", "echo $STUDENT_FLAGS", PRESET=name).ok()
+        assert printed.text.split() == (RECIPES / f"presets/{name}.flags").read_text().split()
+    own = tmp_path / "own.flags"
+    own.write_text("--arch lstm  # nothing else\n")
+    both = {"PRESET": own, "STUDENT_FLAGS": "--lr 1"}
+    printed = stages(tmp_path / "work", "echo $STUDENT_FLAGS", **both).ok()
+    assert printed.text.split() == ["--arch", "lstm", "--lr", "1"]
+    refused = stages(tmp_path / "work", "true", PRESET="huge")
+    assert refused.code == 1 and "expected PRESET=tiny, small, base or a file" in refused.text
 
 
 def with_int8(models, *exported):
