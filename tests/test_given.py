@@ -1,9 +1,16 @@
 """Scores that were computed elsewhere, and which sentences a report shows."""
 
+import contextlib
+import json
+import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import given as given_
+from hypothesis import strategies as st
 from test_report import a_report
 
 from kd_plugin.decoding import Tokenizer
@@ -114,6 +121,19 @@ def test_files_that_do_not_fit(tmp_path, text, flag, message):
     assert "\n" not in str(caught.value)
 
 
+@given_(
+    st.text("plain\t\n01Segment :score.-eE_\0\r", max_size=60),
+    st.sampled_from(("COMET:{}", "plain=COMET:{}")),
+)
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_file_is_read_or_refused(tmp_path, text, flag):
+    with contextlib.suppress(UserError):
+        found = read(tmp_path, text, flag)
+        assert all(len(own) == 2 for own in found["COMET"].values())
+
+
 def test_flags_and_files_are_all_named_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         given.read_flags(["COMET", "=COMET:f", "plain=COMET:", "plain=a\tb:f", "plain=ok:f"])
@@ -171,7 +191,7 @@ def test_columns_of_given_scores_with_their_own_decimals():
 SCORES = {"teacher": [50, 60, 70, 80, 90], "plain": [40, 60, 75, 10, 90], "s": [49, 99, 70, 0, 91]}
 
 
-def chosen(each, lower=False):
+def chosen(each, lower=False, kls=(0.5, 0.25, 3.0, 1.0)):
     models = [Model(name, name, "data") for name in SCORES]
     options = SimpleNamespace(task="translation")
     asked = records.Asked(models, models[0], models[1], options, "out", examples=each)
@@ -181,7 +201,7 @@ def chosen(each, lower=False):
         said=lambda i, results, system: f"{system.name} {i}",
     )
     results = records.Results(asked, data, {}, {})
-    return examples.choose(results, {"s": {0: 0.5, 1: 0.25, 2: 3.0, 3: 1.0}})
+    return examples.choose(results, {"s": dict(enumerate(kls))})
 
 
 def test_the_ends_of_every_order_are_shown_and_the_first_order_comes_first():
@@ -202,6 +222,17 @@ def test_the_ends_of_every_order_are_shown_and_the_first_order_comes_first():
     assert chosen(0)["rows"] == []
     assert [row["number"] for row in chosen(9)["rows"]] == [4, 1, 2, 5, 3]
     assert [row["number"] for row in chosen(9, lower=True)["rows"]] == [3, 2, 5, 1, 4]
+
+
+def test_divergences_that_are_no_numbers_put_in_no_order():
+    inf, nan = float("inf"), float("nan")
+    report = {**a_report(), "examples": chosen(9, kls=(inf, nan, 3.0, nan))}
+    shown = page.page(report, {})
+    keys = {
+        int(number): json.loads(keys)[1]
+        for keys, number in re.findall(r"data-keys='([^']*)'>.*?sentence (\d)", shown)
+    }
+    assert keys == {1: -sys.float_info.max, 2: None, 3: -3.0, 4: None, 5: None}
 
 
 def test_many_orders_show_fewer_sentences_each(monkeypatch):

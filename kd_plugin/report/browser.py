@@ -5,6 +5,8 @@ Without scripts it is the same table in the first order.
 
 import html
 import json
+import math
+import sys
 from typing import Any, Dict, Iterator, List, Optional
 
 from .tables import NONE, decimals, unit_of
@@ -131,6 +133,13 @@ def _key(order: Dict[str, Any], row: Dict[str, Any], lower: Dict[str, bool]) -> 
     return -difference if lower[order["measure"]] else difference
 
 
+def _finite(key: Optional[float]) -> Optional[float]:
+    """What JSON can hold: the largest number for infinity, None for NaN."""
+    if key is None or math.isnan(key):
+        return None
+    return min(max(key, -sys.float_info.max), sys.float_info.max)
+
+
 def _sentence(
     row: Dict[str, Any],
     columns: List[str],
@@ -139,7 +148,7 @@ def _sentence(
     unit: str,
 ) -> str:
     lower = {measure["name"]: measure["lower_is_better"] for measure in found["measures"]}
-    keys = [*(_key(order, row, lower) for order in found["orders"]), row["number"]]
+    keys = [*(_finite(_key(order, row, lower)) for order in found["orders"]), row["number"]]
     nothing = "".join('<td class="of"></td>' for _ in columns)
     lines = [f"<tbody data-keys='{json.dumps(keys)}'>"]
     who = [f"{unit} {row['number']}"]

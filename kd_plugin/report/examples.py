@@ -1,5 +1,6 @@
 """Which sentences a report shows, and what it says of each."""
 
+import math
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 from .asked import Results, System, Worth
@@ -42,7 +43,8 @@ def choose(results: Results, divergences: Dict[str, Dict[int, float]]) -> Dict[s
     for system in sorted(systems, key=lambda one: one.model == asked.teacher):  # which is last
         if system.name in divergences:
             order = Order(system.name, None, asked.teacher.name)
-            orders[order] = {i: -kl for i, kl in divergences[system.name].items()}
+            kls = divergences[system.name]
+            orders[order] = {i: -kl for i, kl in kls.items() if not math.isnan(kl)}
         for measure in measures:
             for other in others:
                 found = _differences(measure, system.name, other)
