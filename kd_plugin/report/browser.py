@@ -33,7 +33,7 @@ summary { color: var(--pale); font-size: .85rem; }
     display: block; width: auto; }
   .sentences thead { display: none; }
   .sentences .who { padding: .3rem 0 0; color: var(--pale); }
-  .sentences tbody .text { padding: 0; border: 0; }
+  .sentences tbody tr .text { padding: 0; border: 0; }
   .sentences .of { display: inline-block; width: auto; padding: 0 1rem 0 0; text-align: left; }
   .sentences .of:empty { display: none; }
   .sentences .of::before { content: attr(data-of) " "; color: var(--pale); font-size: .8rem; }

@@ -17,11 +17,16 @@ CAPTIONS = {
     "curves-nll_loss.png": "Training curves from the logs: the student's loss.",
     "curves-kd_loss.png": "Training curves from the logs: the distillation loss.",
     "curves-agreement.png": "Training curves from the logs: agreement with the teacher.",
-    "differences-frequency.png": "How far students are from the teacher, by how often the token "
-    "occurs in training: divergence (0 is best) and agreement (1 is best).",
-    "differences-position.png": "The same by position.",
-    "differences-length.png": "The same by length of the reference.",
-    "differences-entropy.png": "The same by the teacher's entropy.",
+    **{
+        f"differences-{kind}.png": "Divergence from the teacher (0 is best) and agreement with it "
+        f"(1 is best) by {what}."
+        for kind, what in (
+            ("frequency", "how often the token occurs in training"),
+            ("position", "position"),
+            ("length", "length of the reference"),
+            ("entropy", "the teacher's entropy"),
+        )
+    },
 }
 _DIFFERENCES = "differences-"
 _STYLE = """
