@@ -85,7 +85,10 @@ def test_the_first_metric_comes_first_and_all_have_columns():
     names = ["WER", "ROUGE-2", "TER"]
     report["pictures"] = []
     report["metrics"] = [
-        {"name": name, "source": name.lower(), "lower_is_better": low, "at_a_glance": name != "TER"}
+        {
+            **{"name": name, "source": name.lower(), "lower_is_better": low},
+            **{"at_a_glance": name != "TER", "decimals": 2},
+        }
         for name, low in zip(names, (True, False, True))
     ]
     report["signatures"] = {name: name + " x:y" for name in names}
@@ -97,7 +100,7 @@ def test_the_first_metric_comes_first_and_all_have_columns():
     assert glance[0][1:6] == ["WER", "speed-up", "MB", "of the teacher's WER", "ROUGE-2"]
     assert glance[1][1] == "10.00" and glance[1][5] == "11.00"
     assert glance[3] == ["broken", "failed", *["–"] * 6]
-    assert [name for name in quality[0] if name in names] == names
+    assert quality[0][2:5] == [f"{name}; 95% interval; p" for name in names]
     text = page.markdown(report)
     assert "A lower WER is better. A lower TER is better. Length" in text
     assert "rouge-2: ROUGE-2 x:y" in text

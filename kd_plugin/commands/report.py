@@ -90,6 +90,23 @@ def make_parser(task: str = TRANSLATION.task) -> argparse.ArgumentParser:
     )
     add_bleu_tokenize(add)
     add(
+        "--scores",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[NAME=]METRIC:FILE",
+        help="scores of each sentence that were computed elsewhere, by COMET, MetricX or people, "
+        "as columns beside the others: a number a line with NAME= the model (NAME.greedy its "
+        "greedy search); or, for all models, a TSV of model, sentence (from 1, may be left out) "
+        "and score, or what comet-score prints",
+    )
+    add(
+        "--write-for-scoring",
+        metavar="DIR",
+        help="write source, references and all translations to this folder, a sentence a line, for "
+        "comet-score and others to score",
+    )
+    add(
         "--significance",
         default="bs",
         choices=sorted(report.TESTS),
@@ -109,7 +126,13 @@ def make_parser(task: str = TRANSLATION.task) -> argparse.ArgumentParser:
         metavar="NAME=FILE",
         help="fairseq-train's output or --log-file, for training curves",
     )
-    add("--examples", type=int, default=10, metavar="N", help="sentences to show of each student")
+    add(
+        "--examples",
+        type=int,
+        default=10,
+        metavar="N",
+        help="sentences to show of each model: so many of each order that the page offers",
+    )
     add(
         "--train-sample",
         type=int,
@@ -166,17 +189,23 @@ def run(options: argparse.Namespace) -> None:
             reference=options.reference,
             metrics=list(dict.fromkeys(options.metrics)),
             tokenize=options.bleu_tokenize,
+            scores=report.read_scores(options.scores),
             test=options.significance,
             samples=samples,
             logs=report.named(options.logs, "--logs", "FILE"),
             examples=options.examples,
             train_sample=options.train_sample,
+            for_scoring=options.write_for_scoring,
             trust=options.trust_checkpoint,
             overwrite=options.overwrite,
         )
     )
     print(report.summary(made), flush=True)
     print(f"The report is {os.path.join(options.output, 'report.html')}", flush=True)
+    if options.write_for_scoring:
+        files = [system["file"] for system in made["systems"] if system["scores"]]
+        how = report.scoring_command(options.write_for_scoring, files)
+        print(f"To have the translations scored by COMET: {how}", flush=True)
     failed = [model["name"] for model in made["models"] if model["error"]]
     if failed:
         raise UserError(
@@ -188,7 +217,8 @@ def run(options: argparse.Namespace) -> None:
 # What language models have no use for
 _OF_TRANSLATIONS = (
     *("greedy", "model_data", "model_langs", "reference", "metrics", "bleu_tokenize"),
-    *("baseline", "significance", "significance_samples", "train_sample", "post_process"),
+    *("scores", "write_for_scoring", "baseline", "significance", "significance_samples"),
+    *("train_sample", "post_process"),
     *(name for name in GenerationConfig.__dataclass_fields__ if name != "_name"),
 )
 
@@ -220,6 +250,8 @@ def _refuse(options: Any) -> None:
     faults.check(options.model_overrides in (None, "{}"), "--model-overrides cannot be used here")
     with faults.collecting():
         report.check(options.metrics)
+    with faults.collecting():
+        report.read_scores(options.scores)
     if options.bleu_tokenize:
         with faults.collecting():
             Tokenizer.of("", options.bleu_tokenize)

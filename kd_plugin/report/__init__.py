@@ -1,6 +1,8 @@
 """Judge students: how good, at what cost, and where they still differ from the teacher."""
 
 from .asked import Asked
+from .given import command as scoring_command
+from .given import read_flags as read_scores
 from .metrics import METRICS, USUAL, check
 from .page import summary
 from .pipeline import make
@@ -19,5 +21,7 @@ __all__ = [
     "named",
     "pick",
     "read_models",
+    "read_scores",
+    "scoring_command",
     "summary",
 ]

@@ -3,11 +3,12 @@
 import abc
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..checkpoints import Kind
 from ..teachers import Student
 from . import metrics as columns
+from .given import ScoreFile
 from .measured import Measured, Sample
 from .systems import Model, System, trained_for
 
@@ -29,10 +30,12 @@ class Asked(NamedTuple):
         metrics: what quality is measured by, of ``METRICS``; the first comes first in all tables
             and is what pictures show.
         tokenize: BLEU's, as sacrebleu's ``--tokenize``; None for the target language's.
+        scores: files of scores that were computed elsewhere.
         test, samples: of significance: one of ``TESTS``, and how many samples it draws.
         logs: files of fairseq-train's logs, by name.
-        examples: how many sentences to show of each student.
+        examples: how many sentences to show of each student, in each order.
         train_sample: how many sentences of the training set to translate, too, for their length.
+        for_scoring: folder to write source, references and translations to, for others to score.
         trust: open checkpoints with the full pickle machinery.
         overwrite: replace a report of other settings in ``output``.
     """
@@ -48,11 +51,13 @@ class Asked(NamedTuple):
     reference: Optional[str] = None
     metrics: Sequence[str] = columns.USUAL
     tokenize: Optional[str] = None
+    scores: Sequence[ScoreFile] = ()
     test: str = "bs"
     samples: int = 1000
     logs: Dict[str, str] = {}
     examples: int = 10
     train_sample: int = 500
+    for_scoring: Optional[str] = None
     trust: bool = False
     overwrite: bool = False
 
@@ -86,6 +91,11 @@ class Results(NamedTuple):
         """Those of models that did not fail."""
         return [s for s in self.asked.systems() if s.model.name not in self.failures]
 
+    def baseline(self) -> System:
+        """What the others are compared with: another one if the baseline itself failed."""
+        systems = self.systems()
+        return next((s for s in systems if s.main and s.model == self.asked.baseline), systems[0])
+
 
 class Judged(NamedTuple):
     """How good systems are.
@@ -102,6 +112,22 @@ class Judged(NamedTuple):
     signatures: Dict[str, str]
     rows: Dict[str, Dict[str, Any]]
     more: Dict[str, Any]
+
+
+class Worth(NamedTuple):
+    """How good sentences are by one measure.
+
+    Attributes:
+        name: of the measure.
+        lower_is_better: what its values mean.
+        decimals: that are shown of them.
+        values: of each sentence, by system's name; perhaps not of all systems.
+    """
+
+    name: str
+    lower_is_better: bool
+    decimals: int
+    values: Mapping[str, Sequence[float]]
 
 
 class TestSet(abc.ABC):
@@ -172,11 +198,22 @@ class TestSet(abc.ABC):
     def training_set(self) -> Optional[Any]:
         """The target side of the training sentences; None where there is none."""
 
+    def texts(self, i: int) -> Dict[str, Optional[str]]:
+        """A sentence to show: "source" and "reference"; None is nothing to show."""
+        return {"source": None, "reference": None}
+
+    def said(self, i: int, results: Results, system: System) -> Optional[str]:
+        """What a system makes of it; None is nothing to show."""
+        return None
+
     @abc.abstractmethod
-    def texts(self, i: int, results: Results, student: Model) -> Dict[str, Optional[str]]:
-        """A sentence to show: "source", "reference", and what "teacher" and "student" make of it;
-        None is nothing to show."""
+    def worth(self, results: Results) -> List[Worth]:
+        """How good each sentence is, by one measure after the other."""
 
     def files(self, results: Results) -> Dict[str, Sequence[str]]:
         """Lines to write, by name."""
+        return {}
+
+    def for_scoring(self, results: Results) -> Dict[str, Sequence[str]]:
+        """Lines that others need to score translations, by name."""
         return {}

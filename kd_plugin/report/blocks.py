@@ -13,8 +13,8 @@ from ..checkpoints import LANGUAGE_MODEL
 from ..errors import UserError
 from ..files import digest, read_whole, reading_binarised
 from ..tasks.language_modeling import as_student, describe_blocks, refuse_blocks
-from .asked import Asked, Judged, Results, TestSet
-from .systems import Model, System, configuration
+from .asked import Asked, Judged, Results, TestSet, Worth
+from .systems import System, configuration
 
 PERPLEXITY = "perplexity"
 
@@ -80,7 +80,7 @@ class Blocks(TestSet):
         return []
 
     def judge(self, results: Results, baseline: System) -> Judged:
-        metric = {"source": "the task", "lower_is_better": True, "at_a_glance": True}
+        metric = {"source": "the task", "lower_is_better": True, "at_a_glance": True, "decimals": 2}
         rows = {}
         for system in results.systems():
             tokens = results.measured[system.model.name].tokens[system.beam]
@@ -106,5 +106,6 @@ class Blocks(TestSet):
     def training_set(self) -> Optional[Any]:
         return self.bins.side("train", "")
 
-    def texts(self, i: int, results: Results, student: Model) -> Dict[str, Optional[str]]:
-        return dict.fromkeys(("source", "reference", "teacher", "student"))
+    def worth(self, results: Results) -> List[Worth]:
+        losses = {system.name: results.outcomes(system) for system in results.systems()}
+        return [Worth("loss, bits", True, 2, losses)]

@@ -270,8 +270,13 @@ def _unless_empty(bucket: Bucket) -> List[Bucket]:
     return [bucket] if bucket.tokens else []
 
 
-def farthest(tokens: Tokens, count: int) -> List[int]:
-    """The sentences with the largest divergence per token, the largest first."""
+def divergences(tokens: Tokens) -> Dict[int, float]:
+    """KL per token of each sentence, by its index."""
     sentences, index = np.unique(tokens.sentence, return_inverse=True)
     mean = np.bincount(index, tokens.kl) / np.maximum(np.bincount(index), 1)
-    return [int(sentences[i]) for i in np.argsort(-mean, kind="stable")[:count]]
+    return dict(zip(sentences.tolist(), mean.tolist()))
+
+
+def farthest(found: Dict[int, float], count: int) -> List[int]:
+    """The sentences with the largest divergence, the largest first."""
+    return sorted(found, key=lambda i: -found[i])[:count]

@@ -2,8 +2,9 @@
 
 import io
 import itertools
+import math
 from functools import partial
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import matplotlib
 
@@ -20,6 +21,7 @@ Styles = Dict[str, Dict[str, Any]]  # of each model, the same in all pictures
 # Told apart also by readers who see fewer colours (Okabe & Ito 2008), and by their marks
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 _MARKS = "osD^vPX*"
+_WIDTH, _DPI = 4.6, 150  # inches
 _DASHES = ("-", "--", ":", "-.")
 _KINDS = {
     "frequency": "times the token occurs in training",
@@ -35,26 +37,35 @@ _FIELDS = {
 
 
 def draw(report: Dict[str, Any]) -> Dict[str, bytes]:
-    """PNG files by name: all pictures for which the report has content."""
+    """PNG files by name: all pictures for which the report has content.
+
+    None is wider than a phone can show so that its text can be read.
+    """
     names = [model["name"] for model in report["models"]]
     styles = {name: _style(i) for i, name in enumerate(dict.fromkeys([*names, *report["curves"]]))}
     drawn = {}
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        pace = "tokens" if report["task"] == LANGUAGE_MODEL.task else "sentences"
-        quality_speed = partial(_quality_speed, report["metrics"][0], pace)
-        pictures: List[Tuple[str, Any, Callable[[Any, Styles], Any]]] = [  # name, content, plot
-            ("quality-speed.png", [s for s in report["systems"] if s["scores"]], quality_speed),
-            ("curves.png", report["curves"], _curves),
-            ("differences.png", report["differences"], _differences),
-        ]
-        for name, content, plot in pictures:
-            if content:
-                figure, file = plot(content, styles), io.BytesIO()
-                # without the version, so that the same report is the same file
-                figure.savefig(file, dpi=120, metadata={"Software": None})
-                plt.close(figure)
-                drawn[name] = file.getvalue()
+        for name, plot in _plots(report):
+            figure, file = plot(styles), io.BytesIO()
+            # without the version, so that the same report is the same file
+            figure.savefig(file, dpi=_DPI, metadata={"Software": None})
+            plt.close(figure)
+            drawn[name] = file.getvalue()
     return drawn
+
+
+def _plots(report: Dict[str, Any]) -> Iterator[Tuple[str, Callable[[Styles], Any]]]:
+    """Each picture's name and what draws it."""
+    systems = [system for system in report["systems"] if system["scores"]]
+    pace = "tokens" if report["task"] == LANGUAGE_MODEL.task else "sentences"
+    if systems:
+        yield "quality-speed.png", partial(_quality_speed, report["metrics"][0], pace, systems)
+    for field in _FIELDS:
+        if any(field in curve for log in report["curves"].values() for curve in log.values()):
+            yield f"curves-{field}.png", partial(_curves, report["curves"], field)
+    differences = report["differences"]
+    for kind in next(iter(differences.values()), {"by": ()})["by"]:
+        yield f"differences-{kind}.png", partial(_differences, differences, kind)
 
 
 def _style(i: int) -> Dict[str, Any]:
@@ -66,7 +77,7 @@ def _quality_speed(
 ) -> Any:
     name, speed = metric["name"], f"{pace}_per_second"
     intervals = all("ci" in system["scores"][name] for system in systems)
-    figure, axes = plt.subplots(figsize=(7.2, 4.8), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(_WIDTH, 3.8), constrained_layout=True)
     for model in dict.fromkeys(system["model"] for system in systems):
         own = [system for system in systems if system["model"] == model]
         x = [system[speed]["median"] for system in own]
@@ -127,13 +138,8 @@ def _label_points(
         taken.append(label.get_window_extent(renderer))
 
 
-def _curves(curves: Dict[str, Any], styles: Styles) -> Any:
-    """A panel for each field: a colour for each log, a line style for each validation subset."""
-    fields = [
-        field
-        for field in _FIELDS
-        if any(field in curve for log in curves.values() for curve in log.values())
-    ]
+def _curves(curves: Dict[str, Any], field: str, styles: Styles) -> Any:
+    """A colour for each log, a line style for each validation subset."""
     subsets = list(
         dict.fromkeys(
             subset
@@ -143,57 +149,56 @@ def _curves(curves: Dict[str, Any], styles: Styles) -> Any:
             if subset != TRAIN
         )
     )
-    figure, all_axes = plt.subplots(
-        1, len(fields), figsize=(4.2 * len(fields), 3.6), constrained_layout=True, squeeze=False
-    )
+    figure, axes = plt.subplots(figsize=(_WIDTH, 3.6), constrained_layout=True)
     handles: Dict[str, Any] = {}
-    for field, axes in zip(fields, all_axes[0]):
-        for name, log in curves.items():
-            style = {"color": styles[name]["color"], "linewidth": 1.5}
-            if log[TRAIN].get(field):
-                axes.plot(*zip(*log[TRAIN][field]), alpha=0.3, **style)
-            for subset, dashes in zip(subsets, itertools.cycle(_DASHES)):
-                points = log.get(subset, {}).get(field)
-                if points:
-                    label = name if len(subsets) == 1 else f"{name}, {subset}"
-                    (line,) = axes.plot(*zip(*points), linestyle=dashes, **style)
-                    handles.setdefault(label.replace("$", r"\$"), line)  # no formula
-        axes.set_xlabel("updates")
-        axes.set_ylabel(_FIELDS[field])
-        axes.grid(alpha=0.25)
+    for name, log in curves.items():
+        style = {"color": styles[name]["color"], "linewidth": 1.5}
+        if log[TRAIN].get(field):
+            axes.plot(*zip(*log[TRAIN][field]), alpha=0.3, **style)
+        for subset, dashes in zip(subsets, itertools.cycle(_DASHES)):
+            points = log.get(subset, {}).get(field)
+            if points:
+                label = name if len(subsets) == 1 else f"{name}, {subset}"
+                (line,) = axes.plot(*zip(*points), linestyle=dashes, **style)
+                handles.setdefault(label.replace("$", r"\$"), line)  # no formula
+    axes.set_xlabel("updates")
+    axes.set_ylabel(_FIELDS[field])
+    axes.grid(alpha=0.25)
     if handles:
         title = f"{subsets[0] if len(subsets) == 1 else 'validation'} (pale: train)"
-        all_axes[0][0].legend(handles.values(), handles.keys(), frameon=False, title=title)
+        axes.legend(handles.values(), handles.keys(), frameon=False, title=title)
     return figure
 
 
-def _differences(differences: Dict[str, Any], styles: Styles) -> Any:
-    columns = (("kl", "KL(teacher || student), bits"), ("agreement", "agreement of argmaxes"))
-    first = next(iter(differences.values()))
-    kinds = [(kind, label) for kind, label in _KINDS.items() if kind in first["by"]]
+def _differences(differences: Dict[str, Any], kind: str, styles: Styles) -> Any:
+    """Divergence and, below it, agreement; the scales are those of all kinds of tokens."""
+    measures = (("kl", "KL(teacher || student), bits"), ("agreement", "agreement of argmaxes"))
+    labels = list(dict.fromkeys(b["label"] for d in differences.values() for b in d["by"][kind]))
     figure, all_axes = plt.subplots(
-        *(len(kinds), len(columns)),
-        figsize=(7.2, 2.75 * len(kinds)),
-        constrained_layout=True,
-        sharex="row",
-        sharey="col",
+        *(2, 1), figsize=(_WIDTH, 4.6), constrained_layout=True, sharex=True
     )
-    for (kind, label), row in zip(kinds, all_axes):
-        labels = list(
-            dict.fromkeys(b["label"] for d in differences.values() for b in d["by"][kind])
-        )
-        for (measure, title), axes in zip(columns, row):
-            for name, difference in differences.items():
-                found = {bucket["label"]: bucket[measure] for bucket in difference["by"][kind]}
-                at = [i for i, label in enumerate(labels) if label in found]
-                values = [found[labels[i]] for i in at]
-                axes.plot(at, values, markersize=5, label=name, **styles[name])
-            axes.set_xticks(range(len(labels)))
-            axes.set_xticklabels(labels, rotation=30, ha="right", fontsize=8)
-            axes.set_xlabel(label)
-            axes.grid(alpha=0.25)
-            axes.set_title(title, fontsize=10)
-    for axes in all_axes[0]:
-        axes.set_ylim(bottom=0)  # when all is drawn: before, it would fix the top, too
-    all_axes[0][0].legend(frameon=False)
+    for (measure, title), axes in zip(measures, all_axes):
+        for name, difference in differences.items():
+            found = {bucket["label"]: bucket[measure] for bucket in difference["by"][kind]}
+            at = [i for i, label in enumerate(labels) if label in found]
+            values = [found[labels[i]] for i in at]
+            axes.plot(at, values, markersize=5, label=name, **styles[name])
+        axes.set_xticks(range(len(labels)))
+        axes.grid(alpha=0.25)
+        axes.set_title(title, fontsize=10)
+        axes.set_ylim(0, 1.05 * _highest(differences, measure))
+    all_axes[1].set_xticklabels(labels, rotation=30, ha="right", fontsize=9)
+    all_axes[1].set_xlabel(_KINDS[kind])
+    all_axes[0].legend(frameon=False)
     return figure
+
+
+def _highest(differences: Dict[str, Any], measure: str) -> float:
+    """Of all students and kinds of tokens; 1 where nothing is above 0."""
+    values = (
+        bucket[measure]
+        for difference in differences.values()
+        for buckets in difference["by"].values()
+        for bucket in buckets
+    )
+    return max(filter(math.isfinite, values), default=0) or 1

@@ -57,20 +57,25 @@ class _Signature(Signature):
 
 
 class _Ratio(Metric):
-    """100 times the sum over sentences of one number, divided by the sum of another.
+    """The sum over sentences of one number, divided by the sum of another.
 
     Args:
         pair: both numbers of a reference and a translation.
         about: what the signature says.
+        scale: times that.
     """
 
     _SIGNATURE_TYPE = _Signature
 
     def __init__(
-        self, name: str, pair: Callable[[str, str], Tuple[float, float]], about: Dict[str, str]
+        self,
+        name: str,
+        pair: Callable[[str, str], Tuple[float, float]],
+        about: Dict[str, str],
+        scale: int = 100,
     ) -> None:
         super().__init__()
-        self.name, self.pair, self.about = name, pair, about
+        self.name, self.pair, self.about, self.scale = name, pair, about, scale
 
     def _preprocess_segment(self, sent: str) -> str:
         return sent
@@ -85,7 +90,12 @@ class _Ratio(Metric):
         return self._compute_score_from_stats(np.sum(stats, axis=0, dtype=np.float64))
 
     def _compute_score_from_stats(self, stats: Any) -> Score:
-        return Score(self.name, float(100 * stats[0] / max(stats[1], 1)))
+        return Score(self.name, float(self.scale * stats[0] / max(stats[1], 1)))
+
+
+def mean_of(name: str) -> Metric:
+    """Of sentences that are each a number; what they are compared with is of no interest."""
+    return _Ratio(name, lambda nothing, number: (float(number), 1), {}, scale=1)
 
 
 class _Words:
@@ -203,6 +213,28 @@ def make(metrics: Sequence[str], tokenizer: Tokenizer) -> Dict[str, Metric]:
     }
 
 
+def of_sentences(
+    metrics: Sequence[str], tokenizer: Tokenizer
+) -> Tuple[str, bool, Callable[[str, str], float]]:
+    """What tells good translations of single sentences from bad ones.
+
+    chrF if it is among the metrics, for BLEU's n-grams are few in a sentence; else the first one.
+
+    Returns:
+        its name, whether a lower value is better, and the value of a translation and a reference.
+    """
+    name = "chrf" if "chrf" in metrics else metrics[0]
+    column = METRICS[name].columns[0]
+    metric = make([name], tokenizer)[column]
+    if name == "bleu":
+        column, metric = "sentence BLEU", tokenizer.metric(effective_order=True)
+
+    def value(translation: str, reference: str) -> float:
+        return float(metric.sentence_score(translation, [reference]).score)
+
+    return column, METRICS[name].lower_is_better, value
+
+
 def describe(metrics: Sequence[str]) -> List[Dict[str, Any]]:
     """What a reader of the scores should know of each column, in their order."""
     return [
@@ -211,6 +243,7 @@ def describe(metrics: Sequence[str]) -> List[Dict[str, Any]]:
             "source": METRICS[name].source,
             "lower_is_better": METRICS[name].lower_is_better,
             "at_a_glance": METRICS[name].at_a_glance,
+            "decimals": 2,
         }
         for name in metrics
         for column in METRICS[name].columns

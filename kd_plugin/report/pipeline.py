@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files import all_or_nothing, differences, leftovers, locked, read_json, write_json
 from ..teachers import Teacher
 from ..timing import Quartiles
-from . import compare, page
+from . import compare, examples, given, page
 from .asked import Asked, Judged, Results, TestSet
 from .blocks import Blocks
 from .curves import read_curves
@@ -30,7 +30,7 @@ from .translations import Translations
 
 _SETTINGS, _MEASURED, _TRANSLATIONS = "settings.json", "measured", "translations"
 _PAGES = ("report.md", "report.html", "report.json")
-_PICTURES = ("quality-speed.png", "curves.png", "differences.png")
+_PICTURES = (*page.CAPTIONS, "curves.png", "differences.png")  # the last two of earlier versions
 logger = logging.getLogger(__name__)
 
 _COUNTED = 500_000  # sentences of the training set, to tell rare tokens from common ones
@@ -78,9 +78,14 @@ def _make(
         **_judge(results),
         "curves": curves,
     }
-    report["differences"], report["not_compared"] = _differences(results)
+    compared, report["not_compared"] = _differences(results)
+    report["differences"] = {name: one.found for name, one in compared.items()}
+    divergences = {name: one.divergences for name, one in compared.items()}
+    report["examples"] = examples.choose(results, divergences)
     _write(report, folder)
     _write_translations(results, folder)
+    if asked.for_scoring is not None:
+        given.write(Path(asked.for_scoring), data.for_scoring(results))
     for path in (folder / _MEASURED).iterdir():
         if path != kept:
             shutil.rmtree(path)
@@ -231,14 +236,13 @@ def _notes(results: Results) -> List[str]:
 
 def _judge(results: Results) -> Dict[str, Any]:
     """Scores and costs of all that did not fail."""
-    asked, systems = results.asked, results.systems()
-    baseline = next((s for s in systems if s.main and s.model == asked.baseline), systems[0])
-    judged = results.data.judge(results, baseline)
+    asked = results.asked
+    judged = results.data.judge(results, results.baseline())
     rows = []
     for system in asked.systems():
         row: Dict[str, Any] = {"name": system.name, "model": system.model.name}
         if results.data.kind is TRANSLATION:
-            row["beam"] = system.beam
+            row.update(beam=system.beam, file=system.file)
         good = system.name in judged.rows
         rows.append({**row, **(_row(system, results, judged) if good else {"scores": None})})
     _add_ratios(rows, asked.teacher, judged.metrics[0]["name"], results.data.speed)
@@ -296,6 +300,13 @@ def _add_ratios(rows: Sequence[Dict[str, Any]], teacher: Model, metric: str, pac
 
 
 # Differences from the teacher
+
+
+class _Compared(NamedTuple):
+    """A student beside its teacher: what the report says, and the divergence of each sentence."""
+
+    found: Dict[str, Any]
+    divergences: Dict[int, float]
 
 
 def _differences(results: Results) -> Tuple[Dict[str, Any], Dict[str, str]]:
@@ -371,19 +382,21 @@ def _open(model: Model, results: Results) -> Teacher:
 
 def _difference(
     model: Model, tokens: compare.Tokens, counts: np.ndarray, results: Results
-) -> Dict[str, Any]:
+) -> _Compared:
     asked, data = results.asked, results.data
     end = data.student.target.eos()
     buckets = compare.buckets(tokens, counts, end)
-    return {
+    divergences = compare.divergences(tokens)
+    found = {
         "all": compare.Bucket.of("all", tokens)._asdict(),
         "calibration": {k: v._asdict() for k, v in compare.calibrations(tokens, end).items()},
         "by": {kind: [bucket._asdict() for bucket in buckets[kind]] for kind in data.kinds},
         "farthest": [
-            _sentence(i, tokens, data.texts(i, results, model), data.student.target.symbols)
-            for i in compare.farthest(tokens, asked.examples)
+            _sentence(i, tokens, model, results)
+            for i in compare.farthest(divergences, asked.examples)
         ],
     }
+    return _Compared(found, divergences)
 
 
 def _counts(data: TestSet) -> np.ndarray:
@@ -400,13 +413,17 @@ def _counts(data: TestSet) -> np.ndarray:
     return counts
 
 
-def _sentence(
-    i: int, tokens: compare.Tokens, texts: Dict[str, Optional[str]], symbols: Sequence[str]
-) -> Dict[str, Any]:
-    own = tokens.only(tokens.sentence == i)
+def _sentence(i: int, tokens: compare.Tokens, student: Model, results: Results) -> Dict[str, Any]:
+    asked, data = results.asked, results.data
+    own, symbols = tokens.only(tokens.sentence == i), data.student.target.symbols
+    models = {"teacher": asked.teacher, "student": student}
     return {
         "number": i + 1,
-        **texts,
+        **data.texts(i),
+        **{
+            who: data.said(i, results, System(model, asked.beam, True))
+            for who, model in models.items()
+        },
         "kl": float(own.kl.mean(dtype=np.float64)),
         "tokens": [
             {

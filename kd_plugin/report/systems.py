@@ -77,6 +77,11 @@ class System(NamedTuple):
     def name(self) -> str:
         return self.model.name if self.main else self.model.name + ", greedy"
 
+    @property
+    def file(self) -> str:
+        """What its file of translations is called, without the .txt."""
+        return self.model.name if self.main else self.model.name + ".greedy"
+
 
 def named(pairs: Sequence[str], flag: str, what: str) -> Dict[str, str]:
     """``NAME=VALUE`` arguments as a dictionary.

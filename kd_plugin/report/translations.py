@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from fairseq import utils
@@ -13,10 +14,11 @@ from ..decoding import databin
 from ..errors import UserError
 from ..teachers import Student
 from ..timing import Quartiles
+from . import given
 from . import metrics as columns
-from .asked import Asked, Judged, Results, TestSet
+from .asked import Asked, Judged, Results, TestSet, Worth
 from .measured import Sample
-from .score import TESTS, score
+from .score import TESTS, average, score
 from .systems import Model, System, configuration
 
 
@@ -48,7 +50,16 @@ class Translations(TestSet):
         self.references = self._references(asked, corpus)
         self.tokenizer = decoding.Tokenizer.of(langs[1], asked.tokenize)
         self.doubts = columns.doubts(asked.metrics, self.tokenizer, self.references)
+        systems = {system.file: system.name for system in asked.systems()}
+        computed = [column["name"] for column in columns.describe(asked.metrics)]
+        self.given = given.read(asked.scores, systems, len(self.source), computed)
+        if asked.for_scoring is not None:
+            given.check_folder(Path(asked.for_scoring), self._inputs(), list(systems))
         self.sample = self._sample(asked)
+
+    def _inputs(self) -> Dict[str, Sequence[str]]:
+        """What a translation is judged by."""
+        return {given.SOURCE: self.source, given.REFERENCE: self.references}
 
     def _texts(self, sentences: Any, dictionary: Any, escape_unk: bool = False) -> List[str]:
         indices = (sentences[i].tolist() for i in range(len(sentences)))
@@ -143,8 +154,17 @@ class Translations(TestSet):
             samples=asked.samples,
             metrics=asked.metrics,
         )
+        for metric, values in self.given.items():
+            signatures[metric] = f"{metric}, the mean of the sentences' scores"
+            known = {one.name: values[one.name] for one in systems if one.name in values}
+            if known:
+                means = average(
+                    metric, known, baseline=baseline.name, test=asked.test, samples=asked.samples
+                )
+            for one in systems:
+                scores[one.name][metric] = means[one.name] if one.name in known else None
         return Judged(
-            columns.describe(asked.metrics),
+            [*columns.describe(asked.metrics), *given.describe(self.given, asked.scores)],
             signatures,
             {one.name: self._row(one, results, scores[one.name], signatures) for one in systems},
             {
@@ -201,17 +221,37 @@ class Translations(TestSet):
     def training_set(self) -> Optional[Any]:
         return self.bins.side("train", self.bins.langs[1])
 
-    def texts(self, i: int, results: Results, student: Model) -> Dict[str, Optional[str]]:
-        models = {"teacher": results.asked.teacher, "student": student}
-        beam = results.asked.beam
-        said = {who: results.measured[one.name].outcomes[beam][i] for who, one in models.items()}
-        return {"source": self.source[i], "reference": self.references[i], **said}
+    def texts(self, i: int) -> Dict[str, Optional[str]]:
+        return {"source": self.source[i], "reference": self.references[i]}
+
+    def said(self, i: int, results: Results, system: System) -> Optional[str]:
+        return results.outcomes(system)[i]
+
+    def worth(self, results: Results) -> List[Worth]:
+        name, lower, value = columns.of_sentences(results.asked.metrics, self.tokenizer)
+        found = {
+            system.name: [
+                value(text or "", reference)
+                for text, reference in zip(results.outcomes(system), self.references)
+            ]
+            for system in results.systems()
+            if system.main
+        }
+        described = given.describe(self.given, results.asked.scores)
+        return [
+            Worth(name, lower, 2, found),
+            *(
+                Worth(one["name"], one["lower_is_better"], one["decimals"], self.given[one["name"]])
+                for one in described
+            ),
+        ]
+
+    def for_scoring(self, results: Results) -> Dict[str, Sequence[str]]:
+        return {**self._inputs(), **self.files(results)}
 
     def files(self, results: Results) -> Dict[str, Sequence[str]]:
         return {
-            f"{one.model.name}{'' if one.main else '.greedy'}.txt": [
-                line or "" for line in results.outcomes(one)
-            ]
+            f"{one.file}.txt": [line or "" for line in results.outcomes(one)]
             for one in results.systems()
         }
 

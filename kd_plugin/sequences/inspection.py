@@ -11,9 +11,7 @@ import unicodedata
 from pathlib import Path
 from typing import (
     Any,
-    Callable,
     Dict,
-    Iterable,
     Iterator,
     List,
     NamedTuple,
@@ -57,9 +55,9 @@ def inspect(folder: str, output: Optional[str] = None) -> Optional[str]:
     title = f"Distilled data: {folder}"
     tables = list(_tables(Path(folder)))
     if output is not None and output.endswith(".html"):
-        page = html_page(_visible(title), [_each_text(table, _visible) for table in tables])
+        page = html_page(_visible(title), [table.each_text(_visible) for table in tables])
     else:
-        page = markdown_page(printable(title), [_each_text(table, printable) for table in tables])
+        page = markdown_page(printable(title), [table.each_text(printable) for table in tables])
     if output is None:
         return page
     with all_or_nothing(Path(output)) as file:
@@ -399,19 +397,6 @@ def _words(reason: str) -> str:
 
 
 # Strangers' texts
-
-
-def _each_text(table: Table, change: Callable[[str], str]) -> Table:
-    def all_of(texts: Iterable[str]) -> List[str]:
-        return [change(text) for text in texts]
-
-    return table._replace(
-        title=change(table.title),
-        header=all_of(table.header),
-        rows=[all_of(row) for row in table.rows],
-        notes=all_of(table.notes),
-        failures=all_of(table.failures),
-    )
 
 
 def _visible(text: str) -> str:

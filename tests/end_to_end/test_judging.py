@@ -64,7 +64,8 @@ def test_what_is_written(judged):
     names = {name for name in tree(judged.folder) if not name.startswith(("measured", "trans"))}
     assert names == {
         *("report.json", "report.md", "report.html", "settings.json"),
-        *("quality-speed.png", "curves.png", "differences.png"),
+        *("quality-speed.png", "curves-nll_loss.png", "curves-kd_loss.png", "curves-agreement.png"),
+        *(f"differences-{kind}.png" for kind in ("frequency", "position", "length", "entropy")),
     }
     systems = [system["name"] for system in judged.report["systems"]]
     assert systems == [
@@ -194,6 +195,35 @@ def test_the_same_again_decodes_nothing(corpus, judged):
     assert tree(judged.folder) == before
 
 
+def test_scores_from_elsewhere(corpus, judged, tmp_path):
+    """Texts go out, their scores come back; nothing is decoded for it."""
+    output, texts = tmp_path / "r", tmp_path / "texts"
+    shutil.copytree(str(judged.folder), str(output))
+    models = {model["name"]: model["path"] for model in judged.report["models"]}
+    lines, means = [], {}
+    for path in sorted((output / "translations").iterdir()):
+        words = [len(line.split()) for line in path.read_text().splitlines()]
+        lines += [f"{texts / path.name}\tSegment {i}\tscore: {n}" for i, n in enumerate(words)]
+        means[path.name] = sum(words) / len(words)
+    (tmp_path / "words.tsv").write_text("\n".join(lines))
+    again = judge(
+        *(corpus.data, output, models, "--greedy", "--reference", corpus.text / "test.bb"),
+        *("--scores", f"words:{tmp_path / 'words.tsv'}", "--write-for-scoring", texts),
+    ).ok()
+    assert "opening" not in again.text
+    assert f"comet-score -s {texts}/src.txt -t {texts}/teacher.txt " in again.text
+    for name in ("src", "ref"):
+        side = corpus.text / f"test.{'aa' if name == 'src' else 'bb'}"
+        assert (texts / f"{name}.txt").read_text() == side.read_text()
+    for name, mean in means.items():
+        assert (texts / name).read_bytes() == (output / "translations" / name).read_bytes()
+        (system,) = [s for s in report_of(output)["systems"] if s["file"] + ".txt" == name]
+        assert system["scores"]["words"]["score"] == pytest.approx(mean)
+    found = report_of(output)["examples"]
+    measures = {order["measure"] for order in found["orders"]}
+    assert measures == {None, "chrF2", "words"} and len(found["rows"]) == 16
+
+
 def test_killed_and_run_again(data, teacher, distilled, tmp_path):
     models = {"teacher": teacher, "student": distilled.checkpoint}
     named = [f"{name}={path}" for name, path in models.items()]
@@ -261,7 +291,7 @@ def test_other_settings_and_other_folders(data, corpus, teacher, judged, tmp_pat
     assert sorted(path.name for path in (output / "translations").iterdir()) == ["teacher.txt"]
     assert len(list((output / "measured").iterdir())) == 1
     assert [m["name"] for m in report_of(output)["models"]] == ["teacher"]
-    assert not (output / "curves.png").exists()
+    assert not list(output.glob("curves*.png"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     message = judge(data, tmp_path / "mine", {"teacher": teacher}).refusal
@@ -299,6 +329,9 @@ def test_wrong_input(data, corpus, teacher, tmp_path):
         (("--teacher", "boss"), "--teacher boss: the models are named teacher"),
         (("--nbest", 2, "--repeats", 0), "--repeats must be 1 or more"),
         (("--lm-path", "x", "--amp"), "--lm-path cannot be used here"),
+        (("--scores", "COMET"), "--scores: expected NAME=METRIC:FILE, or METRIC:FILE"),
+        (("--scores", f"teacher=DA:{tmp_path / 'short'}"), "line 1: expected a number between"),
+        (("--write-for-scoring", tmp_path), "it holds other files than those of this test set"),
     ):
         message = judge(data, tmp_path / "r", models, *more, tool=support.in_process).refusal
         assert words in message, message
