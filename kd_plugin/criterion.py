@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 # Sums that only mean something where the batch's target is a reference
 _OF_REFERENCES = ("nll_loss", "n_correct", "total", "teacher_nll_loss", "n_agree", "n_compared")
-_OF_PAIR = "tokens_of_"  # begins the names of sums, one for each pair of languages
+_TOKENS_OF = "tokens_of_"  # begins the names of sums, one for each pair of languages
 
 
 @register_criterion(CRITERION, dataclass=KDLabelSmoothedCrossEntropyCriterionConfig)
@@ -201,7 +201,10 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
                 sample["pair"].repeat_interleave(target.size(1)) if self.pairs else None,
             )
         except NotFiniteTeacherError as error:
-            raise error.naming(sample["id"], target.size(1)) from None
+            ids = sample["id"].tolist()
+            if self.pairs:  # a number is a sentence's within its pair
+                ids = [f"{self.pairs[n]} {i}" for n, i in zip(sample["pair"].tolist(), ids)]
+            raise error.naming(ids, target.size(1)) from None
 
     def _sums(self, terms: Terms, step: Step) -> Dict[str, Any]:
         """What is logged: sums over tokens and their counts, the same keys on every rank."""
@@ -245,10 +248,10 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         tokens, values = terms.tokens, {}
         if not self.pairs or tokens.group is None:
             return {}
-        values[_OF_PAIR] = torch.ones_like(tokens.student_nll)
+        values[_TOKENS_OF] = torch.ones_like(tokens.student_nll)
         values["nll_loss_"] = tokens.student_nll
         if terms.kd is not None:
-            selected = values[_OF_PAIR] if terms.selected is None else terms.selected
+            selected = values[_TOKENS_OF] if terms.selected is None else terms.selected
             values["kd_loss_"] = terms.kd / self._unit
             values["kd_tokens_"] = selected.to(terms.kd)
         if terms.agree is not None:
@@ -293,8 +296,8 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         log_mean("kd_attention", "kd_attention", "kd_attention_positions")
         log_mean("teacher_nll_loss", "teacher_nll_loss", "n_compared", bit)
         log_mean("agreement", "n_agree", "n_compared")
-        for key in [key for key in logging_outputs[0] if key.startswith(_OF_PAIR)]:
-            pair = key[len(_OF_PAIR) :]
+        for key in [key for key in logging_outputs[0] if key.startswith(_TOKENS_OF)]:
+            pair = key[len(_TOKENS_OF) :]
             log_mean(f"nll_loss_{pair}", f"nll_loss_{pair}", key, bit)
             log_mean(f"kd_loss_{pair}", f"kd_loss_{pair}", f"kd_tokens_{pair}")
             log_mean(f"agreement_{pair}", f"n_agree_{pair}", key)

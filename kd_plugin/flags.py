@@ -157,7 +157,8 @@ class TeacherConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "folder that fairseq-kd-cache wrote: the teacher is read from it instead of "
-            "being run; with several data folders one for each, with ':' between them"
+            "being run; with several data folders one for each, with ':' between them; of a "
+            "multilingual student for each pair of languages its own, as in de-en=A,fr-en=B"
         },
     )
 

@@ -8,10 +8,11 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from fairseq import utils
 from fairseq.tasks.translation import TranslationTask
 
-from .checkpoints import TRANSLATION, AskedTags, Kind, parse_overrides, parse_symbols
+from .checkpoints import TAUGHT, TRANSLATION, AskedTags, Kind, parse_overrides, parse_symbols
 from .errors import Faults, UserError
 from .flags import (
     ATTENTION_LAYERS,
+    CRITERION,
     HIDDEN_LAYERS,
     HIDDEN_WEIGHT,
     INPUTS_EXTRA,
@@ -42,13 +43,13 @@ class Inputs(NamedTuple):
     """What the decoder reads in training.
 
     Attributes:
-        kind: one of ``flags.INPUTS``.
+        how: it is written, one of ``flags.INPUTS``.
         rate: share of the batches whose inputs the student writes, by update.
         temperature: at which it is sampled.
         extra_length: tokens that a sample may have more than the longest reference of its batch.
     """
 
-    kind: str
+    how: str
     rate: Schedule
     temperature: float
     extra_length: int
@@ -56,16 +57,16 @@ class Inputs(NamedTuple):
     @property
     def by_student(self) -> bool:
         """Whether the student may write any."""
-        return self.kind != "reference"
+        return self.how != "reference"
 
 
 class Plan(NamedTuple):
     """What a training distils, from which teacher, and how strongly.
 
     Attributes:
-        teacher: the teacher that is run; None with a cache, or where no flag names one.
-        teachers: instead, those of a multilingual student, one for each pair of languages.
-        cache: the folder that the teacher is read from instead.
+        teachers: the teacher that is run, or one for each pair of languages of a multilingual
+            student; none with a cache, or where no flag names one.
+        caches: the folders that the teacher is read from instead, or for each pair its own.
         beside_cache: what is wrong with flags of a running teacher beside it. It stops a training
             and not a validation, whose flags come from the student's checkpoint.
         ce_weight: constant weight of the cross-entropy; None is what distillation leaves of 1.
@@ -83,8 +84,8 @@ class Plan(NamedTuple):
         ignored: how many of each target's first symbols the loss leaves out.
     """
 
-    teacher: Optional[TeacherSettings]
-    cache: Optional[str]
+    teachers: Sequence[TeacherSettings]
+    caches: Sequence[str]
     beside_cache: Sequence[str]
     label_smoothing: float
     ce_weight: Optional[float]
@@ -101,7 +102,6 @@ class Plan(NamedTuple):
     queue_size: int
     inside: Tuple[StateTerm, ...]
     inputs: Inputs
-    teachers: Tuple[TeacherSettings, ...] = ()
     scope: Sequence[str] = ()
     ignored: int = 0
 
@@ -120,22 +120,18 @@ class Plan(NamedTuple):
         flags: Any = getattr(task, "cfg", None)
         taught = faults.check(
             hasattr(flags, "teacher_cache"),
-            "the criterion kd_label_smoothed_cross_entropy needs a task with a teacher: --task "
-            "kd_translation, kd_translation_multi_simple_epoch, kd_language_modeling or "
-            "kd_speech_to_text; got "
-            f"{type(task).__name__}",
+            f"the criterion {CRITERION} needs a task with a teacher: --task "
+            f"{', '.join(TAUGHT[:-1])} or {TAUGHT[-1]}; got {type(task).__name__}",
         )
-        cache = flags.teacher_cache if taught else None
+        reads_cache = bool(taught and flags.teacher_cache)
         pairs: Sequence[str] = getattr(task, "pairs", ())
-        teacher: Optional[TeacherSettings] = None
-        teachers: Tuple[TeacherSettings, ...] = ()
-        if taught and not cache:
-            with faults.collecting():
-                if pairs:
-                    named = [*dict.fromkeys((*flags.lang_pairs, *pairs))]
-                    teachers = read_teachers(flags, pairs, named)
-                else:
-                    teacher = read_teacher(flags)
+        teachers: Sequence[TeacherSettings] = ()
+        caches: Sequence[str] = ()
+        with faults.collecting():
+            if reads_cache:
+                caches = read_caches(flags, pairs)
+            elif taught:
+                teachers = read_teachers(flags, pairs)
 
         adaptive = criterion.kd_weight_schedule == "adaptive"
         weight = _scheduled(
@@ -163,9 +159,9 @@ class Plan(NamedTuple):
         chosen = choice_value(criterion.kd_selection)
         where = f"--kd-selection {chosen}"
         plan = cls(
-            teacher=teacher,
-            cache=cache,
-            beside_cache=_faults_beside_cache(flags, criterion) if cache else (),
+            teachers=teachers,
+            caches=caches,
+            beside_cache=_faults_beside_cache(flags, criterion) if reads_cache else (),
             label_smoothing=criterion.label_smoothing,
             ce_weight=ce,
             weight=weight,
@@ -188,15 +184,15 @@ class Plan(NamedTuple):
             ),
             inside=tuple(_inside(criterion, getattr(task, "kind", TRANSLATION), faults)),
             inputs=_inputs(criterion, faults),
-            teachers=teachers,
             scope=_scope(criterion, chosen, pairs, faults),
             ignored=criterion.ignore_prefix_size,
         )
         if pairs:
             plan._check_pairs(faults)
-        plan._check_tail(criterion, len(task.target_dictionary), faults)
+        else:
+            plan._check_inputs(criterion, task, faults)
+        plan._check_tail(criterion, reads_cache, len(task.target_dictionary), faults)
         plan._check_ranking(len(task.target_dictionary), faults)
-        plan._check_inputs(criterion, task, faults)
         plan._check_use(faults)
         faults.raise_if_any()
         return plan
@@ -240,14 +236,11 @@ class Plan(NamedTuple):
     # The checks of flags that depend on one another
 
     def _check_pairs(self, faults: Faults) -> None:
+        flags = [*dict.fromkeys(states.FLAG[pair.kind] for pair in self.needs.layers)]
+        flags += [f"--kd-inputs {self.inputs.how}"] if self.inputs.by_student else []
         faults.check(
-            not self.cache,
-            "--teacher-cache is for one pair of languages: the teachers of several are run, give "
-            "--teacher-checkpoint-path",
-        )
-        flags = " and ".join(dict.fromkeys(states.FLAG[p.kind] for p in self.needs.layers))
-        faults.check(
-            not flags, f"leave out {flags}: the teachers of several pairs have no inside in common"
+            not flags,
+            f"leave out {' and '.join(flags)}, for students of one pair of languages alone",
         )
 
     def _check_ranking(self, vocabulary: int, faults: Faults) -> None:
@@ -268,8 +261,10 @@ class Plan(NamedTuple):
             "--kd-temperature and its schedule",
         )
 
-    def _check_tail(self, criterion: Any, vocabulary: int, faults: Faults) -> None:
-        cut = self.top_k > 0 or bool(self.cache)
+    def _check_tail(
+        self, criterion: Any, reads_cache: bool, vocabulary: int, faults: Faults
+    ) -> None:
+        cut = self.top_k > 0 or reads_cache
         faults.check(
             0 <= self.top_k <= vocabulary,
             f"--kd-top-k must be from 0 to the {vocabulary} symbols of the vocabulary, got "
@@ -280,7 +275,7 @@ class Plan(NamedTuple):
             f"--kd-tail {self.tail} is for --kd-top-k and --teacher-cache only",
         )
         if self.tail == "sample":
-            faults.check(bool(self.cache), "--kd-tail sample is for --teacher-cache only")
+            faults.check(reads_cache, "--kd-tail sample is for --teacher-cache only")
             faults.check(
                 self.top_k == 0,
                 "--kd-tail sample takes all symbols of the cache: leave out --kd-top-k",
@@ -310,10 +305,10 @@ class Plan(NamedTuple):
     def _check_inputs(self, criterion: Any, task: Any, faults: Faults) -> None:
         if not self.inputs.by_student:
             return
-        flag = f"--kd-inputs {self.inputs.kind}"
+        flag = f"--kd-inputs {self.inputs.how}"
         faults.check(
             isinstance(task, TranslationTask),
-            f"{flag} is for tasks that translate sentences, as kd_translation does; got "
+            f"{flag} is for tasks that translate sentences, as {TRANSLATION.taught} does; got "
             f"{type(task).__name__}",
         )
         faults.check(
@@ -453,47 +448,65 @@ def read_teacher(task: Any) -> Optional[TeacherSettings]:
     )
 
 
-def read_teachers(
-    task: Any, pairs: Sequence[str], trained: Sequence[str]
-) -> Tuple[TeacherSettings, ...]:
-    """Those of a task's flags for each of some pairs of languages; none if they name none.
+def read_teachers(task: Any, pairs: Sequence[str]) -> List[TeacherSettings]:
+    """Those of a task's flags for each of its pairs of languages, or its one; none if they name
+    none.
 
     A flag has one value for all pairs, or one for each, as in ``de-en=A,fr-en=B``.
-
-    Args:
-        trained: all pairs that flags may name; in a validation more than ``pairs``.
 
     Raises:
         UserError: as ``read_teacher``, or a pair has no teacher, or what is named is no pair.
     """
-    faults, texts = Faults(), {}
-    for name in RUN_TEACHER:
+    faults, texts, default = Faults(), {}, TeacherConfig()
+    for name in RUN_TEACHER if pairs else ():
         text = getattr(task, name)
-        if isinstance(text, str) and _OF_PAIR.match(text):
-            texts[name] = _by_pair(text, "--" + name.replace("_", "-"), trained, faults)
-    paths = texts.get("teacher_checkpoint_path")
-    if paths is not None:
-        without = ", ".join(pair for pair in pairs if not paths.get(pair))
-        faults.check(
-            not without,
-            f"--teacher-checkpoint-path names no teacher for {without}: every pair of --lang-pairs "
-            "needs one",
-        )
+        if isinstance(text, str) and _NAMES_PAIR.match(text):
+            texts[name] = _by_pair(text, name, task, pairs, faults)
     faults.raise_if_any()
-    found, default = [], TeacherConfig()
-    for pair in pairs:
+    found = []
+    for pair in pairs or [""]:
         own = {name: of.get(pair, getattr(default, name)) for name, of in texts.items()}
         found.append(read_teacher(Namespace(**{**_flags(task), **own})))
-    return tuple(one for one in found if one is not None)
+    return [one for one in found if one is not None]
 
 
-_OF_PAIR = re.compile(r"\s*([^\s=,:/]+-[^\s=,:/]+)=")
+def read_caches(task: Any, pairs: Sequence[str]) -> List[str]:
+    """Those of ``--teacher-cache`` for each of a task's pairs of languages, or its one.
+
+    Raises:
+        UserError: a pair has none, or what is named is no pair.
+    """
+    text, faults = task.teacher_cache, Faults()
+    if pairs and _NAMES_PAIR.match(text):
+        found = _by_pair(text, "teacher_cache", task, pairs, faults)
+        faults.raise_if_any()
+        return [found[pair] for pair in pairs]
+    if len(pairs) > 1:
+        example = ",".join(f"{pair}=DIR" for pair in pairs)
+        raise UserError(
+            f"--teacher-cache: expected a cache for each pair of languages, as in {example}; got "
+            f"{text!r}"
+        )
+    return [text]
 
 
-def _by_pair(text: str, flag: str, trained: Sequence[str], faults: Faults) -> Dict[str, str]:
-    """The values of a flag, by pair; a value may have commas."""
+_NAMES_PAIR = re.compile(r"\s*([^\s=,:/]+-[^\s=,:/]+)=")
+
+
+def _by_pair(
+    text: str, name: str, task: Any, pairs: Sequence[str], faults: Faults
+) -> Dict[str, str]:
+    """The values of a flag, by pair; a value may have commas.
+
+    Args:
+        task: its configuration.
+        pairs: its own, each of which needs a teacher. A flag may also name others that are trained,
+            in a validation.
+    """
     found: Dict[str, str] = {}
-    for part in re.split(r",(?=" + _OF_PAIR.pattern.replace("(", "(?:") + ")", text):
+    flag = "--" + name.replace("_", "-")
+    trained = [*dict.fromkeys((*task.lang_pairs, *pairs))]
+    for part in re.split(r",(?=" + _NAMES_PAIR.pattern.replace("(", "(?:") + ")", text):
         pair, _, value = part.strip().partition("=")
         faults.check(pair not in found, f"{flag} names {pair} twice")
         faults.check(
@@ -501,6 +514,12 @@ def _by_pair(text: str, flag: str, trained: Sequence[str], faults: Faults) -> Di
             f"{flag} names {pair}, which is none of --lang-pairs {','.join(trained)}",
         )
         found[pair] = value
+    what = {"teacher_checkpoint_path": "teacher", "teacher_cache": "cache"}.get(name)
+    without = ", ".join(pair for pair in pairs if not found.get(pair))
+    faults.check(
+        not (what and without),
+        f"{flag} names no {what} for {without}: every pair of --lang-pairs needs one",
+    )
     return found
 
 

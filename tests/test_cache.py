@@ -49,6 +49,7 @@ from kd_plugin.objective.answer import CachedAnswer, Dense, Member, RunningAnswe
 from kd_plugin.objective.chunks import Settings
 from kd_plugin.objective.divergences import divergence
 from kd_plugin.objective.selection import Selection
+from kd_plugin.teachers import Student
 
 V, K, TEMPERATURES = 29, 5, (0.5, 2.0)
 # of a float16's 11 bits; log-probabilities down to -16 nats
@@ -899,7 +900,8 @@ def test_lengths_are_what_the_task_says(case, tmp_path, caplog):
     data = Namespace(batch_by_size=lambda order, **_: [order[:2], order[2:]], tgt=texts)
     task = Namespace(
         target_dictionary=dictionary(),
-        dataset={"train": data}.get,
+        samples={"train": data}.get,
+        student=lambda: Student(dictionary(), dictionary(), "aa", "bb"),
         cfg=Namespace(data="bin"),
         kind=TRANSLATION,
     )

@@ -22,7 +22,7 @@ from kd_plugin.commands.arguments import parse_like_fairseq
 from kd_plugin.decoding import databin
 from kd_plugin.errors import UserError
 from kd_plugin.report import Model, scoring
-from kd_plugin.report.blocks import Blocks
+from kd_plugin.report.blocks import TextInBlocks
 from kd_plugin.tasks.language_modeling import KDLanguageModelingConfig, KDLanguageModelingTask
 from kd_plugin.teachers import Student, Teacher, TeacherSettings
 
@@ -179,7 +179,7 @@ def answers(path, data, **settings):
     (batch, *_) = t.batches()
     opened = Teacher.open(TeacherSettings([path], **settings), t.task.student())
     rows = batch["target"].flatten().ne(1).nonzero().squeeze(-1)
-    return opened(batch["net_input"]).rows(rows, torch.zeros(())).logits, batch
+    return opened(batch).rows(rows, torch.zeros(())).logits, batch
 
 
 def test_a_dictionary_in_another_order_and_larger_is_mapped(data, tmp_path):
@@ -381,14 +381,14 @@ def test_a_block_is_scored_as_its_model_says(mode, bos, data, tmp_path, monkeypa
 
 def test_blocks_that_a_model_cannot_read_are_refused(data, teacher):
     long = parsed(data, "--tokens-per-sample", "20", "--sample-break-mode", "none")
-    Blocks(long)  # the text has 8 tokens
+    TextInBlocks(long)  # the text has 8 tokens
     model, role = Model("lm", teacher[0], str(data)), Role("model")
     scoring.Scorer(model, role, long)
     train = parsed(data, "--gen-subset", "train", "--tokens-per-sample", "20")
     with pytest.raises(UserError, match="reads 16 tokens at most, and the longest block has 20"):
         scoring.Scorer(model, role, train)
     with pytest.raises(UserError, match="the subset 'other' .* cannot be read"):
-        Blocks(parsed(data, "--gen-subset", "other"))
+        TextInBlocks(parsed(data, "--gen-subset", "other"))
 
 
 def test_models_of_two_kinds_are_refused(data, teacher, tmp_path, capsys):

@@ -91,7 +91,7 @@ def says(teacher, data):
     task.load_dataset("valid")
     dataset = task.dataset("valid")
     batch = dataset.collater([dataset[i] for i in range(len(dataset))])
-    answer, width, found = teacher(batch["net_input"]), batch["target"].size(1), {}
+    answer, width, found = teacher(batch), batch["target"].size(1), {}
     for at, (i, target) in enumerate(zip(batch["id"].tolist(), batch["target"])):
         rows = target.ne(data.target.pad()).nonzero().squeeze(1) + at * width
         found[i] = torch.log_softmax(answer.logits(rows), -1)
@@ -156,7 +156,7 @@ def test_flags_stand_for_a_task_that_says_nothing(data, tmp_path):
     tokens = torch.tensor([[1, 4, 5, 2], [6, 7, 4, 2]])  # padded on the left
     inputs = {"src_tokens": tokens, "src_lengths": torch.tensor([3, 4])}
     inputs["prev_output_tokens"] = torch.tensor([[2, 4]] * 2)
-    read = opened.members[0].inputs(inputs)
+    read = opened.members[0].inputs({"net_input": inputs})
     aa, bb = 12, 13
     assert read["src_tokens"].tolist() == [[1, 4, 5, aa, 2, bb], [6, 7, 4, aa, 2, bb]]
     assert read["src_lengths"].tolist() == [5, 6]

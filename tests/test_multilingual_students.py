@@ -1,6 +1,7 @@
 """A student of several pairs of languages, each taught by a teacher of its own, or all by one."""
 
 import math
+import shutil
 from argparse import ArgumentParser, Namespace
 
 import pytest
@@ -9,7 +10,7 @@ from fairseq import models
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from support import load
+from support import in_process, load, tree
 from trainer import (
     SENTENCES,
     SOURCE,
@@ -23,6 +24,7 @@ from trainer import (
     write_teacher,
 )
 
+from kd_plugin.checkpoints import Checkpoint
 from kd_plugin.errors import UserError
 from kd_plugin.objective import Settings, distillation_objective
 from kd_plugin.objective.selection import ScoreQueue, ScoreQueues, Selection, TokenStatistics
@@ -146,7 +148,7 @@ def own_logits(path, source, target, tags=((), ("</s>",), ("</s>",))):
 @pytest.mark.parametrize("tags", TAGS)
 def test_each_sentence_is_asked_of_its_pairs_teacher(tags, data, teachers):
     t = Learning(data, *named(teachers), *tags, ignore_prefix_size=int(tags == BOTH)).opened()
-    batch = t.task.numbered(t.batch())
+    batch = t.batch()
     answer = t.task.source.answer(batch, Step())
     width, seen = batch["target"].size(1), set()
     for number, (pair, sentence) in enumerate(zip(batch["pair"].tolist(), batch["id"].tolist())):
@@ -201,7 +203,7 @@ def test_one_teacher_for_all_pairs(students, tags, data, tmp_path):
     t = Learning(data, *flags, ignore_prefix_size=ignored).opened()
     one, two = (source.teacher.members[0] for source in t.task.source.sources)
     assert one.model is two.model
-    batch = t.task.numbered(t.batch())
+    batch = t.batch()
     # in one pass where pairs do not differ in what is taken out and put in
     differ = students != tags and "src" in (*students, *tags)
     assert len([*t.task.source.asked(batch)]) == 1 + differ
@@ -329,7 +331,7 @@ class _Says:
 def test_parts_of_a_batch_are_as_wide_as_their_sentences(data, teachers):
     """An LSTM reads no others."""
     t = Learning(data, *named(teachers)).opened()
-    parts = [*t.task.source._parts(t.task.numbered(t.batch()))]
+    parts = [*t.task.source._parts(t.batch())]
     assert len(parts) == 2
     for _, part, _ in parts:
         inputs = part["net_input"]
@@ -348,9 +350,11 @@ def test_parts_of_a_batch_are_as_wide_as_their_sentences(data, teachers):
             "names bb-cc, which is none of .* aa-bb,cc-bb",
         ),
         (("A", "--teacher-langs", "aa-bb=x,cc-bb=c,b"), {}, "expected two languages.*'x'"),
-        (("A", "--teacher-cache", "C"), {}, "--teacher-cache is for one pair of languages"),
-        (("A",), {"kd_hidden": "relations"}, "leave out --kd-hidden: the teachers of several"),
-        (("A",), {"kd_inputs": "argmax"}, "is for tasks that translate sentences"),
+        (("A", "--teacher-cache", "C"), {}, "cache for each pair .*, as in aa-bb=DIR,cc-bb=DIR"),
+        (("A", "--teacher-cache", "aa-bb=C"), {}, "--teacher-cache names no cache for cc-bb"),
+        (("A", "--teacher-cache", "aa-bb=C,aa-bb=D"), {}, "--teacher-cache names aa-bb twice"),
+        (("A",), {"kd_hidden": "relations"}, "leave out --kd-hidden, for students of one pair"),
+        (("A",), {"kd_inputs": "argmax"}, "leave out --kd-inputs argmax, for students of one"),
         (("A",), {"kd_selection_scope": "pair"}, "no effect with --kd-selection all"),
         (("A", "--extra-data", "{'mined': 'x'}"), {}, "no teacher is asked about such data"),
     ],
@@ -396,13 +400,149 @@ def test_lengths_are_told_as_the_student_counts_them(data, teachers):
     Learning(data, *flags, "--teacher-overrides", "{'max_source_positions': 5}").begin()
 
 
+# Caches
+
+
+def write_cache(data, teacher, pair, folder, *flags):
+    """With all symbols."""
+    source, target = pair.split("-")
+    how = ("--batch-size", 2, "--top-k", 16, "--cpu", "--num-workers", 0)
+    return in_process(
+        *("fairseq-kd-cache", data, "--task", NAME, "--lang-pairs", ",".join(PAIRS)),
+        *("-s", source, "-t", target, "--path", teacher, "--cache", folder, *how, *flags),
+    )
+
+
+@pytest.fixture(scope="module")
+def caches(data, teachers, tmp_path_factory):
+    """Made for a student without tags."""
+    folder = tmp_path_factory.mktemp("caches")
+    for pair, teacher in zip(PAIRS, teachers):
+        assert "top 16 of teacher.pt" in write_cache(data, teacher, pair, folder / pair).ok().text
+    return folder
+
+
+def cached(caches, pairs=PAIRS):
+    return ("--teacher-cache", ",".join(f"{pair}={caches / pair}" for pair in pairs))
+
+
+@pytest.mark.parametrize("tags", TAGS)
+def test_caches_are_their_teachers(tags, data, teachers, caches):
+    """Whatever tags the student reads: the answers are about words."""
+    common = dict(kd_weight=1.0, ignore_prefix_size=int(tags == BOTH))
+    t = Learning(data, *named(teachers), *tags, **common).begin()
+    o = Learning(data, *cached(caches), *tags, **common).begin()
+    t.criterion.train(), o.criterion.train()
+    online, size, expected, log = loss_of(t.criterion, t.model, taught(t, t.batch()))
+    loss, ours, found, more = loss_of(o.criterion, o.model, taught(o, o.batch()))
+    assert (loss, ours) == (pytest.approx(online, rel=2e-3), size) and more.keys() == log.keys()
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=0.01, atol=2e-3)
+    for name in (f"kd_loss_{pair}" for pair in PAIRS):
+        assert float(more[name]) == pytest.approx(float(log[name]), rel=2e-3)
+    theirs, ours = (float(one.validate(one.batch("valid"))["teacher_nll_loss"]) for one in (t, o))
+    assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+def test_a_cache_is_the_same_whatever_the_student_reads(data, teachers, caches, tmp_path):
+    write_cache(data, teachers[0], PAIRS[0], tmp_path / "cache", *BOTH).ok()
+    ours, theirs = (
+        {name: content for name, content in tree(folder).items() if name.endswith(".bin")}
+        for folder in (tmp_path / "cache", caches / PAIRS[0])
+    )
+    assert ours == theirs and len(ours) == 12
+
+
+def test_caches_that_do_not_fit(data, teachers, caches, tmp_path):
+    write_cache(data, teachers[1], PAIRS[1], tmp_path / "few", "--top-k", 3).ok()
+    swapped = f"aa-bb={caches / 'cc-bb'},cc-bb={caches / 'aa-bb'}"
+    for flags, words in (
+        (("--teacher-cache", swapped), "aa-bb: .* source_lang is aa here, cc there.*; cc-bb: the"),
+        ((*cached(caches), "--langs", "aa,cc,bb"), "language_tokens: 1 is __cc__ here, __bb__ the"),
+        ((*cached(caches), *BOTH), "about which a cache says nothing: give --ignore-prefix-size 1"),
+        ((*cached(caches), "--truncate-source"), "aa-bb: .*settings: truncate_source is 1024 here"),
+        (cached(tmp_path), "aa-bb: no cache of the subset train in .*; cc-bb: no cache"),
+        (
+            ("--teacher-cache", f"aa-bb={caches / 'aa-bb'},cc-bb={tmp_path / 'few'}"),
+            "few/train were not made with the same top k",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            Learning(data, *flags).begin()
+    found = in_process(
+        "fairseq-kd-cache",
+        data,
+        "--task",
+        NAME,
+        "--lang-pairs",
+        "aa-bb,cc-bb",
+        "--path",
+        teachers[0],
+        "--cache",
+        tmp_path / "both",
+        "--cpu",
+    )
+    assert "name one of --lang-pairs aa-bb,cc-bb with --source-lang and" in found.refusal
+    assert not (tmp_path / "both").exists()
+
+
+def test_a_subset_that_one_pair_has_no_cache_of(data, caches, tmp_path):
+    """Is validated without: the log has the same fields for every batch."""
+    shutil.copytree(str(caches), str(tmp_path / "caches"))
+    shutil.rmtree(str(tmp_path / "caches" / "cc-bb" / "valid"))
+    t = Learning(data, *cached(tmp_path / "caches")).begin()
+    assert "kd_loss" not in t.validate(t.batch("valid"))
+    assert t.update([t.batch()])[0]["kd_loss_cc-bb"] > 0
+
+
+def test_caches_of_several_folders(data, teachers, tmp_path):
+    """Of which one pair is in the first one alone."""
+    more = write_pairs(tmp_path, {"train": SENTENCES["train"][3:]}, OTHERS)
+    for file in more.glob("*.cc-bb.*"):
+        file.unlink()
+    both = f"{data}:{more}"
+    folders = {"aa-bb": f"{tmp_path / 'one'}:{tmp_path / 'two'}", "cc-bb": tmp_path / "other"}
+    for (pair, folder), teacher in zip(folders.items(), teachers):
+        write_cache(both, teacher, pair, folder).ok()
+    flags = ("--teacher-cache", ",".join(map("{}={}".format, *zip(*folders.items()))))
+    t = Learning(both, *flags).begin()
+    t.task.load_dataset("train", epoch=2)
+    t.criterion.train()
+    batch = t.batch()
+    found = sorted(zip(batch["pair"].tolist(), batch["id"].tolist()))
+    assert found == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert t.criterion(t.model, taught(t, batch))[2]["kd_loss_cc-bb"] > 0
+    one = ("--teacher-cache", f"aa-bb={tmp_path / 'one'},cc-bb={tmp_path / 'other'}")
+    with pytest.raises(UserError, match="aa-bb: .*expected a cache for each of the 2 data folders"):
+        Learning(both, *one).begin()
+
+
+def test_a_file_of_several_pairs_is_read_once(data, tmp_path, monkeypatch):
+    path, read = write_multilingual(tmp_path / "teacher", BOTH), []
+    real = Checkpoint.open
+    monkeypatch.setattr(Checkpoint, "open", lambda *one: read.append(one[0]) or real(*one))
+    Learning(data, "--teacher-checkpoint-path", path, *BOTH).opened()
+    assert read == [path]
+
+
+def test_a_sentence_without_any_probability_is_named_with_its_pair(data, teachers):
+    t = Learning(data, *named(teachers)).begin()
+    with torch.no_grad():
+        (member,) = t.task.source.sources[1].teacher.members
+        member.model.encoder.embed_tokens.weight.fill_(math.nan)
+    t.criterion.train()
+    batch = t.batch()
+    with pytest.raises(UserError, match=r"with ids \[cc-bb \d, cc-bb \d, cc-bb \d\]"):
+        t.criterion(t.model, taught(t, batch))
+
+
 def test_folders_are_read_in_turn(data, teachers, tmp_path):
     part = {"train": SENTENCES["train"][3:]}
     more = write_pairs(tmp_path, part, {"train": OTHERS["train"][:1]})
     t = Learning(f"{data}:{more}", *named(teachers)).begin()
     assert len(t.task.dataset("train")) == 8
     t.task.load_dataset("train", epoch=2)
-    batch = t.task.numbered(t.batch())
+    batch = t.batch()
     found = sorted(zip(batch["pair"].tolist(), batch["id"].tolist()))
     assert found == [(0, 0), (0, 1), (1, 0)]
     t.criterion.train()

@@ -220,7 +220,7 @@ def test_what_is_learnt_from_the_inside():
 
 
 def test_a_cache_allows_a_tail():
-    assert plan(TeacherConfig(teacher_cache="c"), kd_tail="renormalise").cache == "c"
+    assert plan(TeacherConfig(teacher_cache="c"), kd_tail="renormalise").caches == ["c"]
 
 
 def test_teachers_of_the_flags():
@@ -231,11 +231,11 @@ def test_teachers_of_the_flags():
         teacher_overrides="{'dropout': 0.1}",
         teacher_device="cpu",
     )
-    found = plan(config).teacher
+    (found,) = plan(config).teachers
     assert found.paths == ["a.pt", "b.pt"] and found.data == ["one", "two"]
     assert found.weights == [2.0, 1.0] and found.overrides == {"dropout": 0.1}
     assert (found.dtype, found.on_cpu, found.trust) == ("fp32", True, False)
-    assert plan().teacher is None
+    assert plan().teachers == []
 
 
 def test_another_task_is_refused():

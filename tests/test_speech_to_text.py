@@ -218,7 +218,7 @@ def answers(path, data, **flags):
     batch = t.batches()[0]
     opened = Teacher.open(TeacherSettings([path]), t.task.student())
     rows = batch["target"].flatten().ne(1).nonzero().squeeze(-1)
-    return opened(batch["net_input"]).rows(rows, torch.zeros(())).logits, batch
+    return opened(batch).rows(rows, torch.zeros(())).logits, batch
 
 
 def test_a_dictionary_in_another_order_and_larger_is_mapped(data, tmp_path):

@@ -493,7 +493,7 @@ def test_what_is_inside_a_tagged_teacher_is_found_at_the_students_positions(bos,
     opened, places = Teacher.open(TeacherSettings([path]), student.student()), []
     places = [Place(kind, -1) for kind in KINDS]
     with torch.no_grad():
-        (inside,) = opened(batches[1]["net_input"], places=places).inside()
+        (inside,) = opened(batches[1], places=places).inside()
     assert inside.shared[batches[1]["net_input"]["src_tokens"].ne(1)].all()
     for at, i in enumerate(batches[1]["id"].tolist()):
         there = batches[0]["id"].tolist().index(i)

@@ -41,13 +41,12 @@ def logits(path, source=SOURCE, target=TARGET, **settings):
         return torch.tensor(rows)
 
     sources, targets = zip(*SENTENCES)
-    answer = opened(
-        {
-            "src_tokens": batch(source, sources, []),
-            "src_lengths": torch.tensor([len(s) for s in sources]),
-            "prev_output_tokens": batch(target, targets, [target.eos()]),
-        }
-    )
+    inputs = {
+        "src_tokens": batch(source, sources, []),
+        "src_lengths": torch.tensor([len(s) for s in sources]),
+        "prev_output_tokens": batch(target, targets, [target.eos()]),
+    }
+    answer = opened({"net_input": inputs})
     return answer.logits(torch.arange(15))
 
 
@@ -175,7 +174,7 @@ def test_an_mbart_reads_what_its_own_task_makes_of_a_sentence(bos, left, tmp_pat
         expected[i] = row[int(bos) : last + 1]
     opened = Teacher.open(TeacherSettings([teacher]), student.student())
     assert opened.max_positions() == (11 - bos, 10 - bos)
-    answer, width = opened(inputs), targets_of_student.size(1)
+    answer, width = opened({"net_input": inputs}), targets_of_student.size(1)
     for at, (i, target) in enumerate(zip(order, targets_of_student)):
         rows = target.ne(student.target_dictionary.pad()).nonzero().squeeze(1) + at * width
         found = torch.log_softmax(answer.logits(rows), -1)

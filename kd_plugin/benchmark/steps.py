@@ -15,7 +15,7 @@ from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
-from ..cache import read_by_teacher, rows_of_batch
+from ..cache import rows_of_batch
 from ..errors import UserError
 from ..flags import (
     BEYOND_OUTPUTS,
@@ -76,8 +76,7 @@ class Steps:
             if self._looks_beyond_outputs():
                 makers[OUTPUTS] = lambda: self._steps(self._trainer("outputs"))
             makers[VALIDATION] = self._validation
-            if self.taught.cacheable:
-                makers[CACHING] = self._caching
+            makers[CACHING] = self._caching
         if self.cfg.task.teacher_cache:
             makers[CACHED] = lambda: self._steps(self._trainer("cached"))
             for t in self._other_temperatures():
@@ -189,7 +188,7 @@ class Steps:
             with torch.no_grad():
                 for teacher, batch in asked:
                     for member in teacher.members:
-                        member.model(**member.inputs(read_by_teacher(batch)))
+                        member.model(**member.inputs(batch))
 
         return work
 
@@ -205,7 +204,7 @@ class Steps:
             for batch in batches:
                 for teacher, sample in _asked(trainer, dataset, batch):
                     for member in teacher.members:
-                        inputs = member.inputs(read_by_teacher(sample))
+                        inputs = member.inputs(sample)
                         # tags before the target are no words to predict
                         padding = (member.view.longer[1], 0)
                         target = F.pad(sample["target"], padding, value=pad)
@@ -222,10 +221,10 @@ class Steps:
 
         def work() -> None:
             with tempfile.TemporaryFile() as file:
-                for batch in batches:
-                    sample = dataset.collater([dataset[i] for i in batch])
-                    ids = np.asarray(batch)
-                    teacher = trainer.task.source.teacher
+                asked = (one for batch in batches for one in _asked(trainer, dataset, batch))
+                for teacher, sample in asked:
+                    ids = np.arange(len(sample["target"]))
+                    sample = {**sample, "id": torch.from_numpy(ids)}
                     rows = rows_of_batch(trainer.task, teacher, sample, ids, header=header)
                     for array in rows.values():
                         file.write(array.tobytes())
@@ -263,7 +262,7 @@ def _stock_criterion(task: Any, cfg: Any) -> LabelSmoothedCrossEntropyCriterion:
 def _asked(trainer: Any, dataset: Any, ids: Sequence[int]) -> Iterator[Any]:
     """The teachers that are run on a batch, each with the sentences that it is asked about."""
     batch = _on_device(trainer, dataset.collater([dataset[i] for i in ids]))
-    return trainer.task.source.asked(trainer.task.numbered(batch))
+    return trainer.task.source.asked(batch)
 
 
 def _on_device(trainer: Any, batch: Dict[str, Any]) -> Dict[str, Any]:

@@ -1,6 +1,6 @@
 """A teacher's distributions on disk: run it once, train from them as often as you like."""
 
-from .dataset import TaughtDataset, read_by_teacher
+from .dataset import TaughtDataset, are_words, with_rows
 from .fill import rows_of_batch
 from .layout import CacheError, Describe, data_files, describe_data
 from .pipeline import Asked, make, verify
@@ -12,10 +12,11 @@ __all__ = [
     "CachedSubset",
     "Describe",
     "TaughtDataset",
+    "are_words",
     "data_files",
     "describe_data",
     "make",
-    "read_by_teacher",
     "rows_of_batch",
     "verify",
+    "with_rows",
 ]

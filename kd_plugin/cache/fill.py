@@ -1,6 +1,7 @@
 """Run a teacher over a subset and write its answers."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..objective.answer import NotFiniteTeacherError, rows_ahead, rows_at_once
 from ..timing import progress_bar
-from .dataset import read_by_teacher, target_tokens
+from .dataset import target_tokens
 from .layout import CacheError
 from .writer import CacheWriter, teacher_rows, uniform_of_sentence
 
@@ -51,16 +52,19 @@ def open_writer(
         raise CacheError(
             f"--top-k must be from 1 to the {vocabulary} symbols of the vocabulary, got {k}"
         )
-    dataset = task.dataset(header["subset"])
+    dataset = task.samples(header["subset"])
     tokens = task.lengths(dataset)
     if tokens is None:
         raise CacheError(
             f"a teacher cache needs references, and {header['subset']} of {task.cfg.data} has none"
         )
     readable = (task.lengths_read(dataset) <= np.array(limits)).all(axis=1)
-    pad, lengths = task.target_dictionary.pad(), np.zeros(len(tokens), dtype=np.int64)
+    student, lengths = task.student(), np.zeros(len(tokens), dtype=np.int64)
+    words = functools.partial(
+        target_tokens, dataset, pad=student.target.pad(), tags=student.tags.longer[1]
+    )
     for sentence in np.flatnonzero(readable):
-        lengths[sentence] = len(target_tokens(dataset, sentence, pad))
+        lengths[sentence] = len(words(sentence))
     too_long = np.count_nonzero(~readable)
     if too_long:
         samples, most = task.kind.samples[0], task.kind.lengths(*limits)
@@ -83,7 +87,7 @@ def open_writer(
             max_tokens=max_tokens,
             max_sentences=max_sentences,
         ),
-        targets=lambda i: target_tokens(dataset, i, pad),
+        targets=words,
         num_shards=num_shards,
         shard_id=shard_id,
     )
@@ -103,7 +107,7 @@ def fill(task: Any, teacher: Any, writer: CacheWriter, num_workers: int = 1) -> 
         CacheError: it cannot be written; Busy: another process writes this shard.
         UserError: the teacher gave NaN, +inf or no probability at all.
     """
-    dataset = task.dataset(writer.header["subset"])
+    dataset = task.samples(writer.header["subset"])
     with contextlib.closing(writer):
         writer.begin()
         if writer.done < len(writer.batches):
@@ -171,11 +175,11 @@ def rows_of_batch(
         header: of the cache; with ``vocabulary``, ``k``, ``temperatures`` and, to draw from the
             tail, ``tail_samples`` and ``files``.
     """
-    ids, pad = batch["id"].numpy(), task.target_dictionary.pad()
+    ids = batch["id"].numpy()
     if teacher.device.type == "cuda":
         batch = utils.move_to_cuda(batch)
-    answer, target = teacher(read_by_teacher(batch)), batch["target"]
-    real = target.ne(pad)
+    answer, target = teacher(batch), batch["target"]
+    real = task.student().words(target)
     flat = _in_order(real, ids, plan)
     uniform = _uniform(real, ids, plan, header)
     size = rows_at_once(flat.device, header["vocabulary"])
@@ -188,7 +192,7 @@ def rows_of_batch(
             if part.bad().any():
                 bad = block[here][part.bad()]
                 error = NotFiniteTeacherError(answer.not_finite(bad), bad)
-                raise error.naming(batch["id"], target.size(1))
+                raise error.naming(ids, target.size(1))
             references = target.flatten()[block[here]]
             chances = None if uniform is None else uniform[done : done + len(references)]
             done += len(references)

@@ -19,9 +19,9 @@ A cache is a folder with one subfolder per subset (``train``, ``valid``), each c
                         a file may be shorter; one file after the other, in the order from above
       partial/          while it is being written: header.json, and a folder for each shard
 
-A row is a target token, the end-of-sentence symbol included and padding symbols in the text not, in
-the order of the sentence;
-sentences are in the order of the binarised data, and one that the teacher cannot read has no rows.
+A row is a target token, the end-of-sentence symbol included, in the order of the sentence; padding
+symbols in the text and tags of languages before it have none. Sentences are in the order of the
+binarised data, and one that the teacher cannot read has no rows.
 Arrays are flat, little-endian, without a header, to be memory-mapped. An array of no width has no
 file. A block is compared with its CRC-32 when a process first reads of it; a cache
 of an earlier version has no ``blocks.bin`` and is compared as a whole when it is opened. At

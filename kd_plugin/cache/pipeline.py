@@ -117,7 +117,13 @@ def _setup(asked: Asked) -> Tuple[Any, Any]:
         cfg.task.teacher_checkpoint_path = cfg.common_eval.path
         cfg.task.teacher_overrides = cfg.common_eval.model_overrides
     utils.import_user_module(cfg.common)
-    return cfg, _read(cfg.task.data, tasks.setup_task, cfg.task)
+    task = _read(cfg.task.data, tasks.setup_task, cfg.task)
+    if task.pairs and not (cfg.task.source_lang and cfg.task.target_lang):
+        raise CacheError(
+            f"a cache is of one pair of languages: name one of --lang-pairs {','.join(task.pairs)} "
+            "with --source-lang and --target-lang, and make a cache for each"
+        )
+    return cfg, task
 
 
 class _Part(NamedTuple):

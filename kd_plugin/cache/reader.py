@@ -79,11 +79,16 @@ class CachedSubset:
         """Whether one student can be taught from both: the same teachers and kinds of rows."""
         return self._made_with() == other._made_with()
 
+    @property
+    def rows_hold(self) -> Any:
+        """Rows of two caches for which this is equal can be in one batch."""
+        return self.k, self.temperatures, self.samples
+
     def _made_with(self) -> Any:
         teachers = [
             (one["sha256"], one.get("weight"), one.get("tags")) for one in self.manifest["teachers"]
         ]
-        return self.k, self.temperatures, self.samples, teachers
+        return self.rows_hold, teachers
 
     def __len__(self) -> int:
         return self.manifest["sentences"]

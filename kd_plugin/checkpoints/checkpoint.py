@@ -252,6 +252,10 @@ class Checkpoint:
         """How many parameters it holds; see ``count_parameters``."""
         return count_parameters(self.weights)
 
+    def without_content(self) -> "Checkpoint":
+        """The same with weights that have a size and no content, nor memory."""
+        return self.with_weights({name: own.to("meta") for name, own in self.weights.items()})
+
     def with_weights(self, weights: Dict[str, Tensor]) -> "Checkpoint":
         """The same with other weights."""
         return dataclasses.replace(self, weights=weights)

@@ -15,7 +15,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from .build import translation_task
 from .dictionaries import Dictionaries
 from .tags import MULTILINGUAL, SIMPLE_EPOCH
-from .tasks import is_translation
+from .tasks import is_translation, taught
 
 
 class Kind(NamedTuple):
@@ -49,6 +49,11 @@ class Kind(NamedTuple):
     shorten: str
     reads_frames: bool = False
     otherwise: str = ""
+
+    @property
+    def taught(self) -> str:
+        """The task with a teacher."""
+        return taught(self.task)
 
     def lengths(self, source: Any, target: Any) -> str:
         return self.samples[1].format(source, target)
@@ -111,9 +116,14 @@ SPEECH = Kind(
 )
 # What a translation model is asked that reads what is said
 TRANSCRIPT = TRANSLATION._replace(
-    task="kd_speech_to_text with --teacher-reads transcript",
+    task=f"{SPEECH.taught} with --teacher-reads transcript",
     samples=("utterances", "{} tokens of the transcript and {} target tokens"),
     shorten="Leave the longer ones out of the TSV files.",
+)
+
+# The tasks that have a teacher
+TAUGHT = tuple(
+    kind.taught for kind in (TRANSLATION, MULTILINGUAL_TRANSLATION, LANGUAGE_MODEL, SPEECH)
 )
 
 
@@ -125,7 +135,7 @@ def kind_of(task: Optional[str], architecture: Optional[str]) -> Optional[Kind]:
     own = TASK_REGISTRY.get(task or "")
     if decodes or unknown_lm or (own is not None and issubclass(own, LanguageModelingTask)):
         return LANGUAGE_MODEL
-    if task in ("speech_to_text", "kd_speech_to_text"):
+    if task in (SPEECH.task, SPEECH.taught):
         return SPEECH
     if task in (None, *MULTILINGUAL) or is_translation(task):
         return TRANSLATION

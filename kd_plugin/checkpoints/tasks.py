@@ -10,8 +10,14 @@ from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleE
 
 from .tags import EACH_DIRECTION, PRETRAINED_BART, SIMPLE_EPOCH
 
+
+def taught(task: str) -> str:
+    """What the plugin calls a task of fairseq's with a teacher."""
+    return f"kd_{task}"
+
+
 # Tasks whose models translate from one of our dictionaries to another, and add no symbols to them
-TRANSLATION_TASKS = ("translation", "kd_translation")
+TRANSLATION_TASKS = ("translation", taught("translation"))
 
 # What makes a model's input of a data-bin, and its output of the model
 _DECODING = (

@@ -24,7 +24,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_f
 from fairseq.tasks import TASK_REGISTRY
 
 from .. import benchmark
-from ..checkpoints import DTYPES
+from ..checkpoints import DTYPES, TRANSLATION
 from ..errors import UserError
 from ..flags import CRITERION, KDLabelSmoothedCrossEntropyCriterionConfig
 from ..tasks.distillation import Distillation
@@ -158,7 +158,7 @@ def run(arguments: List[str]) -> None:
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that fairseq-train --help cannot show, because it stops before it knows them."""
-    task = parser.add_argument_group("task kd_translation")
+    task = parser.add_argument_group(f"task {TRANSLATION.taught}")
     gen_parser_from_dataclass(task, KDTranslationConfig())
     criterion = parser.add_argument_group("criterion " + CRITERION)
     gen_parser_from_dataclass(criterion, KDLabelSmoothedCrossEntropyCriterionConfig())
@@ -200,7 +200,7 @@ def _preset(file: str) -> Any:
 
 def _configuration(training: List[str]) -> Any:
     """fairseq's configuration of a distillation run."""
-    training = ["--task", "kd_translation", "--criterion", CRITERION, *training]
+    training = ["--task", TRANSLATION.taught, "--criterion", CRITERION, *training]
     import_user_dir(training)
     arch = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     arch.add_argument("--arch", "-a")
@@ -213,8 +213,8 @@ def _configuration(training: List[str]) -> Any:
     taught = issubclass(TASK_REGISTRY.get(cfg.task._name, object), Distillation)
     if not taught or cfg.criterion._name != CRITERION:
         make_parser().error(  # fairseq's would print its hundreds of flags first
-            "expected the arguments of a distillation run (--task kd_translation --criterion "
-            f"{CRITERION}); plain steps are timed as well"
+            f"expected the arguments of a distillation run (--task {TRANSLATION.taught} "
+            f"--criterion {CRITERION}); plain steps are timed as well"
         )
     return cfg
 

@@ -10,7 +10,7 @@ from fairseq.tasks import TASK_REGISTRY
 
 from .. import cache, decoding
 from ..cache import CacheError
-from ..checkpoints import parse_overrides
+from ..checkpoints import TRANSLATION, parse_overrides
 from ..errors import Faults
 from ..tasks.distillation import Distillation
 from .arguments import Help, add_trust, flag_of, run_like_fairseq, shard_of_process
@@ -19,7 +19,7 @@ PROG = "fairseq-kd-cache"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = fairseq_options.get_validation_parser(default_task="kd_translation")
+    parser = fairseq_options.get_validation_parser(default_task=TRANSLATION.taught)
     parser.prog, parser.description, parser.formatter_class = PROG, __doc__, Help
     parser.usage = (
         "%(prog)s DATA --path TEACHER[:MORE] --cache DIR [options]\n"
@@ -104,13 +104,8 @@ def _refuse(options: argparse.Namespace) -> None:
     )
     faults.check(
         issubclass(TASK_REGISTRY.get(options.task, object), Distillation),
-        "--task must be kd_translation, or another task with a teacher, whatever the teacher was "
-        "trained with",
-    )
-    faults.check(
-        getattr(TASK_REGISTRY.get(options.task), "cacheable", True),
-        f"--task {options.task} has no cache: the teachers of several pairs of languages are run "
-        "beside the student",
+        f"--task must be {TRANSLATION.taught}, or another task with a teacher, whatever the "
+        "teacher was trained with",
     )
     faults.check(
         not getattr(options, "amp", False), "--amp is for training: give --fp16, --bf16 or neither"

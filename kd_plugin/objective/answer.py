@@ -383,7 +383,7 @@ class CachedAnswer:
         arrays: ``symbols`` (n, K), ``log_probs`` (n, K), ``reference`` (n,), ``entropy`` (n,),
             ``rests`` (n, number of temperatures), ``drawn`` (n, S), ``tempered_entropy`` (n,), as
             far as there are any: one row for every real target token of the batch, in its order.
-        real: which target positions of the batch are real, bool (B, T).
+        real: which target positions of the batch these are, bool (B, T).
         temperatures: of ``rests``.
         whole: whether K is the whole vocabulary.
     """
@@ -449,25 +449,25 @@ class NotFiniteTeacherError(UserError, RuntimeError):
     Args:
         teachers: names of the models that did.
         rows: the flat target rows of the batch, (n,).
-        samples: ids of their sentences, where known.
+        samples: ids of their sentences, or what else names them, where known.
     """
 
     def __init__(
-        self, teachers: Sequence[str], rows: Tensor, samples: Optional[Sequence[int]] = None
+        self, teachers: Sequence[str], rows: Tensor, samples: Optional[Sequence[Any]] = None
     ) -> None:
         self.teachers, self.rows = " and ".join(teachers), rows
         where = f"the rows {rows.tolist()}"
         if samples is not None:
-            where = f"the samples with ids {list(samples)}"
+            where = f"the samples with ids [{', '.join(map(str, samples))}]"
         super().__init__(
             f"teacher {self.teachers} gave NaN, +inf or no probability at all for {where}. Check "
             "its weights, or run it in a wider precision (--teacher-dtype fp32)"
         )
 
-    def naming(self, ids: Tensor, width: int) -> "NotFiniteTeacherError":
-        """The same of a batch whose sentences have these ids, (B,), and this many rows each."""
+    def naming(self, ids: Sequence[Any], width: int) -> "NotFiniteTeacherError":
+        """The same of a batch whose B sentences have these ids, and this many rows each."""
         sentences = torch.div(self.rows, width, rounding_mode="floor").unique()
-        samples = ids[sentences.to(ids.device)].tolist()
+        samples = [ids[sentence] for sentence in sentences.tolist()]
         return NotFiniteTeacherError([self.teachers], self.rows, samples)
 
 

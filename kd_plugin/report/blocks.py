@@ -19,7 +19,7 @@ from .systems import System, configuration
 PERPLEXITY = "perplexity"
 
 
-class Blocks(TestSet):
+class TextInBlocks(TestSet):
     """A text, cut into blocks as fairseq-eval-lm does.
 
     Args:

@@ -70,7 +70,7 @@ def compare(
     parts: List[Tuple[torch.Tensor, ...]] = []
     like = torch.zeros((), device=teacher.device)
     for batch in batches:
-        teacher_answer, student_answer = [model(batch["net_input"]) for model in (teacher, student)]
+        teacher_answer, student_answer = [model(batch) for model in (teacher, student)]
         for some in references(batch, dictionary, teacher.device):
             p = teacher_answer.rows(some.rows, like)
             q = student_answer.rows(some.rows, like)

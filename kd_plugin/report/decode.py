@@ -238,7 +238,7 @@ class _Decoder:
         utils.import_user_module(cfg.common)
         self.device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
         self.task = decoding.set_up_task(cfg)
-        if model.kind == FAIRSEQ and trained_for(options) is None:
+        if model.format == FAIRSEQ and trained_for(options) is None:
             self.task = decoding.own_task(
                 *(cfg, self.task, model.paths, role, options.trust_checkpoint)
             )
@@ -250,7 +250,7 @@ class _Decoder:
         self.sentences = len(corpus.source)
         self._memory = Memory()
         self.model: Any
-        if model.kind == CTRANSLATE2:
+        if model.format == CTRANSLATE2:
             record = read_record(Path(model.path))
             check_vocabulary(model, self.task)
             self.model = Path(model.path)

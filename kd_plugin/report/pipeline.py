@@ -21,7 +21,7 @@ from ..teachers import Teacher
 from ..timing import Quartiles
 from . import compare, examples, given, page
 from .asked import Asked, Judged, Results, TestSet
-from .blocks import Blocks
+from .blocks import TextInBlocks
 from .curves import read_curves
 from .decode import measure
 from .measured import NUMBERS, Measured
@@ -47,7 +47,7 @@ def make(asked: Asked) -> Dict[str, Any]:
     """
     curves = {name: read_curves(path) for name, path in asked.logs.items()}
     data: TestSet
-    data = Blocks(asked.options) if models_language(asked.options) else Translations(asked)
+    data = TextInBlocks(asked.options) if models_language(asked.options) else Translations(asked)
     for note in data.describe(asked)["doubts"]:
         logger.warning(note)
     folder = Path(asked.output)
@@ -118,7 +118,7 @@ def _model_settings(model: Model, asked: Asked, data: TestSet) -> Dict[str, Any]
     found: Dict[str, Any] = {"model": model.fingerprint(), "model_data": own}
     found["task"] = asked.trained_for or "the checkpoint's"
     device, _ = decoding.placement(data.cfg, data.cfg.distributed_training.device_id)
-    if model.kind == CTRANSLATE2 and device.type == "cpu":
+    if model.format == CTRANSLATE2 and device.type == "cpu":
         found["ctranslate2_workers"] = threads()
     return found
 
@@ -270,7 +270,7 @@ def _model(model: Model, results: Results) -> Dict[str, Any]:
     measured = results.measured[model.name]
     return {
         "name": model.name,
-        "kind": model.kind,
+        "kind": model.format,
         "path": model.path,
         "error": results.failures.get(model.name),
         **{key: measured.facts.get(key) for key in (*NUMBERS, "precision")},
@@ -357,7 +357,7 @@ def _max_positions(model: Model, results: Results) -> Tuple[int, int]:
     asked, data = results.asked, results.data
     if model.name in results.failures:
         raise UserError("it failed")
-    if model.kind == CTRANSLATE2:
+    if model.format == CTRANSLATE2:
         raise UserError("CTranslate2 gives no distributions")
     if _has_own_data(model, data):
         raise UserError("it has a vocabulary of its own")

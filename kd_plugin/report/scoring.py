@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoints import Checkpoint, Role
 from ..errors import UserError
-from .blocks import Blocks
+from .blocks import TextInBlocks
 from .compare import references
 from .measured import Memory, Pass, facts
 from .systems import Model, open_model, trained_for
@@ -24,7 +24,7 @@ class Scorer:
     """
 
     def __init__(self, model: Model, role: Role, options: Namespace) -> None:
-        self.data = data = Blocks(options)
+        self.data = data = TextInBlocks(options)
         trust, task = options.trust_checkpoint, trained_for(options)
         self._memory = Memory()
         checkpoints = [Checkpoint.open(path, role, trust) for path in model.paths]
@@ -55,7 +55,7 @@ class Scorer:
         like = torch.zeros((), device=self.model.device)
         start = time.perf_counter()
         for batch in self.batches:
-            answer = self.model(batch["net_input"])
+            answer = self.model(batch)
             for some in references(batch, dictionary, self.model.device):
                 losses = answer.rows(some.rows, like).nll(some.symbol).double()
                 np.add.at(nats, some.sentence.cpu().numpy(), losses.cpu().numpy())

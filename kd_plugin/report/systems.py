@@ -40,18 +40,18 @@ class Model(NamedTuple):
     langs: Optional[Tuple[str, str]] = None
 
     @property
-    def kind(self) -> str:
+    def format(self) -> str:
         return CTRANSLATE2 if os.path.isdir(self.path) else FAIRSEQ
 
     @property
     def paths(self) -> List[str]:
         """Its checkpoints, or the folder itself."""
-        return [self.path] if self.kind == CTRANSLATE2 else list(utils.split_paths(self.path))
+        return [self.path] if self.format == CTRANSLATE2 else list(utils.split_paths(self.path))
 
     def fingerprint(self) -> str:
         """SHA-256 of its files' content."""
         files = self.paths
-        if self.kind == CTRANSLATE2:
+        if self.format == CTRANSLATE2:
             files = sorted(str(path) for path in Path(self.path).iterdir() if path.is_file())
         return hashlib.sha256(" ".join(map(digest, files)).encode()).hexdigest()
 
@@ -133,7 +133,7 @@ def read_models(
             f"{model.name!r} cannot be a model's name, which is also a file's: expected letters, "
             "digits and . _ + -, the first a letter or digit, not .greedy at the end",
         )
-        is_folder = model.kind == CTRANSLATE2
+        is_folder = model.format == CTRANSLATE2
         faults.check(
             not is_folder or (Path(model.path) / "model.bin").is_file(),
             f"{model.name}: {model.path} is a folder without model.bin, so not a CTranslate2 model",
@@ -189,8 +189,8 @@ def kind_of_models(models: Sequence[Model], trust: bool = False) -> Kind:
     """
     found: Dict[Kind, List[str]] = {}
     for model in models:
-        kinds = {TRANSLATION} if model.kind == CTRANSLATE2 else set()
-        if model.kind == FAIRSEQ:
+        kinds = {TRANSLATION} if model.format == CTRANSLATE2 else set()
+        if model.format == FAIRSEQ:
             for path in model.paths:
                 with contextlib.suppress(UserError):
                     checkpoint = Checkpoint.open(path, Role("model"), trust)

@@ -22,14 +22,14 @@ from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import FairseqTask
 from omegaconf import II
 
-from ..cache import data_files, describe_data
+from ..cache import Describe, data_files, describe_data
 from ..checkpoints import Kind, Role, is_autoregressive, refuse_cut_short
 from ..errors import UserError
 from ..files import read_whole, reading_binarised
 from ..flags import CRITERION, TeacherConfig
 from ..objective import ScoreQueue
 from ..objective.states import first_maps
-from ..plan import Plan, read_teacher
+from ..plan import Plan, read_teachers
 from ..teachers import (
     TRAINING,
     CachedTeacher,
@@ -70,7 +70,6 @@ class Distillation(FairseqTask):
 
     kind: Kind
     pairs: Sequence[str] = ()  # of languages, of a task with several
-    cacheable = True  # whether a cache can hold the teacher's answers
     repair = "Binarise it again with fairseq-preprocess"  # data that are damaged
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -105,13 +104,11 @@ class Distillation(FairseqTask):
         """The datasets of one pair of languages each that it is made of."""
         return [dataset]
 
-    def numbered(self, sample: Dict[str, Any]) -> Dict[str, Any]:
-        """A batch as source and criterion take it."""
-        return sample
-
     def data_endings(self) -> Sequence[str]:
-        """How the names of a subset's files end, behind ``train``, say, and before ``.bin``."""
-        raise NotImplementedError
+        """How the names of a subset's files end, behind ``train``, say, and before ``.bin``; of
+        sentence pairs, unless a task says otherwise."""
+        pair = self.student().languages
+        return [f".{a}-{b}.{lang}" for a, b in (pair, pair[::-1]) for lang in (a, b)]
 
     def data_settings(self) -> Dict[str, Any]:
         """The flags on which it depends what the task makes of the files, as plain types.
@@ -164,8 +161,10 @@ class Distillation(FairseqTask):
         """
         plan = criterion.plan
         pairs = [pair for term in plan.inside if term.has_maps for pair in term.layers]
-        teacher = plan.teacher
-        if not pairs or teacher is None or not all(map(os.path.isfile, teacher.paths)):
+        if not pairs or not plan.teachers:
+            return
+        (teacher,) = plan.teachers
+        if not all(map(os.path.isfile, teacher.paths)):
             return
         every = hidden_widths(teacher, [pair.kind for pair in pairs])
         widths = []
@@ -183,15 +182,16 @@ class Distillation(FairseqTask):
         criterion.add_maps(first_maps(widths))
 
     def _source(self, plan: Plan) -> Source:
-        if plan.cache:
-            pad = self.target_dictionary.pad()
-            caches = utils.split_paths(plan.cache)
-            return CachedTeacher(
-                caches, self.data_folders(), plan.needs, pad, self.student().kind, plan.beside_cache
-            )
-        if plan.teacher:
-            return RunningTeacher(plan.teacher, self.student(), plan.needs.layers)
+        if plan.caches:
+            return self.cached(plan.caches[0], plan)
+        if plan.teachers:
+            return RunningTeacher(plan.teachers[0], self.student(), plan.needs.layers)
         return NoTeacher(self.kind.task)
+
+    def cached(self, caches: str, plan: Plan) -> CachedTeacher:
+        """The source that reads these caches, one for each data folder."""
+        folders = utils.split_paths(caches), self.data_folders()
+        return CachedTeacher(*folders, plan.needs, self.student(), plan.beside_cache)
 
     # The data: validation's, then training's
 
@@ -200,19 +200,25 @@ class Distillation(FairseqTask):
     ) -> None:
         if str(getattr(self.cfg, "dataset_impl", None)) == "lazy":
             self.cfg.dataset_impl = None  # the same files, read whole
+        before = self.datasets.get(split)
         with reading_binarised(f"{self.cfg.data}: {split}", self.repair):
             super().load_dataset(split, epoch, combine, **kwargs)
+            if self.datasets[split] is before:
+                return  # fairseq goes on with it
             read_whole(self.datasets[split])
         dataset = self.prepared(self.datasets[split], split)
-        folders, train = self.data_folders(), split == self.cfg.train_subset
-        self.datasets[split] = self.source.join(
-            dataset,
-            split,
-            [partial(self.describe_data, folder, split, combine) for folder in folders],
-            # training reads them in turn, an epoch from each
-            turn=(epoch - 1) % len(folders) if train else 0,
-            required=train,
-        )
+        self.datasets[split] = self.joined(dataset, split, epoch, combine)
+
+    def joined(self, dataset: Any, split: str, epoch: int, combine: bool) -> Any:
+        """A prepared dataset with what the source knows of its samples."""
+        describe, train = self.descriptions(split, combine), split == self.cfg.train_subset
+        # training reads data folders in turn, an epoch from each
+        turn = (epoch - 1) % len(describe) if train else 0
+        return self.source.join(dataset, split, describe, turn=turn, required=train)
+
+    def descriptions(self, split: str, combine: bool) -> List[Describe]:
+        """For each data folder, what gives ``describe_data``."""
+        return [partial(self.describe_data, own, split, combine) for own in self.data_folders()]
 
     def data_folders(self) -> List[str]:
         return utils.split_paths(self.cfg.data)
@@ -343,7 +349,6 @@ class Distillation(FairseqTask):
 
         A copy, because on a CPU the trainer passes its own batch and keeps it as the dummy batch.
         """
-        sample = self.numbered(sample)
         return {**sample, "teacher": self.source.answer(sample, step), "step": step}
 
     # The checkpoint: the vocabulary, so that a student can teach
@@ -370,11 +375,17 @@ class Distillation(FairseqTask):
         Raises:
             UserError: no flag names one, or it cannot teach.
         """
-        settings = read_teacher(self.cfg)
-        if settings is None:
+        found = read_teachers(self.cfg, self.pairs)
+        if not found:
             raise TeacherError("no teacher: give --teacher-checkpoint-path")
-        teacher = Teacher.open(settings._replace(role=role), self.student())
+        settings = found[0]._replace(role=role)
+        teacher = Teacher.open(settings, self.student())
         return teacher.place(*settings.placement(device, dtype))
+
+    def samples(self, subset: str) -> Any:
+        """Those of a loaded subset, in the data's order; of one pair of languages."""
+        (dataset,) = self.parts(self.dataset(subset))
+        return dataset
 
     def probe(self, teacher: Teacher, subset: str) -> None:
         """Refuse a teacher that is worse than a uniform guess on a loaded subset.
@@ -382,7 +393,7 @@ class Distillation(FairseqTask):
         Raises:
             UserError: it is.
         """
-        dataset = self.dataset(subset)
+        dataset = self.samples(subset)
         probe(teacher, dataset, self.lengths_read(dataset), self.student(), subset)
 
 

@@ -87,7 +87,7 @@ class StudentInputs:
             stack.callback(self.model.train, self.model.training)
             torch.manual_seed(seed)
             self.model.eval()
-            write = self._argmax if self.settings.kind == "argmax" else self._sample
+            write = self._argmax if self.settings.how == "argmax" else self._sample
             inputs, target = write(sample)
         written = {
             **sample,
@@ -95,7 +95,7 @@ class StudentInputs:
             "target": target,
             "ntokens": int(target.ne(self.pad).sum()),
         }
-        return written, step._replace(inputs=self.settings.kind)
+        return written, step._replace(inputs=self.settings.how)
 
     def _numbers(self, *of: int) -> Tuple[int, int]:
         """Two random 32-bit numbers that belong to a batch."""

@@ -20,7 +20,7 @@ class KDLanguageModelingConfig(DistillationConfig, LanguageModelingConfig):
     pass
 
 
-@register_task("kd_language_modeling", dataclass=KDLanguageModelingConfig)
+@register_task(LANGUAGE_MODEL.taught, dataclass=KDLanguageModelingConfig)
 class KDLanguageModelingTask(Distillation, LanguageModelingTask):
     """Predict the next symbol of a text, taught by a bigger model."""
 

@@ -38,13 +38,13 @@ class KDSpeechToTextConfig(DistillationConfig):
     teacher_reads: ChoiceEnum(["speech", "transcript"]) = field(  # type: ignore
         default="speech",
         metadata={
-            "help": "what the teacher of kd_speech_to_text reads: the speech that the student "
+            "help": f"what the teacher of {SPEECH.taught} reads: the speech that the student "
             "hears, or, as a model that translates text, its transcript (src_text in the TSV files)"
         },
     )
 
 
-@register_task("kd_speech_to_text", dataclass=KDSpeechToTextConfig)
+@register_task(SPEECH.taught, dataclass=KDSpeechToTextConfig)
 class KDSpeechToTextTask(Distillation, SpeechToTextTask):
     """Write down what is said, in its language or another, taught by a bigger model."""
 

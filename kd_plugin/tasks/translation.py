@@ -1,7 +1,7 @@
 """The task ``kd_translation``: fairseq's ``translation`` with a teacher."""
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional
 
 import numpy as np
 from fairseq.tasks import register_task
@@ -18,7 +18,7 @@ class KDTranslationConfig(DistillationConfig, TranslationConfig):
     pass
 
 
-@register_task("kd_translation", dataclass=KDTranslationConfig)
+@register_task(TRANSLATION.taught, dataclass=KDTranslationConfig)
 class KDTranslationTask(Distillation, TranslationTask):
     """Translate from one language to another, taught by a bigger model."""
 
@@ -33,18 +33,18 @@ class KDTranslationTask(Distillation, TranslationTask):
             return None
         return np.stack([dataset.src_sizes, dataset.tgt_sizes], axis=1)
 
-    def data_endings(self) -> List[str]:
-        pair = (self.cfg.source_lang, self.cfg.target_lang)
-        return [f".{a}-{b}.{lang}" for a, b in (pair, pair[::-1]) for lang in (a, b)]
-
     def data_settings(self) -> Dict[str, Any]:
-        cfg = self.cfg
-        if cfg.num_batch_buckets > 0:
+        if self.cfg.num_batch_buckets > 0:
             raise CacheError("a teacher cache cannot be used with --num-batch-buckets")
-        return {
-            "source_lang": cfg.source_lang,
-            "target_lang": cfg.target_lang,
-            "upsample_primary": cfg.upsample_primary,
-            # only then does the position's limit change what the teacher reads
-            "truncate_source": cfg.max_source_positions if cfg.truncate_source else None,
-        }
+        return describe_pair(self.cfg, self.student())
+
+
+def describe_pair(cfg: Any, student: Student) -> Dict[str, Any]:
+    """What a task makes of the files of a pair of languages, as plain types."""
+    return {
+        "source_lang": student.source_lang,
+        "target_lang": student.target_lang,
+        "upsample_primary": cfg.upsample_primary,
+        # only then does the position's limit change what the teacher reads
+        "truncate_source": cfg.max_source_positions if cfg.truncate_source else None,
+    }

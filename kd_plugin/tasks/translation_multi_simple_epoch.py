@@ -4,11 +4,12 @@ One student translates several pairs of languages, and learns each from a teache
 all from a multilingual one.
 """
 
+import copy
 from argparse import ArgumentParser, Namespace
 from typing import Any, Dict, List, Optional
 
 import numpy as np
-from fairseq.data import BaseWrapperDataset, Dictionary
+from fairseq.data import Dictionary
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
@@ -18,34 +19,17 @@ from ..checkpoints import MULTILINGUAL_TRANSLATION, SIMPLE_EPOCH, added_symbols,
 from ..errors import Faults
 from ..flags import TeacherConfig
 from ..plan import Plan
-from ..teachers import Source, Student, TeacherOfEachPair
+from ..teachers import CachedTeachers, RunningTeachers, Source, Student
 from .distillation import Distillation
+from .pairs import PairsDataset, PairsManager
+from .translation import describe_pair
 
 
-class _OfPair(BaseWrapperDataset):
-    """The sentences of one pair of languages, whose ids say which of ``pairs`` it is.
-
-    fairseq's are numbers within the pair, and its batches mix pairs.
-    """
-
-    def __init__(self, dataset: Any, pair: int, pairs: int) -> None:
-        super().__init__(dataset)
-        self.pair, self.pairs = pair, pairs
-
-    def __getitem__(self, index: int) -> Dict[str, Any]:
-        sample = self.dataset[index]
-        return {**sample, "id": sample["id"] * self.pairs + self.pair}
-
-    def collater(self, samples: List[Dict[str, Any]], **more: Any) -> Dict[str, Any]:
-        return self.dataset.collater(samples, **more)
-
-
-@register_task("kd_translation_multi_simple_epoch")
+@register_task(MULTILINGUAL_TRANSLATION.taught)
 class KDTranslationMultiSimpleEpochTask(Distillation, TranslationMultiSimpleEpochTask):
     """Translate between several pairs of languages, taught by bigger models."""
 
     kind = MULTILINGUAL_TRANSLATION
-    cacheable = False
 
     @staticmethod
     def add_args(parser: Any) -> None:
@@ -64,9 +48,13 @@ class KDTranslationMultiSimpleEpochTask(Distillation, TranslationMultiSimpleEpoc
     def __init__(
         self, args: Any, langs: List[str], dicts: Dict[str, Dictionary], training: bool
     ) -> None:
+        if not training:
+            args.virtual_epoch_size = None  # its parts of the data are training's alone
         super().__init__(args, langs, dicts, training)
         self.cfg = args
         self.pairs = self.lang_pairs
+        own = (args, self.lang_pairs, langs, dicts, self.sampling_method)
+        self.data_manager = PairsManager(*own)
         faults = Faults()
         twice = ", ".join(sorted({p for p in self.pairs if self.pairs.count(p) > 1}))
         faults.check(not twice, f"--lang-pairs names {twice} twice")
@@ -76,8 +64,15 @@ class KDTranslationMultiSimpleEpochTask(Distillation, TranslationMultiSimpleEpoc
         )
         faults.raise_if_any()
 
-    def student(self, pair: str = "-") -> Student:
-        source, target = pair.split("-")
+    def of_pair(self, number: int) -> "KDTranslationMultiSimpleEpochTask":
+        """What it is of one of its pairs alone."""
+        task = copy.copy(self)
+        task.pairs = [self.pairs[number]]
+        return task
+
+    def student(self) -> Student:
+        """Of its pair; of several, what they have in common."""
+        source, target = self.pairs[0].split("-") if len(self.pairs) == 1 else ("", "")
         options = {**vars(self.args), "langs": self.langs}
         return Student(
             *(self.source_dictionary, self.target_dictionary, source, target, self.kind),
@@ -86,38 +81,46 @@ class KDTranslationMultiSimpleEpochTask(Distillation, TranslationMultiSimpleEpoc
         )
 
     def _source(self, plan: Plan) -> Source:
-        if not plan.teachers:
-            return super()._source(plan)
-        students = [self.student(pair) for pair in self.pairs]
-        return TeacherOfEachPair(plan.teachers, students, plan.ignored)
+        every = [self.of_pair(number) for number in range(len(self.pairs))]
+        if plan.caches:
+            caches = [of.cached(own, plan) for of, own in zip(every, plan.caches)]
+            return CachedTeachers(caches, plan.ignored)
+        if plan.teachers:
+            return RunningTeachers(plan.teachers, [of.student() for of in every], plan.ignored)
+        return super()._source(plan)
 
     # The data
 
     def load_dataset(
         self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
     ) -> None:
-        before = self.datasets.get(split)
+        first = split not in self.datasets
         super().load_dataset(split, epoch, combine, **kwargs)
-        dataset: Any = self.datasets[split]
-        if dataset is before:
-            return  # fairseq reads the next part of the data later
-        dataset.datasets = [
-            _OfPair(own, number, len(self.pairs)) for number, own in enumerate(dataset.datasets)
-        ]
-        if before is None and not self.has_sharded_data(split):
+        if first and not self.has_sharded_data(split):
             # a resumed training goes on in the order in which it began to go through the data
+            dataset: Any = self.datasets[split]
             done = (epoch - 1) % getattr(dataset, "num_virtual_epochs", 1)
             dataset.set_epoch(epoch - done)
             dataset.set_epoch(epoch)
 
+    def joined(self, dataset: Any, split: str, epoch: int, combine: bool) -> PairsDataset:
+        required = split == self.cfg.train_subset
+        for part in dataset.datasets:
+            describe = self.of_pair(part.pair).descriptions(split, combine)
+            turn = part.turn if required else 0
+            self.source.join(part, split, describe, turn=turn, required=required)
+        return PairsDataset(dataset, self.student())
+
     def parts(self, dataset: Any) -> List[Any]:
-        return getattr(dataset, "datasets", [dataset])
+        return dataset.datasets
 
     def lengths(self, dataset: Any) -> Optional[np.ndarray]:
         sizes = np.asarray(dataset.sizes)
         return sizes if sizes.ndim == 2 else None
 
-    def numbered(self, sample: Dict[str, Any]) -> Dict[str, Any]:
-        """The batch with the number of each sentence's pair, and its own number within the pair."""
-        number, pairs = sample["id"], len(self.pairs)
-        return {**sample, "id": number // pairs, "pair": number % pairs}
+    def data_folders(self) -> List[str]:
+        return self.data_manager.folders(self.pairs[0], self.cfg.train_subset)
+
+    def data_settings(self) -> Dict[str, Any]:
+        tokens = added_symbols(SIMPLE_EPOCH, {**vars(self.args), "langs": self.langs})
+        return {**describe_pair(self.cfg, self.student()), "language_tokens": tokens}

@@ -1,6 +1,6 @@
 """Teachers: run, checked against the student, and asked about every batch of a training."""
 
-from .pairs import TeacherOfEachPair
+from .pairs import CachedTeachers, RunningTeachers
 from .probe import probe, token_losses
 from .run import TRAINING, Teacher, TeacherError, TeacherSettings, hidden_widths
 from .source import CachedTeacher, Needs, NoTeacher, RunningTeacher, Source, Step
@@ -10,15 +10,16 @@ from .view import Student, TeacherView
 __all__ = [
     "TRAINING",
     "CachedTeacher",
+    "CachedTeachers",
     "Needs",
     "NoTeacher",
     "RunningTeacher",
+    "RunningTeachers",
     "Source",
     "Step",
     "Student",
     "Teacher",
     "TeacherError",
-    "TeacherOfEachPair",
     "TeacherSettings",
     "TeacherView",
     "hidden_widths",

@@ -1,4 +1,4 @@
-"""A teacher for each pair of languages of a multilingual student."""
+"""A teacher, running or cached, for each pair of languages of a multilingual student."""
 
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -6,19 +6,83 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cache import CachedSubset, CacheError
 from ..checkpoints import AskedTags
 from ..errors import Faults
 from ..objective import Answer, MixedAnswer, RunningAnswer
 from .run import Teacher, TeacherError, TeacherSettings
-from .source import Lengths, RunningTeacher, Source, Step
+from .source import CachedTeacher, Lengths, RunningTeacher, Source, Step, refuse_tags
 from .view import Student
 
 
-class TeacherOfEachPair(Source):
+class _OfEachPair(Source):
+    """A source for each pair.
+
+    A dataset says of which pair its sentences are: ``dataset.pair``, a number. The sentences as the
+    pair's source knows them are ``dataset.dataset``; there ``join`` puts them.
+    """
+
+    sources: Sequence[Any]
+
+    def join(self, dataset: Any, *of_subset: Any, **more: Any) -> Any:
+        dataset.dataset = self.sources[dataset.pair].join(dataset.dataset, *of_subset, **more)
+        return dataset
+
+    def look_over(self, dataset: Any, lengths: np.ndarray, kept: np.ndarray) -> None:
+        self.sources[dataset.pair].look_over(dataset.dataset, lengths, kept)
+
+    def begin_training(self, model: Any, dataset: Any, lengths: Lengths, subset: str) -> None:
+        source, faults = self.sources[dataset.pair], Faults()
+        with faults.collecting():
+            source.begin_training(model, dataset.dataset, lengths, subset)
+        faults.raise_if_any(TeacherError, f"{_pair(source)}: ")
+
+    def begin_validation(self, model: Any) -> None:
+        for source in self.sources:
+            source.begin_validation(model)
+
+
+class CachedTeachers(_OfEachPair):
+    """A cache for each pair of languages. Batches come with the rows of all their sentences.
+
+    Args:
+        sources: of each pair.
+        ignored: how many of each target's first symbols the loss leaves out.
+
+    Raises:
+        TeacherError: there are more tags in the student's targets.
+    """
+
+    def __init__(self, sources: Sequence[CachedTeacher], ignored: int) -> None:
+        self.sources = sources
+        refuse_tags("a cache", sources[0].student.tags.longer[1], ignored)
+
+    @property
+    def cache(self) -> Optional[CachedSubset]:
+        """Of any pair: their rows are alike."""
+        return self.sources[0].cache
+
+    def begin_training(self, model: Any, dataset: Any, lengths: Lengths, subset: str) -> None:
+        faults = Faults()
+        for source in self.sources:
+            for fault in dict.fromkeys(source.faults):
+                faults.add(f"{_pair(source)}: {fault}")
+        faults.raise_if_any(CacheError)
+        one, other = self.cache, self.sources[dataset.pair].cache
+        if one is not None and other is not None and one.rows_hold != other.rows_hold:
+            raise CacheError(
+                f"the caches {one.folder} and {other.folder} were not made with the same top k, "
+                "temperatures and tail samples: make one of them again"
+            )
+
+    def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
+        return self.sources[0].answer(batch, step)
+
+
+class RunningTeachers(_OfEachPair):
     """Asks about each sentence of a batch the teacher of its pair of languages.
 
-    A dataset says of which pair its sentences are by its number, ``dataset.pair``; a batch that of
-    each sentence, ``batch["pair"]``, int64 (B,).
+    A batch says of which pair each sentence is: ``batch["pair"]``, int64 (B,).
 
     Args:
         settings: of each pair's teacher; pairs of equal ones share its models.
@@ -34,19 +98,6 @@ class TeacherOfEachPair(Source):
             same = (one for one in self.sources if _models(one.settings) == _models(own))
             source = RunningTeacher(own, student, ignored=ignored, other=next(same, None))
             self.sources.append(source)
-
-    def look_over(self, dataset: Any, lengths: np.ndarray, kept: np.ndarray) -> None:
-        self.sources[dataset.pair].look_over(dataset, lengths, kept)
-
-    def begin_training(self, model: Any, dataset: Any, lengths: Lengths, subset: str) -> None:
-        source, faults = self.sources[dataset.pair], Faults()
-        with faults.collecting():
-            source.begin_training(model, dataset, lengths, subset)
-        faults.raise_if_any(TeacherError, f"{'-'.join(source.student.languages)}: ")
-
-    def begin_validation(self, model: Any) -> None:
-        for source in self.sources:
-            source.begin_validation(model)
 
     def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
         if any(source.teacher is None for source in self.sources):
@@ -85,6 +136,10 @@ class TeacherOfEachPair(Source):
                 inputs["src_tokens"] = inputs["src_tokens"][:, symbols]
                 part = {**batch, "net_input": inputs, "target": batch["target"][sentences]}
             yield first[key], part, sentences
+
+
+def _pair(source: Any) -> str:
+    return "-".join(source.student.languages)
 
 
 def _models(settings: TeacherSettings) -> TeacherSettings:

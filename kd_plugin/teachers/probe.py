@@ -7,11 +7,10 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from ..cache import read_by_teacher
 from ..files import FileError, refuse_unknown_numbers
 from ..objective import NotFiniteTeacherError, rows_ahead, rows_at_once
 from .run import Teacher, TeacherError
-from .view import Student
+from .view import Student, read_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def probe(
     nll, count = 0.0, 0
     for start in range(0, len(chosen), _BATCH):
         batch = dataset.collater([dataset[int(i)] for i in chosen[start : start + _BATCH]])
-        tokens: Any = read_by_teacher(batch)["src_tokens"]
+        tokens: Any = read_of(batch)["src_tokens"]
         if not student.kind.reads_frames:
             refuse_unknown_numbers(tokens.flatten(), len(student.source))
         elif not tokens.isfinite().all():
@@ -78,7 +77,7 @@ def token_losses(teacher: Teacher, batch: Any, student: Student) -> torch.Tensor
     """
     target = batch["target"].flatten()
     rows = student.words(batch["target"]).flatten().nonzero().squeeze(-1)
-    answer = teacher(read_by_teacher(batch))
+    answer = teacher(batch)
     like = torch.zeros((), device=teacher.device)
     size = rows_at_once(like.device, len(student.target)) * rows_ahead(like.device)
     parts = []
@@ -87,6 +86,6 @@ def token_losses(teacher: Teacher, batch: Any, student: Student) -> torch.Tensor
         bad = block[dense.bad().cpu()]
         if bad.numel():
             error = NotFiniteTeacherError(answer.not_finite(bad), bad)
-            raise error.naming(batch["id"], batch["target"].size(1))
+            raise error.naming(batch["id"].tolist(), batch["target"].size(1))
         parts.append(dense.nll(target[block].to(like.device)).double().cpu())
     return torch.cat(parts)

@@ -32,7 +32,7 @@ from ..checkpoints import (
 from ..errors import UserError
 from ..objective import Member, Place, RunningAnswer
 from .states import looking_inside
-from .view import Student, TeacherView, decoder_inputs
+from .view import Student, TeacherView, decoder_inputs, read_of
 
 logger = logging.getLogger(__name__)
 
@@ -125,14 +125,8 @@ class Teacher:
         folders: List[Optional[str]] = [None] * len(paths)
         if data:
             folders = [*data] * len(paths) if len(data) == 1 else [*data]
-        built = [None] * len(paths) if other is None else [one.model for one in other.members]
-        members = [
-            _Model(
-                Checkpoint.open(path, settings.role, settings.trust).as_task(settings.task),
-                *(student, folder, settings, model),
-            )
-            for path, folder, model in zip(paths, folders, built)
-        ]
+        others = [None] * len(paths) if other is None else other.members
+        members = [_Model(*one, student, settings) for one in zip(paths, folders, others)]
         return cls(members, settings.weights or [1.0] * len(paths))
 
     def place(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
@@ -181,17 +175,18 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(
-        self, net_input: Dict[str, Tensor], amp: bool = False, places: Sequence[Place] = ()
+        self, batch: Mapping[str, Any], amp: bool = False, places: Sequence[Place] = ()
     ) -> RunningAnswer:
         """Run the teacher on a batch given in the student's indices.
 
         Args:
-            net_input: ``src_tokens`` (B, S), or sound (B, S, features), ``src_lengths`` (B,) and,
-                where the student has an encoder, ``prev_output_tokens`` (B, T).
+            batch: its ``net_input`` has ``src_tokens`` (B, S), or sound (B, S, features),
+                ``src_lengths`` (B,) and, where the student has an encoder, ``prev_output_tokens``
+                (B, T); its ``transcript``, if it has one, is read in the place of the sound.
             amp: run under CUDA autocast.
             places: in each of its models, what is found there is part of the answer.
         """
-        members = [member.run(net_input, amp, places) for member in self.members]
+        members = [member.run(batch, amp, places) for member in self.members]
         return RunningAnswer(members, self.log_weights)
 
 
@@ -215,17 +210,32 @@ def hidden_widths(
 
 
 class _Model:
-    """The model of one checkpoint, with its view of the student's batches."""
+    """The model of one checkpoint, with its view of the student's batches.
+
+    Args:
+        data: folder with its dictionaries, if it is told.
+        other: the same for other languages, whose model is taken.
+    """
+
+    checkpoint: Checkpoint  # what else the file says; its weights are the model's
+    model: Any
+    view: TeacherView
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        student: Student,
+        path: str,
         data: Optional[str],
+        other: Optional["_Model"],
+        student: Student,
         settings: TeacherSettings,
-        built: Any = None,
     ) -> None:
-        self.path, self.overrides = checkpoint.path, settings.overrides
+        self.path, self.overrides, built = path, settings.overrides, None
+        if other is None or other.checkpoint.task == EACH_DIRECTION:  # whose models are many
+            checkpoint = Checkpoint.open(path, settings.role, settings.trust)
+            checkpoint = checkpoint.as_task(settings.task)
+        else:
+            checkpoint, built = other.checkpoint, other.model
+        self.checkpoint = checkpoint.without_content()
         languages, kind = student.languages, student.kind
         named = settings.tags.languages or languages
         _check_task(checkpoint, student, settings.tags, self.overrides)
@@ -240,7 +250,7 @@ class _Model:
         tags = _tags(checkpoint, settings.tags, named, found)
         self.view = TeacherView(student, found, checkpoint, tags)
         own_task = kind.new_task(found, checkpoint.max_positions)
-        if built is None or checkpoint.task == EACH_DIRECTION:  # whose models are many
+        if built is None:
             built = checkpoint.build(own_task, self.overrides, kind)
         self.model = built
         for parameter in self.model.parameters():
@@ -283,16 +293,16 @@ class _Model:
         source, target = found if isinstance(found, tuple) else (found, found)
         return source - longer[0], target - longer[1]
 
-    def inputs(self, net_input: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def inputs(self, batch: Mapping[str, Any]) -> Dict[str, Tensor]:
         """A batch as the model's forward pass takes it."""
-        inputs = self.view.inputs(net_input, self.device)
+        inputs = self.view.inputs(read_of(batch), self.device)
         dtype = next(self.model.parameters()).dtype  # sound comes in the run's
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
-    def run(self, net_input: Dict[str, Tensor], amp: bool, places: Sequence[Place]) -> Member:
+    def run(self, batch: Mapping[str, Any], amp: bool, places: Sequence[Place]) -> Member:
         model, view = self.model, self.view
         amp = amp and self.device.type == "cuda"
-        lazy, inputs = _is_lazy(model), self.inputs(net_input)
+        lazy, inputs, net_input = _is_lazy(model), self.inputs(batch), read_of(batch)
         with _autocast(amp), looking_inside(model, places) as found:
             output = model(**inputs, **({"features_only": True} if lazy else {}))
         inside = view.inside(found, net_input, inputs) if places else None

@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import numpy as np
 
-from ..cache import CachedSubset, CacheError, Describe, TaughtDataset, read_by_teacher
-from ..checkpoints import TRANSLATION, Kind
+from ..cache import CachedSubset, CacheError, Describe, TaughtDataset
+from ..checkpoints import TRANSLATION
 from ..errors import UserError
 from ..objective import Answer, CachedAnswer, LayerPair, Schedule
 from ..objective.states import FLAG
@@ -264,7 +264,7 @@ class RunningTeacher(Source):
         if self.teacher is None:
             return None
         amp = step.amp and self.settings.dtype == "same"
-        return self.teacher(read_by_teacher(batch), amp, self._places)
+        return self.teacher(batch, amp, self._places)
 
     def asked(self, batch: Dict[str, Any]) -> Iterator[Tuple[Teacher, Dict[str, Any]]]:
         if self.teacher is not None:
@@ -278,12 +278,7 @@ class RunningTeacher(Source):
         if self.layers:
             self._check_layers(model)
         unknown = max(member.view.unknown for member in self.teacher.members)
-        if unknown > self._ignored:
-            raise TeacherError(
-                "the target begins with a token of its language, about which the teacher says "
-                f"nothing: give --ignore-prefix-size {unknown}, which leaves it out of the loss (a "
-                "translation is decoded with it given)"
-            )
+        refuse_tags("the teacher", unknown, self._ignored)
         return self.teacher
 
     def _check_layers(self, model: Any) -> None:
@@ -309,6 +304,25 @@ class RunningTeacher(Source):
             )
 
 
+def refuse_tags(teacher: str, unknown: int, ignored: int) -> None:
+    """Refuse targets whose tags the loss counts and the teacher knows nothing of.
+
+    Args:
+        teacher: what it is called.
+        unknown: with how many such symbols each target begins.
+        ignored: how many of its first symbols the loss leaves out.
+
+    Raises:
+        TeacherError: they are fewer.
+    """
+    if unknown > ignored:
+        raise TeacherError(
+            f"the target begins with a token of its language, about which {teacher} says nothing: "
+            f"give --ignore-prefix-size {unknown}, which leaves it out of the loss (a translation "
+            "is decoded with it given)"
+        )
+
+
 class CachedTeacher(Source):
     """A teacher whose answers were written to disk by ``fairseq-kd-cache``.
 
@@ -316,8 +330,7 @@ class CachedTeacher(Source):
         folders: the caches, one for each data folder.
         data: the data folders.
         needs: what training asks of it.
-        pad: the padding symbol of the target.
-        kind: of the student.
+        student: the data that it has answers about.
         faults: what already speaks against it.
     """
 
@@ -326,11 +339,10 @@ class CachedTeacher(Source):
         folders: Sequence[str],
         data: Sequence[str],
         needs: Needs,
-        pad: int,
-        kind: Kind = TRANSLATION,
+        student: Student,
         faults: Sequence[str] = (),
     ) -> None:
-        self.folders, self.needs, self.pad, self.kind = folders, needs, pad, kind
+        self.folders, self.needs, self.student = folders, needs, student
         self.cache: Optional[CachedSubset] = None  # of any subset: they are alike
         self.faults = [*faults]
         if len(folders) != len(data):
@@ -351,7 +363,8 @@ class CachedTeacher(Source):
             return dataset
         try:
             cache = self._open(subset, describe, turn)
-            joined = TaughtDataset(dataset, cache, self.pad)
+            student = self.student
+            joined = TaughtDataset(dataset, cache, student.target.pad(), student.tags.longer[1])
             if required and not self._begun:  # those of later epochs, too: not to stop only then
                 self._begun = True
                 for other in range(min(len(describe), len(self.folders))):
@@ -393,7 +406,7 @@ class CachedTeacher(Source):
             return
         untaught = kept & ~dataset.has_rows
         if untaught.any():
-            kind, longest = self.kind, lengths[untaught].max(axis=0)
+            kind, longest = self.student.kind, lengths[untaught].max(axis=0)
             self.faults.append(
                 f"the cache {dataset.cache.folder} has no rows for {untaught.sum()} "
                 f"{kind.samples[0]} of up to {kind.lengths(*longest)}: they were longer than the "
@@ -413,12 +426,12 @@ class CachedTeacher(Source):
     def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
         if self.cache is None:
             return None
-        real = batch["target"].ne(self.pad)
+        words = self.student.words(batch["target"])
         known = self.cache.temperatures, self.cache.whole
         if "teacher" in batch:
-            return CachedAnswer(batch["teacher"], real, *known)
+            return CachedAnswer(batch["teacher"], words, *known)
         if step.is_dummy:
             # a batch of a validation without cache, which the trainer kept; yet all ranks must log
             # the same keys
-            return CachedAnswer.blank(real, self.cache.k, *known)
+            return CachedAnswer.blank(words, self.cache.k, *known)
         return None

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fairseq.data import Dictionary
 from torch import Tensor
 
+from ..cache import are_words
 from ..checkpoints import (
     MISSING,
     TRANSLATION,
@@ -52,8 +53,13 @@ class Student(NamedTuple):
 
     def words(self, target: Tensor) -> Tensor:
         """Which symbols of targets (B, T) are neither padding nor tags, bool (B, T)."""
-        real = target.ne(self.target.pad())
-        return real & (real.cumsum(1) > self.tags.longer[1])
+        return are_words(target, self.target.pad(), self.tags.longer[1])
+
+
+def read_of(batch: Mapping[str, Any]) -> Dict[str, Tensor]:
+    """What a teacher reads of a batch: the student's ``net_input``, or with what is said where the
+    student hears it."""
+    return {**batch["net_input"], **batch.get("transcript", {})}
 
 
 def decoder_inputs(net_input: Mapping[str, Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
 """Students of two pairs of languages: teach, validate, resume, translate, on two ranks."""
 
+import json
+import re
 import shutil
 
 import pytest
@@ -102,7 +104,7 @@ def test_weight_0_is_stock_training(two_pairs, teachers, tmp_path):
         assert ours.series("valid", "valid_" + name)[-1] > 0
 
 
-def test_a_student_resumes_translates_and_teaches(two_pairs, teachers, corpus, tmp_path):
+def test_a_student_resumes_translates_and_teaches(two_pairs, teachers, teacher, corpus, tmp_path):
     """It goes on in the second virtual epoch, with a queue of scores for each pair."""
     options = ("--max-update", 30, "--dropout", 0.1, "--save-interval-updates", 10)
     options += ("--virtual-epoch-size", 256, "--sampling-method", "temperature")
@@ -133,17 +135,78 @@ def test_a_student_resumes_translates_and_teaches(two_pairs, teachers, corpus, t
         (found,) = validated.series("valid", "valid_" + name)
         assert found == pytest.approx(run.series("valid", "valid_" + name)[-1], abs=0.0011), name
 
-    # in stock fairseq; without the plugin where torch opens what fairseq saves
+    # in stock fairseq, pair by pair; without the plugin where torch opens what fairseq saves
     plugin = USER_DIR if hasattr(torch.serialization, "add_safe_globals") else ()
-    given = ("--task", TASK, *TAGS, "--source-lang", "cc", "--target-lang", "bb", *plugin)
-    found = fairseq(
-        *("fairseq-generate", two_pairs, *given, "--path", student, "--cpu", "--beam", 2),
-        *("--gen-subset", "test", "--num-workers", 0, "--required-batch-size-multiple", 1),
+    decoding = ("--cpu", "--beam", 2, "--gen-subset", "test", "--num-workers", 0)
+    bleu = {}
+    for pair, count in zip(PAIRS, (SIZES["test"], SIZES["test"] // 2)):
+        source, target = pair.split("-")
+        found = fairseq(
+            *("fairseq-generate", two_pairs, "--task", TASK, *TAGS, *plugin, "--path", student),
+            *("-s", source, "-t", target, *decoding, "--required-batch-size-multiple", 1),
+            *("--scoring", "sacrebleu"),
+        ).ok()
+        assert len(hypotheses(found.text)) == count
+        bleu[pair] = float(re.findall(r"BLEU = ([\d.]+)", found.text)[-1])
+    fairseq(
+        *("fairseq-kd-report", two_pairs, *LANGUAGES, *decoding, "--output", tmp_path / "report"),
+        *("--models", f"teacher={teacher}", f"student={student}", "--repeats", 1),
+        *("--significance-samples", 10, "--train-sample", 0),
     ).ok()
-    assert len(hypotheses(found.text)) == SIZES["test"] // 2
+    rows = json.loads((tmp_path / "report/report.json").read_text())["systems"]
+    assert rows[1]["scores"]["BLEU"]["score"] == pytest.approx(bleu["aa-bb"], abs=0.01)
 
     again = distil(corpus.data, student, tmp_path / "again", "--max-update", 2).ok()
     assert "reads __aa__ ... </s>, writes after </s> __bb__" in again.text
+
+
+@pytest.fixture
+def caches(two_pairs, paths, tmp_path):
+    """Of 8 symbols, made by two processes each, with the flags of a training beside the pair's."""
+    of_pairs = dict(part.split("=") for part in paths.split(","))
+    for pair, path in of_pairs.items():
+        source, target = pair.split("-")
+        given = ("--path", path, "--model-overrides", f"{{'source_lang': '{source}'}}")
+        given += ("--cache", tmp_path / pair, "--virtual-epoch-size", 256, "--batch-size", 16)
+        for shard in (0, 1):
+            run = fairseq(
+                *("fairseq-kd-cache", two_pairs, "--task", "kd_" + TASK, *TAGS, *given, "--cpu"),
+                *("-s", source, "-t", target, "--num-shards", 2, "--shard-id", shard),
+                *("--num-workers", 0),
+            ).ok()
+        assert (
+            f"{tmp_path / pair / 'train'}: {SIZES['train'] // (1 + (pair != PAIRS[0]))}" in run.text
+        )
+    return ("--teacher-cache", ",".join(f"{pair}={tmp_path / pair}" for pair in PAIRS))
+
+
+def test_from_caches_it_resumes_and_two_ranks_are_one(two_pairs, caches, tmp_path):
+    """In virtual epochs, with a temperature's sampling of pairs, read by a worker."""
+    options = ("--dropout", 0.1, "--virtual-epoch-size", 256, "--sampling-method", "temperature")
+
+    def arguments(folder, *more):
+        return distilling(two_pairs, caches, tmp_path / folder, *options, *more)
+
+    often = ("--max-update", 24, "--save-interval-updates", 20, "--num-workers", 1)
+    run = fairseq("fairseq-train", *arguments("whole", *often)).ok()
+    losses = run.series("train_inner", "kd_loss")
+    assert losses[-1] < losses[0] and run.series("valid", "valid_agreement_cc-bb")[-1] > 0
+    (saved,) = (tmp_path / "whole").glob("checkpoint_2_20.pt")
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(str(saved), str(tmp_path / "resumed" / "checkpoint_last.pt"))
+    resumed = fairseq("fairseq-train", *arguments("resumed", *often)).ok()
+    assert resumed.series("train_inner", "kd_loss") == losses[20:]
+    assert_same_weights(*(tmp_path / f"{name}/checkpoint_last.pt" for name in ("whole", "resumed")))
+    short = (*SGD, "--max-update", 6, "--max-sentences", 3, "--dropout", 0)
+    one = fairseq("fairseq-train", *arguments("one", *short, "--update-freq", 2)).ok()
+    two, _ = train_on_two_ranks(*arguments("two", *short, "--ddp-backend", "legacy_ddp"))
+    for key in ("valid_kd_loss", "valid_teacher_nll_loss", "valid_kd_loss_cc-bb"):
+        (here,), (there,) = (each.series("valid", key)[-1:] for each in (one, two))
+        assert here == pytest.approx(there, abs=0.0021), key
+    assert_same_weights(
+        *(tmp_path / f"{name}/checkpoint_last.pt" for name in ("one", "two")),
+        **{"rtol": 1e-3, "atol": 1e-5},
+    )
 
 
 def test_two_ranks_are_one_with_two_batches(two_pairs, teachers, tmp_path):
@@ -173,7 +236,7 @@ def test_the_benchmark_times_it(two_pairs, teachers, tmp_path):
     steps = benchmark.Steps(benchmark_command._configuration(arguments), batches=1)
     measured = steps.costs(1)
     assert measured["target_tokens"] > 16
-    assert {"plain step", "distilled step", "teacher forward"} < set(measured["costs"])
+    assert {"plain step", "distilled step", "teacher forward", "caching"} < set(measured["costs"])
 
 
 def test_the_shipped_yaml_runs(two_pairs, paths, tmp_path):
