@@ -121,7 +121,7 @@ class _Corpus:
     def __init__(self, data: Sequence[DataBin]) -> None:
         self._parts: List[Tuple[DataBin, List[Any]]] = []
         for bins in data:
-            sides = [bins.side("train", lang) for lang in bins.langs]
+            sides: List[Any] = [bins.side("train", lang) for lang in bins.langs]
             if None in sides or not len(sides[0]):
                 raise FileError(
                     f"{bins.folder}: the vocabulary map is made of train in "
