@@ -32,6 +32,7 @@ from .dictionaries import (
     lacking,
 )
 from .kinds import (
+    FEATURES,
     LANGUAGE_MODEL,
     MULTILINGUAL_TRANSLATION,
     SPEECH,
@@ -61,6 +62,7 @@ __all__ = [
     "DTYPES",
     "EACH_DIRECTION",
     "FAMILIES",
+    "FEATURES",
     "LANGUAGE_MODEL",
     "MISSING",
     "MULTILINGUAL",
