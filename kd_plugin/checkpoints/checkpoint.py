@@ -561,9 +561,10 @@ class Checkpoint:
             ) from error
         if not isinstance(model, kind.classes):
             raise CheckpointError(f"{self} is a {type(model).__name__}; expected {kind.model}")
+        layer: Any
         for layer in model.modules() if kind.reads_frames else ():
-            # fairseq 0.12.2's fast path wants B x T x C, and encoders of speech give it T x B x C:
-            # there sentences of one batch would be mixed
+            # fairseq 0.12.2's fast path of post-norm layers wants B x T x C, and encoders of speech
+            # give it T x B x C
             if hasattr(layer, "can_use_fastpath"):
                 layer.can_use_fastpath = False
         return model.eval()

@@ -226,8 +226,9 @@ def open_checkpoints(
             langs = task.cfg.source_lang, task.cfg.target_lang
             _check_dictionaries(checkpoint, TRANSLATION, langs, ours, otherwise)
         elif isinstance(task, SpeechToTextTask):
-            if checkpoint.kind not in (SPEECH, None):
-                raise CheckpointError(f"{checkpoint} is {checkpoint.kind.model}, and hears nothing")
+            kind = checkpoint.kind
+            if kind is not None and kind is not SPEECH:
+                raise CheckpointError(f"{checkpoint} is {kind.model}, and hears nothing")
             checkpoint = checkpoint.as_task(SPEECH.task)
             _check_features(checkpoint, task.data_cfg, otherwise)
             ours = task.target_dictionary, task.target_dictionary

@@ -241,7 +241,8 @@ class _Decoder:
         utils.import_user_module(cfg.common)
         self.device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
         self.generation, self.seed = cfg.generation, cfg.common.seed
-        self.kind, self.data = judged_kind(options), None
+        self.kind = judged_kind(options)
+        self.data: Optional[decoding.DataBin] = None
         if self.kind is SPEECH:
             self.task, dataset = read_speech(cfg)
         else:
@@ -316,6 +317,7 @@ class _Decoder:
 
     def sample(self, beam: int, most: int, pipe: Any) -> List[Optional[str]]:
         """Translations of as many sentences of the training set; none without one."""
+        assert self.data is not None  # of speech there is no such sample
         corpus = decoding.Corpus.of_sample(self.task, self.data, "train", most)
         if corpus is None:
             return []

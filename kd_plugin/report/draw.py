@@ -58,7 +58,10 @@ def _plots(report: Dict[str, Any]) -> Iterator[Tuple[str, Callable[[Styles], Any
     """Each picture's name and what draws it."""
     systems = [system for system in report["systems"] if system["scores"]]
     if systems:
-        yield "quality-speed.png", partial(_quality_speed, report["metrics"][0], pace(report), systems)
+        yield (
+            "quality-speed.png",
+            partial(_quality_speed, report["metrics"][0], pace(report), systems),
+        )
     for field in _FIELDS:
         if any(field in curve for log in report["curves"].values() for curve in log.values()):
             yield f"curves-{field}.png", partial(_curves, report["curves"], field)

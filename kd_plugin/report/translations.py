@@ -31,7 +31,7 @@ class Translations(TestSet):
 
     kind = TRANSLATION
     speed = "sentences_per_second"
-    kinds = ("frequency", "position", "length", "entropy")
+    kinds: Sequence[str] = ("frequency", "position", "length", "entropy")
     own = "the data-bin's own references"
 
     def __init__(self, asked: Asked) -> None:

@@ -67,7 +67,7 @@ class Utterances(Translations):
         self.binarised = True
         self._trained_on = (self.folder / "train.tsv").is_file()
         if not self._trained_on:  # and the dictionaries of such data count nothing
-            self.kinds = [kind for kind in self.kinds if kind != "frequency"]
+            self.kinds = tuple(kind for kind in self.kinds if kind != "frequency")
         return self._texts(self.dataset.tgt, self.student.target, escape_unk=True)
 
     def _sample(self) -> Optional[Sample]:
