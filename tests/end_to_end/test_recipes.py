@@ -188,7 +188,7 @@ def test_features_are_kaldis(spoken):
         from torchaudio.compliance import kaldi
 
         expected = kaldi.fbank(torch.from_numpy(noise)[None], num_mel_bins=80)
-        torch.testing.assert_close(torch.from_numpy(spoken.fbank(noise, 16000)), expected)
+        np.testing.assert_allclose(spoken.fbank(noise, 16000), expected.numpy(), rtol=1e-3)
     found = spoken.fbank(5000 * np.sin(2 * np.pi * 1000 * np.arange(8000) / 16000), 16000)
     assert found.shape == (1 + (8000 - 400) // 160, 80) and found.dtype == np.float32
     # on the mel scale, from 20 Hz to 8 kHz
