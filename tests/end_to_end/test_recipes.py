@@ -209,7 +209,9 @@ def test_what_is_said_is_listed(spoken, tmp_path):
     assert not list((tmp_path / "other").rglob("*.npy"))
 
 
-def test_speech(spoken, tmp_path):
+def test_speech(long, spoken, tmp_path):
+    if not long:
+        pytest.skip("three trainings; with --long")
     sizes = dict(SIZE=40, HELD_OUT=8, VOCAB=50, TEACHER_UPDATES=4, STUDENT_UPDATES=2)
     sizes.update(TEACHER_DIM=16, STUDENT_DIM=8, KD_CACHE=4, METRICS="chrf")
     if importlib.util.find_spec("jiwer"):
