@@ -197,7 +197,7 @@ def _changed_defaults(parser: argparse.ArgumentParser) -> Dict[str, Any]:
         for action in parser._actions
         if action.option_strings
         and action.dest in theirs
-        and action.default != theirs[action.dest]
+        and action.default not in (None, theirs[action.dest])  # None: what is usual, or nothing
         and action.dest != "task"
     }
 

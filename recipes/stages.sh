@@ -11,6 +11,7 @@
 #   REMOVE_BPE  fairseq's --remove-bpe (sentencepiece)     SUBWORDS    what the names of subword text end in (.spm)
 #   USER_DIR    the plugin (kd_plugin of this checkout)    KD_CACHE    read the teacher from a cache of its top K
 #   DATA_BIN    what is trained on (data-bin)              ENGINE      of decoding: fairseq, or ctranslate2
+#   TASK        fairseq's, without a teacher (translation) PAIR        flags of the languages (SRC's and TGT's)
 #   LOSS        flags of a training, set by plain_flags and distil_flags
 #   PRESET      the students' size: tiny, small, base or a file of flags (presets/), put before STUDENT_FLAGS
 #   GREEDY      1: judge with beam 1, too                   REPORT      folder of the report (report)
@@ -36,6 +37,7 @@ if [ -n "${PRESET:-}" ]; then
     STUDENT_FLAGS="$(sed 's/#.*//' "$preset") ${STUDENT_FLAGS:-}"
 fi
 BEAM=${BEAM:-5}
+TASK=${TASK:-translation} PAIR=${PAIR-"--source-lang $SRC --target-lang $TGT"} REMOVE_BPE=${REMOVE_BPE-sentencepiece}
 SPLITS="train valid test"
 # Waiting threads sleep instead of spinning: with a busy neighbour on one core, small models train 8 times faster.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
@@ -129,7 +131,7 @@ train() { # NAME FLAGS...
     tools resumable "$folder"
     # shellcheck disable=SC2086  # LAUNCH and the flags are lists of words
     set -- ${LAUNCH:-} fairseq-train "$WORK/${DATA_BIN:-data-bin}" --user-dir "$USER_DIR" --save-dir "$folder" \
-        --source-lang "$SRC" --target-lang "$TGT" --best-checkpoint-metric nll_loss ${KEEP:---no-epoch-checkpoints} \
+        $PAIR --best-checkpoint-metric nll_loss ${KEEP:---no-epoch-checkpoints} \
         $ALL_DATA --log-format json --log-interval 50 $DEVICE_FLAGS "$@" ${TRAIN_FLAGS:-}
     say "training $name (log: $folder/train.log)"
     {
@@ -152,7 +154,7 @@ distil_sequences() { # NAME TEACHER FLAGS...
     # shellcheck disable=SC2086
     command_of sequences "$WORK/data-bin" \
         --path "$teacher" --output "$WORK/data-$name" --hypotheses "$WORK/${HYPOTHESES:-hypotheses}" \
-        ${SEARCH_FLAGS:---beam 5 --nbest 5} --source-lang "$SRC" --target-lang "$TGT" --remove-bpe "${REMOVE_BPE:-sentencepiece}" \
+        ${SEARCH_FLAGS:---beam 5 --nbest 5} $PAIR --remove-bpe "$REMOVE_BPE" \
         --engine "${ENGINE:-fairseq}" --max-tokens 4096 $DEVICE_FLAGS "$@" ${SEQUENCES_FLAGS:-} ||
         die "distilling at sequence level failed. Run the recipe again to go on."
 }
@@ -186,14 +188,14 @@ cache_teacher() { # TEACHER
     say "caching the teacher's $KD_CACHE likeliest symbols"
     # shellcheck disable=SC2086
     command_of cache "$WORK/${DATA_BIN:-data-bin}" --path "$1" --cache "$(cache_folder)" --top-k "${KD_CACHE%%-*}" \
-        --source-lang "$SRC" --target-lang "$TGT" --max-tokens 4096 $DEVICE_FLAGS ${CACHE_FLAGS:-} || die "caching failed. Run the recipe again to go on."
+        $PAIR --max-tokens 4096 $DEVICE_FLAGS ${CACHE_FLAGS:-} || die "caching failed. Run the recipe again to go on."
 }
 
 cache_folder() { echo "$WORK/cache-$KD_CACHE${DATA_BIN:+-$DATA_BIN}"; }
 
 # LOSS becomes the flags that turn a student's training into a distillation. KD_FLAGS adds to them.
 distil_flags() { # TEACHER
-    LOSS=(--task kd_translation --criterion kd_label_smoothed_cross_entropy)
+    LOSS=(--task "kd_$TASK" --criterion kd_label_smoothed_cross_entropy)
     LOSS+=(--label-smoothing "${LABEL_SMOOTHING:-0.1}")
     if [ -n "${KD_CACHE:-}" ]; then
         LOSS+=(--teacher-cache "$(cache_folder)")
@@ -206,7 +208,7 @@ distil_flags() { # TEACHER
 
 # LOSS becomes the flags of a training without a teacher.
 plain_flags() {
-    LOSS=(--task translation --criterion label_smoothed_cross_entropy --label-smoothing "${LABEL_SMOOTHING:-0.1}")
+    LOSS=(--task "$TASK" --criterion label_smoothed_cross_entropy --label-smoothing "${LABEL_SMOOTHING:-0.1}")
 }
 
 # models/NAME/averaged.pt: the average of the last COUNT epochs' checkpoints.
@@ -231,7 +233,7 @@ export_int8() { # NAME CHECKPOINT
     fi
     say "exporting $1 in int8"
     mkdir -p "$WORK/exported"
-    set -- "$@" --remove-bpe "${REMOVE_BPE:-sentencepiece}"
+    set -- "$@" --remove-bpe "$REMOVE_BPE"
     if [ -f "$WORK/spm.model" ]; then set -- "$@" --spm "$WORK/spm.model"; fi
     # shellcheck disable=SC2086
     command_of export --path "$2" --format ctranslate2 --quantization int8 --output "$WORK/exported/$1" \
@@ -258,8 +260,7 @@ judge() { # NAME=CHECKPOINT...
     if [ -n "${BLEU_TOKENIZE:-}" ]; then flags+=(--bleu-tokenize "$BLEU_TOKENIZE"); fi
     say "judging on test"
     # shellcheck disable=SC2086
-    LOGLEVEL=${LOGLEVEL:-WARNING} command_of report "$WORK/data-bin" --source-lang "$SRC" --target-lang "$TGT" --output "$WORK/${REPORT:-report}" \
+    LOGLEVEL=${LOGLEVEL:-WARNING} command_of report "$WORK/data-bin" $PAIR --output "$WORK/${REPORT:-report}" \
         --teacher "${models[0]%%=*}" --models "${models[@]}" ${flags[@]+"${flags[@]}"} --beam "$BEAM" --max-tokens 4096 \
-        --remove-bpe "${REMOVE_BPE:-sentencepiece}" \
-        $ALL_DATA $DEVICE_FLAGS ${REPORT_FLAGS:-} || die "judging failed. Run the recipe again to go on."
+        ${REMOVE_BPE:+--remove-bpe "$REMOVE_BPE"} $ALL_DATA $DEVICE_FLAGS ${REPORT_FLAGS:-} || die "judging failed. Run the recipe again to go on."
 }

@@ -183,6 +183,21 @@ def test_dictionaries_that_are_found_nowhere(save, tmp_path, caplog, role, advic
     assert str(error.value).endswith(advice.format(""))
 
 
+def test_a_guessed_folder_is_told_of_once(save, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for lang in ("aa", "bb"):
+        (tmp_path / "here" / f"dict.{lang}.txt").write_text("a 1\n")
+    (tmp_path / "models").mkdir()
+    task = {"data": "here", "source_lang": "aa", "target_lang": "bb"}
+    state = fairseq_like(cfg={"model": argparse.Namespace(arch="lstm"), "task": task})
+    for name in ("models/a.pt", "models/b.pt"):
+        found = opened(save(state, name), TEACHER)
+        for _ in range(2):
+            assert found.dictionaries(("aa", "bb")).origin == f"from {tmp_path / 'here'}"
+    assert caplog.text.count(f"was found relative to {tmp_path}") == 1
+
+
 def test_dictionaries_where_they_are(save, tmp_path):
     """In the folder that a flag names, in the checkpoint, beside it, in the data that it names."""
     for where, symbol in (("flag", "f"), (".", "b"), ("data", "d")):

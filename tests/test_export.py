@@ -582,6 +582,7 @@ def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
         (("--path", path, "--max-positions", 9), "--max-positions needs --format ctranslate2"),
         (("--path", path, "--spm", "absent"), "transformers; --spm absent: no such"),
         (("--path", path, "--beam", 0), "--beam must be"),
+        (("--path", path, "--remove-bpe"), "--remove-bpe needs --format ctranslate2"),
         (("--path", path, "--bleu-tokenize", "zh"), "--bleu-tokenize needs --format ctranslate2"),
         (
             ("--path", path, "--format", "ctranslate2", "--bleu-tokenize", "no"),

@@ -32,6 +32,7 @@ from .dictionaries import (
     lacking,
 )
 from .kinds import (
+    FEATURES,
     LANGUAGE_MODEL,
     MULTILINGUAL_TRANSLATION,
     SPEECH,
@@ -62,6 +63,7 @@ __all__ = [
     "DTYPES",
     "EACH_DIRECTION",
     "FAMILIES",
+    "FEATURES",
     "LANGUAGE_MODEL",
     "MISSING",
     "MULTILINGUAL",

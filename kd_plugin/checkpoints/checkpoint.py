@@ -14,7 +14,7 @@ import os
 import re
 import zipfile
 from argparse import Namespace
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 from fairseq import utils
@@ -35,6 +35,7 @@ from .roles import Role
 from .tags import Tags
 
 logger = logging.getLogger(__name__)
+_warned: Set[str] = set()  # data folders whose place was guessed
 
 # fairseq 0.12.2's encoder layers hold these weights twice and fill them in when they are loaded;
 # later versions refuse them
@@ -325,10 +326,11 @@ class Checkpoint:
         if found is not None and self.data:
             if not os.path.isabs(self.data):
                 sure = f"; {self.role.data} says for sure" if self.role.data else ""
-                logger.warning(
+                _warn_of_folder(
+                    os.path.abspath(self.data),
                     f"{self}: its checkpoint names the data folder {self.data}, which was found "
                     f"relative to {os.getcwd()}. If it was trained in another place, that may be "
-                    f"other data{sure}"
+                    f"other data{sure}",
                 )
             return Dictionaries(*found, "from " + os.path.abspath(self.data))
         if otherwise is None:
@@ -486,7 +488,8 @@ class Checkpoint:
             return tags.tags_of(self.task, self.task_options, self.languages_or(languages))
 
     def _advise_data(self, names: str = "") -> str:
-        own = "the dict.*.txt it was trained with"
+        several = (self.kind or TRANSLATION).vocabularies[0]
+        own = f"the {'dict.*.txt' if several else 'dictionary'} it was trained with"
         if self.role.data:
             return f" {self.role.data} names the folder with {own}{names}."
         return f" Put {own} beside it{names}."
@@ -562,6 +565,12 @@ class Checkpoint:
             ) from error
         if not isinstance(model, kind.classes):
             raise CheckpointError(f"{self} is a {type(model).__name__}; expected {kind.model}")
+        layer: Any
+        for layer in model.modules() if kind.reads_frames else ():
+            # fairseq 0.12.2's fast path of post-norm layers wants B x T x C, and encoders of speech
+            # give it T x B x C
+            if hasattr(layer, "can_use_fastpath"):
+                layer.can_use_fastpath = False
         return model.eval()
 
     def hidden_width(self, side: str) -> Optional[int]:
@@ -598,6 +607,13 @@ class Checkpoint:
                 "are not a transformer's; if it is one of your own, --user-dir (for a teacher "
                 "also --teacher-user-dir) must import it"
             )
+
+
+def _warn_of_folder(folder: str, message: str) -> None:
+    """Once for all models that are opened, and however often each one is."""
+    if folder not in _warned:
+        _warned.add(folder)
+        logger.warning(message)
 
 
 def count_parameters(weights: Mapping[str, Tensor]) -> Tuple[int, int]:

@@ -45,6 +45,15 @@ def read(path: str) -> Dictionary:
         ) from error
 
 
+def name_of(side: str) -> str:
+    """What messages call a dictionary.
+
+    Args:
+        side: what tells it from others, "source" say; "" where there are no others.
+    """
+    return f"{side} dictionary".lstrip()
+
+
 def file_of(language: Optional[str]) -> str:
     """The file with the dictionary of a language; "" is text in no named language."""
     return "dict.txt" if language == "" else f"dict.{language}.txt"
@@ -159,15 +168,17 @@ def index_map(
     side: str = "target",
     role: Role = _TEACHER,
     needless: Container[str] = (),
+    share: str = "",
 ) -> Optional[torch.Tensor]:
     """Where each student symbol stands in the teacher's vocabulary.
 
     Args:
         student: symbols by student index, special symbols included.
         teacher: symbols by teacher index. It may hold more symbols than the student.
-        side: "source" or "target", for messages.
+        side: what tells them from other vocabularies, for messages; "" where there are no others.
         role: of the checkpoint with the second vocabulary, for messages.
         needless: symbols of the student's that the teacher may lack.
+        share: how the student gets only symbols that the teacher knows, for messages.
 
     Returns:
         None when the two are the same in the same order; otherwise int64 of shape
@@ -184,7 +195,7 @@ def index_map(
         twice = [symbol for symbol, n in Counter(symbols).items() if n > 1]
         if twice:
             raise VocabularyError(
-                f"the {owner}'s {side} dictionary holds {len(twice)} symbols more than once "
+                f"the {owner}'s {name_of(side)} holds {len(twice)} symbols more than once "
                 f"({_some(twice)}), so it cannot be mapped to the other one, which differs from it"
             )
     position = {symbol: i for i, symbol in enumerate(teacher)}
@@ -192,13 +203,11 @@ def index_map(
     if unknown:
         elsewhere = ""
         if role.data:
-            elsewhere = f", or name the folder of the right dictionaries with {role.data}"
+            elsewhere = f" If that is not its own, {role.data} names the folder of the right one."
         raise VocabularyError(
-            f"the {role.name}'s {side} dictionary ({len(teacher)} symbols) lacks {len(unknown)} of "
-            f"the student's {len(student)}: {_some(unknown)}. Word-level distillation needs a "
-            f"teacher that knows every {side} symbol of the student: binarise the student's data "
-            "with the teacher's dictionary (fairseq-preprocess --srcdict/--tgtdict) and its "
-            f"subword model{elsewhere}. Sequence-level distillation needs no shared vocabulary."
+            f"the {role.name}'s {name_of(side)} ({len(teacher)} symbols) lacks {len(unknown)} of "
+            f"the student's {len(student)}: {_some(unknown)}.{elsewhere} Word-level distillation "
+            f"needs a teacher that knows every symbol of the student. {share}".rstrip()
         )
     return torch.tensor([position.get(symbol, MISSING) for symbol in student], dtype=torch.long)
 

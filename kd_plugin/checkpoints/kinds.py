@@ -33,6 +33,9 @@ class Kind(NamedTuple):
         samples: what its data consist of, with the lengths of one for ``str.format``.
         shorten: what to do where samples are too long for a teacher that reads ``{0}`` source and
             ``{1}`` target tokens.
+        vocabularies: what tells those of its inputs and outputs apart in messages: "source
+            dictionary" and "target dictionary" say; "" is a dictionary that needs no name.
+        share: how a student gets only symbols that its teacher knows.
         reads_frames: whether the source is sound, (B, frames, features), and not symbols: then only
             the targets' dictionary is a model's own, and stands for both.
         otherwise: what to do about a teacher of another kind.
@@ -47,6 +50,8 @@ class Kind(NamedTuple):
     new_task: Callable[[Dictionaries, Tuple[int, int]], Any]
     samples: Tuple[str, str]
     shorten: str
+    vocabularies: Tuple[str, str]
+    share: str
     reads_frames: bool = False
     otherwise: str = ""
 
@@ -78,6 +83,10 @@ TRANSLATION = Kind(
     shorten="Leave the longer ones out with --max-source-positions {0} --max-target-positions {1} "
     "(for validation data also --skip-invalid-size-inputs-valid-test), or cut sources with "
     "--truncate-source.",
+    vocabularies=("source", "target"),
+    share="Binarise the student's data with the teacher's dictionaries (fairseq-preprocess "
+    "--srcdict --tgtdict) and its subword model. Sequence-level distillation needs no shared "
+    "vocabulary.",
 )
 MULTILINGUAL_TRANSLATION = TRANSLATION._replace(task=SIMPLE_EPOCH)
 LANGUAGE_MODEL = Kind(
@@ -94,8 +103,13 @@ LANGUAGE_MODEL = Kind(
     samples=("blocks", "{1} tokens"),
     shorten="Cut the text into shorter ones with --tokens-per-sample {0}; where blocks are whole "
     "sentences, also --shorten-method truncate.",
+    vocabularies=("", ""),
+    share="Binarise the student's text with the teacher's dictionary (fairseq-preprocess "
+    "--only-source --srcdict) and its subword model.",
 )
 
+# Of a frame: options of speech models, and fields of the YAML files of their data
+FEATURES = ("input_feat_per_channel", "input_channels")
 SPEECH = Kind(
     task="speech_to_text",
     tasks=("speech_to_text",),
@@ -111,6 +125,9 @@ SPEECH = Kind(
     samples=("utterances", "{} frames and {} target tokens"),
     shorten="Leave the longer ones out with --max-source-positions {0} --max-target-positions {1} "
     "(for validation data also --skip-invalid-size-inputs-valid-test).",
+    vocabularies=("", ""),
+    share="Name the teacher's dictionary and subword model in the student's YAML file "
+    "(vocab_filename, bpe_tokenizer).",
     reads_frames=True,
     otherwise="; --teacher-reads transcript takes one that translates text",
 )
@@ -119,6 +136,9 @@ TRANSCRIPT = TRANSLATION._replace(
     task=f"{SPEECH.taught} with --teacher-reads transcript",
     samples=("utterances", "{} tokens of the transcript and {} target tokens"),
     shorten="Leave the longer ones out of the TSV files.",
+    vocabularies=("transcript", "target"),
+    share="Name the teacher's dictionaries and subword models in the student's YAML file "
+    "(src_vocab_filename, src_bpe_tokenizer; vocab_filename, bpe_tokenizer).",
 )
 
 # The tasks that have a teacher

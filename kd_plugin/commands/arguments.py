@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import sys
-from typing import Any, Callable, List, NamedTuple, Optional
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence
 
 import torch
 from fairseq import options as fairseq_options
@@ -171,12 +171,13 @@ def shard_of_process(options: Any) -> Shard:
 # Refusing
 
 
-def refuse_unsupported(options: Any, faults: Faults) -> None:
+def refuse_unsupported(options: Any, faults: Faults, but: Sequence[str] = ()) -> None:
     """Note flags of ``fairseq-generate`` that our commands do not support, and impossible values.
 
     Args:
         options: parsed by fairseq's parser for generation.
         faults: what is wrong is added.
+        but: names of flags that are supported after all.
     """
     unsupported = {
         "lm_path": None,
@@ -190,8 +191,8 @@ def refuse_unsupported(options: Any, faults: Faults) -> None:
         "iter_decode_with_external_reranker": False,
     }
     for name, default in unsupported.items():
-        value = getattr(options, name, default)
-        faults.check(value in (default, None), f"{flag_of(name)} cannot be used here")
+        usual = name in but or getattr(options, name, default) in (default, None)
+        faults.check(usual, f"{flag_of(name)} cannot be used here")
     faults.check(
         not getattr(options, "amp", False), "--amp is for training: give --fp16, --bf16 or neither"
     )

@@ -78,9 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--beam",
         type=int,
-        default=5,
         metavar="N",
-        help="beam of the translations that are compared",
+        help="beam of the translations that are compared (default: 5)",
     )
     add(
         "--remove-bpe",
@@ -89,7 +88,8 @@ def make_parser() -> argparse.ArgumentParser:
         const="@@ ",
         dest="post_process",
         metavar="SYMBOL",
-        help="subword marks to remove before BLEU is scored, as in fairseq-generate",
+        help="subword marks to remove before BLEU is scored, as in fairseq-generate; of "
+        "--format ctranslate2",
     )
     add_bleu_tokenize(add)
     add("--no-verify", action="store_true", help="skip the comparison")

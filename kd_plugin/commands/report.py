@@ -2,8 +2,9 @@
 
 Decodes a test set with each model, and writes tables, pictures and a page: of quality (BLEU,
 ROUGE and others, with significance), of cost (size, speed, memory), and of where students still
-differ from the teacher. Language models score a text instead, in blocks that are cut as by
-fairseq-eval-lm: --task language_modeling --help shows the flags.
+differ from the teacher. Speech models write down what is said, which is judged by word errors
+unless --metrics says otherwise. Language models score a text instead, in blocks that are cut as by
+fairseq-eval-lm. --task speech_to_text --help and --task language_modeling --help show their flags.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from fairseq import options as fairseq_options
 from fairseq.dataclass.configs import GenerationConfig
 
 from .. import report
-from ..checkpoints import LANGUAGE_MODEL, TRANSLATION
+from ..checkpoints import LANGUAGE_MODEL, SPEECH, TRANSLATION
 from ..decoding import Tokenizer
 from ..errors import Faults, UserError
 from .arguments import (
@@ -83,10 +84,10 @@ def make_parser(task: str = TRANSLATION.task) -> argparse.ArgumentParser:
     add(
         "--metrics",
         nargs="+",
-        default=list(report.USUAL),
         choices=list(report.METRICS),
         help="what quality is measured by, the most important first; rouge for summaries (ROUGE-1, "
-        "ROUGE-2, ROUGE-L), wer for transcripts",
+        f"ROUGE-2, ROUGE-L), wer for transcripts (default: {' '.join(report.USUAL)}; of speech "
+        "models wer)",
     )
     add_bleu_tokenize(add)
     add(
@@ -187,7 +188,7 @@ def run(options: argparse.Namespace) -> None:
             greedy=options.greedy,
             repeats=options.repeats,
             reference=options.reference,
-            metrics=list(dict.fromkeys(options.metrics)),
+            metrics=_metrics(options),
             tokenize=options.bleu_tokenize,
             scores=report.read_scores(options.scores),
             test=options.significance,
@@ -214,13 +215,24 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-# What language models have no use for
-_OF_TRANSLATIONS = (
-    *("greedy", "model_data", "model_langs", "reference", "metrics", "bleu_tokenize"),
-    *("scores", "write_for_scoring", "baseline", "significance", "significance_samples"),
-    *("train_sample", "post_process"),
-    *(name for name in GenerationConfig.__dataclass_fields__ if name != "_name"),
-)
+def _metrics(options: argparse.Namespace) -> List[str]:
+    usual = ["wer"] if options.task == SPEECH.task else report.USUAL
+    return list(dict.fromkeys(options.metrics or usual))
+
+
+# Flags that models of other tasks than translation have no use for, and who has none
+_USELESS = {
+    LANGUAGE_MODEL.task: (
+        (
+            *("greedy", "model_data", "model_langs", "reference", "metrics", "bleu_tokenize"),
+            *("scores", "write_for_scoring", "baseline", "significance", "significance_samples"),
+            *("train_sample", "post_process"),
+            *(name for name in GenerationConfig.__dataclass_fields__ if name != "_name"),
+        ),
+        "language models, which score a text",
+    ),
+    SPEECH.task: (("model_langs", "train_sample"), "models that hear"),
+}
 
 
 def _given(options: Any, names: Iterable[str]) -> List[str]:
@@ -233,23 +245,26 @@ def _given(options: Any, names: Iterable[str]) -> List[str]:
 
 def _refuse(options: Any) -> None:
     faults = Faults()
-    refuse_unsupported(options, faults)
+    refuse_unsupported(options, faults, ["prefix_size"] if options.task == SPEECH.task else [])
     faults.check(not options.path, f"instead of --path give --models NAME={options.path}")
     faults.check(options.nbest <= 1, "--nbest: only the best translation is judged")
     at_least(options, faults, 1, "repeats", "significance_samples")
     at_least(options, faults, 0, "examples", "train_sample")
     faults.check(
-        options.task in (TRANSLATION.task, LANGUAGE_MODEL.task),
+        options.task in (TRANSLATION.task, LANGUAGE_MODEL.task, SPEECH.task),
         "--task: leave it out, and each model is decoded with the task that its checkpoint names; "
-        "only --task translation or language_modeling can be given, for models that have another "
-        "name for it",
+        "only --task translation, language_modeling or speech_to_text can be given, for models "
+        "that have another name for it",
     )
-    if options.task == LANGUAGE_MODEL.task:
-        useless = ", ".join(_given(options, _OF_TRANSLATIONS))
-        faults.check(not useless, f"{useless}: of no use to language models, which score a text")
+    if options.task in _USELESS:
+        names, whose = _USELESS[options.task]
+        useless = ", ".join(_given(options, names))
+        faults.check(not useless, f"{useless}: of no use to {whose}")
+        folders = [pair for pair in options.models if os.path.isdir(pair.partition("=")[2])]
+        faults.check(not folders, f"--models {' '.join(folders)}: models of CTranslate2 translate")
     faults.check(options.model_overrides in (None, "{}"), "--model-overrides cannot be used here")
     with faults.collecting():
-        report.check(options.metrics)
+        report.check(_metrics(options))
     with faults.collecting():
         report.read_scores(options.scores)
     if options.bleu_tokenize:

@@ -278,8 +278,8 @@ def plan(
     limits = utils.resolve_max_positions(task.max_positions(), *max_positions)
     if isinstance(limits, dict):  # multilingual_translation's, by direction
         (limits,) = limits.values()
-    # a column for the source, and one for references if the dataset has them
-    sizes = np.asarray(dataset.sizes).reshape(len(dataset), -1)
+    # a column for the source, and one for references if the dataset has them; sound has lengths
+    sizes = np.asarray(getattr(dataset, "lengths", dataset.sizes)).reshape(len(dataset), -1)
     sizes = sizes[(sizes <= np.atleast_1d(limits)[: sizes.shape[1]]).all(axis=1)]
     longest = sizes.max(initial=0)
     if max_tokens is not None and longest > max_tokens:

@@ -107,7 +107,8 @@ class FairseqEngine:
         data: Optional[DataBin] = None,
     ) -> None:
         self.task, self.models, self.generation, self.seed = task, models, generation, seed
-        self.cuda = next(models[0].parameters()).is_cuda
+        like = next(models[0].parameters())
+        self.cuda, self._dtype = like.is_cuda, like.dtype
         self._refuse_other_way_of_decoding()
         more = {"lm_model": None, "lm_weight": generation.lm_weight}
         try:
@@ -152,9 +153,14 @@ class FairseqEngine:
             ids = sample["id"].tolist()
             if self.cuda:
                 sample = utils.move_to_cuda(sample)
+            if sample["net_input"]["src_tokens"].is_floating_point():  # sound
+                sample = utils.apply_to_sample(self._as_model, sample)
+            more = {}
+            if self.generation.prefix_size:  # of references, which begin with a language's tag
+                more["prefix_tokens"] = sample["target"][:, : self.generation.prefix_size]
             longest = self._longest(sample["net_input"]["src_tokens"])
             try:
-                found = self.task.inference_step(self.generator, self.models, sample)
+                found = self.task.inference_step(self.generator, self.models, sample, **more)
             except AssertionError as error:
                 if self.refines:  # of what such a model cannot do
                     raise _refused("fairseq's generator", error) from error
@@ -166,6 +172,9 @@ class FairseqEngine:
                 i: [self._read(one, longest) for one in nbest[: self.generation.nbest]]
                 for i, nbest in zip(ids, found)
             }
+
+    def _as_model(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def _longest(self, src_tokens: Tensor) -> float:
         """Symbols after which fairseq ends a hypothesis that has not ended by itself."""

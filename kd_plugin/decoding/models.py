@@ -8,19 +8,24 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from fairseq import tasks
 from fairseq.dataclass.utils import omegaconf_no_object_check
+from fairseq.tasks.speech_to_text import SpeechToTextTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf, open_dict
 
 from ..checkpoints import (
     DTYPES,
+    FEATURES,
+    SPEECH,
     STOCK_OTHERS,
+    TRANSLATION,
     Checkpoint,
     CheckpointError,
+    Kind,
     Role,
     VocabularyError,
     translates_otherwise,
 )
-from ..checkpoints.dictionaries import difference
+from ..checkpoints.dictionaries import difference, name_of
 from ..checkpoints.tags import listed
 from ..files import FileError
 from .databin import infer_languages
@@ -216,14 +221,23 @@ def open_checkpoints(
         checkpoint = Checkpoint.open(path, role, trust)
         # other tasks add symbols that checkpoints do not tell
         if isinstance(task, TranslationTask):
-            _check_dictionaries(checkpoint, task, overrides or {}, otherwise)
+            _check_languages(checkpoint, task, overrides or {})
+            ours = task.source_dictionary, task.target_dictionary
+            langs = task.cfg.source_lang, task.cfg.target_lang
+            _check_dictionaries(checkpoint, TRANSLATION, langs, ours, otherwise)
+        elif isinstance(task, SpeechToTextTask):
+            kind = checkpoint.kind
+            if kind is not None and kind is not SPEECH:
+                raise CheckpointError(f"{checkpoint} is {kind.model}, and hears nothing")
+            checkpoint = checkpoint.as_task(SPEECH.task)
+            _check_features(checkpoint, task.data_cfg, otherwise)
+            ours = task.target_dictionary, task.target_dictionary
+            _check_dictionaries(checkpoint, SPEECH, ("", ""), ours, otherwise)
         found.append(checkpoint)
     return found
 
 
-def _check_dictionaries(
-    checkpoint: Checkpoint, task: Any, overrides: Mapping[str, Any], otherwise: str
-) -> None:
+def _check_languages(checkpoint: Checkpoint, task: Any, overrides: Mapping[str, Any]) -> None:
     langs = (task.cfg.source_lang, task.cfg.target_lang)
     theirs = checkpoint.languages_with(overrides)
     if theirs == langs[::-1]:
@@ -237,18 +251,36 @@ def _check_dictionaries(
             f"translates from {langs[0]} to {langs[1]} here: if these are not the same languages "
             "in the same direction, give --source-lang and --target-lang"
         )
-    ours = (task.source_dictionary, task.target_dictionary)
+
+
+def _check_features(checkpoint: Checkpoint, configuration: Any, otherwise: str) -> None:
+    for name in FEATURES:
+        theirs, ours = checkpoint.options.get(name), getattr(configuration, name)
+        if theirs not in (None, ours):
+            raise CheckpointError(
+                f"{checkpoint} was trained with {name} {theirs}, and the data's YAML file has "
+                f"{ours}. {otherwise}"
+            )
+
+
+def _check_dictionaries(
+    checkpoint: Checkpoint,
+    kind: Kind,
+    langs: Tuple[str, str],
+    ours: Tuple[Any, Any],
+    otherwise: str,
+) -> None:
     found = checkpoint.dictionaries(langs, otherwise=("data", *ours))
     assert found is not None  # there are the data's
-    for side, mine, own in zip(("source", "target"), ours, found):
+    for side, mine, own in zip(kind.vocabularies, ours, found):
         different = difference(mine, own)
         if different:
             raise VocabularyError(
-                f"{checkpoint}: its {side} dictionary ({found.origin}, {len(own)} symbols) is "
+                f"{checkpoint}: its {name_of(side)} ({found.origin}, {len(own)} symbols) is "
                 f"not the data's ({len(mine)} symbols); {different}. {otherwise} If the "
                 "dictionaries found are not its own, put those beside the checkpoint."
             )
-    checkpoint.check_sizes(found)
+    checkpoint.check_sizes(found, kind)
 
 
 def build_models(
@@ -259,15 +291,16 @@ def build_models(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    kind: Kind = TRANSLATION,
 ) -> List[Any]:
-    """The models of checkpoints, placed and prepared as fairseq-generate does.
+    """The models of checkpoints, all of one kind, placed and prepared as fairseq-generate does.
 
     Their parameters require gradients, though none are computed: torch folds a batch of single
     symbols into one matrix product only then, and decoding takes a third longer otherwise.
     """
     models = []
     for checkpoint in checkpoints:
-        model = checkpoint.build(task, overrides).to(device=device, dtype=dtype)
+        model = checkpoint.build(task, overrides, kind).to(device=device, dtype=dtype)
         model.prepare_for_inference_(cfg)
         models.append(model)
     return models

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 from fairseq.data import Dictionary, data_utils
+from fairseq.data.audio.speech_to_text_dataset import SpeechToTextDataset
 from omegaconf import DictConfig
 
 from ..files import FileError, digest
@@ -79,14 +80,15 @@ def remove_subwords(symbols: Sequence[str], post_process: Optional[str]) -> str:
 
 
 def text_functions(
-    task: Any, cfg: Any, data: DataBin
+    task: Any, cfg: Any, data: Optional[DataBin]
 ) -> Tuple[Callable[[str], str], Callable[[str], str]]:
     """From subwords to running text, as fairseq-generate does it, and back, as -interactive.
 
     Special symbols and tags of languages are no part of the text.
 
     Args:
-        data: with the dictionaries as they are before the task adds to them.
+        data: with the dictionaries as they are before the task adds to them; None for speech, whose
+            dictionary has all.
 
     Raises:
         FileError: a model of subwords cannot be read.
@@ -103,8 +105,12 @@ def text_functions(
         post_process, decode = "sentencepiece", None  # which decodes all that the model encodes
     else:
         decode = None if bpe is None else bpe.decode
-    special = _special(task.source_dictionary, data.source)
-    special |= _special(task.target_dictionary, data.target)
+    target = task.target_dictionary
+    if data is None:
+        special = _special(target, target)
+        special.update(filter(SpeechToTextDataset.is_lang_tag, target.symbols))
+    else:
+        special = _special(task.source_dictionary, data.source) | _special(target, data.target)
 
     def to_text(subwords: str) -> str:
         symbols = words(subwords)

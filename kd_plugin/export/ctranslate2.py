@@ -54,6 +54,7 @@ class CTranslate2Format(Format):
     is_folder = True
     sentences = 0
     needs_references = True
+    scores_symbols = True
     flags = {
         "--quantization": dict(
             choices=QUANTIZATIONS, help="precision of CTranslate2's weights (default: float32)"

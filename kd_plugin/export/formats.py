@@ -112,6 +112,7 @@ class Format(abc.ABC):
         is_folder: whether the output is a folder; else it is a file.
         sentences: how many to verify on unless told otherwise; 0 for all.
         needs_references: whether those must have references.
+        scores_symbols: whether BLEU is scored on symbols that may have to be made text of.
         flags: its own flags, with what argparse is told of each.
         required: those of them that it cannot do without.
     """
@@ -120,6 +121,7 @@ class Format(abc.ABC):
     is_folder = False
     sentences = 200
     needs_references = False
+    scores_symbols = False
     flags: Mapping[str, Mapping[str, Any]] = {}
     required: Sequence[str] = ()
 

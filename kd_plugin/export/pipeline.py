@@ -30,6 +30,7 @@ from .verify import Blocks, Text
 
 logger = logging.getLogger(__name__)
 
+_BEAM = 5
 ROLE = Role("model", "--trust-checkpoint", "--data", task="--task")
 FORMATS: Dict[str, Format] = {
     format.name: format for format in (FairseqFormat(), CTranslate2Format(), TransformersFormat())
@@ -54,8 +55,8 @@ class Asked(NamedTuple):
         data: data-bin to verify on, unless it is the one that the checkpoint names.
         subset: which sentences of it.
         sentences: only the first so many; 0 for all, None as many as is usual for the format.
-        beam: of the translations that are compared.
-        post_process: what BLEU is scored without, as fairseq-generate has it.
+        beam: of the translations that are compared; None is 5.
+        post_process: what BLEU is scored without, as fairseq-generate has it; None leaves all.
         tokenize: BLEU's tokenizer, as sacrebleu's ``--tokenize``; None for the target language's.
     """
 
@@ -74,7 +75,7 @@ class Asked(NamedTuple):
     data: Optional[str] = None
     subset: str = "valid"
     sentences: Optional[int] = None
-    beam: int = 5
+    beam: Optional[int] = None
     post_process: Optional[str] = None
     tokenize: Optional[str] = None
 
@@ -96,6 +97,7 @@ def make(asked: Asked) -> List[str]:
         first = first.as_task(asked.task)
         fairseq.refuse_task(first)
         format.refuse(first)
+        _refuse_search(asked, first)
 
     if len(asked.paths) > 1:
         checkpoint = average(asked.paths, ROLE, asked.trust, refuse).as_task(asked.task)
@@ -150,7 +152,13 @@ def _refuse(asked: Asked) -> None:
         faults.check(given, f"--format {format.name} needs {flag}")
     found = [fault for other in FORMATS.values() for fault in other.faults(asked.options)]
     faults.messages += dict.fromkeys(found)
-    faults.check(asked.beam >= 1, "--beam must be 1 or more")
+    faults.check(asked.beam is None or asked.beam >= 1, "--beam must be 1 or more")
+    faults.check(
+        asked.post_process is None or format.scores_symbols,
+        "--remove-bpe needs --format "
+        f"{' or '.join(o.name for o in FORMATS.values() if o.scores_symbols)}, whose BLEU is "
+        "scored on what the model's symbols spell",
+    )
     if asked.tokenize:
         faults.check(
             format.needs_references,
@@ -185,6 +193,25 @@ def _refuse(asked: Asked) -> None:
                 f"{format.name} has made"
             )
     faults.raise_if_any(ExportError)
+
+
+def _refuse_search(asked: Asked, checkpoint: Checkpoint) -> None:
+    """Flags of translations that are compared, of a model that makes none.
+
+    Raises:
+        ExportError: they are given.
+    """
+    flags = {
+        "--beam": asked.beam,
+        "--remove-bpe": asked.post_process,
+        "--bleu-tokenize": asked.tokenize,
+    }
+    given = ", ".join(flag for flag, value in flags.items() if value is not None)
+    if given and checkpoint.kind is LANGUAGE_MODEL:
+        raise ExportError(
+            f"{given}: of no use to {checkpoint}, which is {LANGUAGE_MODEL.model}: probabilities "
+            "of a text are compared, and no translations"
+        )
 
 
 def languages_of(
@@ -258,6 +285,7 @@ def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Opti
         )
     format = FORMATS[asked.format]
     count = format.sentences if asked.sentences is None else asked.sentences
+    beam = asked.beam or _BEAM
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         if model.models_language:
@@ -265,7 +293,7 @@ def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Opti
             blocks = Blocks.cut(
                 *(data, asked.subset, count), options=options, longest=longest, folder=where
             )
-            yield Proof(blocks, asked.beam, asked.post_process, user_dir=asked.user_dir)
+            yield Proof(blocks, beam, asked.post_process, user_dir=asked.user_dir)
             return
         text = Text.cut(
             *(data, asked.subset, count), max_positions=model.max_positions, folder=where
@@ -276,7 +304,7 @@ def _proof(asked: Asked, model: Model, data: Optional[DataBin]) -> Iterator[Opti
                 "verified on them"
             )
         tokenizer = Tokenizer.of(model.languages[1], asked.tokenize)
-        yield Proof(text, asked.beam, asked.post_process, tokenizer, asked.user_dir)
+        yield Proof(text, beam, asked.post_process, tokenizer, asked.user_dir)
 
 
 def _size(model: Model, new: Path) -> str:

@@ -17,7 +17,8 @@ class Asked(NamedTuple):
     """A report to make.
 
     Attributes:
-        models: the models to judge: all translate, or all are language models.
+        models: the models to judge, all of one kind: they translate, write down speech, or are
+            language models.
         teacher: the model that the others are students of.
         baseline: the model that significance is tested against.
         options: fairseq-generate's, parsed, which name the task, the test set, the search and the

@@ -24,7 +24,7 @@ from omegaconf import open_dict
 from tqdm import tqdm
 
 from .. import decoding
-from ..checkpoints import Role, lacking
+from ..checkpoints import LANGUAGE_MODEL, SPEECH, Role, lacking
 from ..decoding.databin import words
 from ..errors import UserError, out_of_memory
 from ..export import read_record
@@ -37,12 +37,14 @@ from .systems import (
     Model,
     System,
     configuration,
-    models_language,
+    judged_kind,
     role_of,
     trained_for,
 )
+from .utterances import read_speech
 
 _OTHER_DICTIONARIES = "Name a data-bin made with its own dictionaries: --model-data NAME=DIR."
+_OTHER_SOUND = "Name a folder with the same utterances made for it: --model-data NAME=DIR."
 
 
 def measure(
@@ -105,7 +107,8 @@ def measure(
             name = system.model.name
             if name in failures:
                 continue
-            beam = "" if models_language(options) else f", beam {system.beam}"
+            scores = judged_kind(options) is LANGUAGE_MODEL
+            beam = "" if scores else f", beam {system.beam}"
             description = f"{name}{beam}, {number + 1} of {repeats}"
             with noting_failure(name):
                 done = workers[name].decode(system.beam, description)
@@ -138,7 +141,7 @@ class _Worker:
     """A process for one model."""
 
     def __init__(self, model: Model, role: Role, options: Namespace) -> None:
-        self._unit = "blocks" if models_language(options) else "sentences"
+        self._unit = judged_kind(options).samples[0]
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
@@ -208,7 +211,7 @@ def _serve(pipe: Any, model: Model, role: Role, options: Namespace) -> None:
         while True:
             request = pipe.recv()
             if request == _OPEN:
-                open_model = Scorer if models_language(options) else _Decoder
+                open_model = Scorer if judged_kind(options) is LANGUAGE_MODEL else _Decoder
                 decoder = open_model(model, role, options)
                 answer = decoder.facts
             elif request == _MEMORY:
@@ -237,17 +240,22 @@ class _Decoder:
         cfg = configuration(options, model)
         utils.import_user_module(cfg.common)
         self.device, dtype = decoding.placement(cfg, cfg.distributed_training.device_id)
-        self.task = decoding.set_up_task(cfg)
-        if model.format == FAIRSEQ and trained_for(options) is None:
-            self.task = decoding.own_task(
-                *(cfg, self.task, model.paths, role, options.trust_checkpoint)
-            )
         self.generation, self.seed = cfg.generation, cfg.common.seed
-        data = decoding.DataBin(model.data, cfg.task.source_lang, cfg.task.target_lang)
-        corpus = decoding.Corpus.of_subset(self.task, data, cfg.dataset.gen_subset)
-        self.to_text, _ = decoding.text_functions(self.task, cfg, data)
-        self.data = data
-        self.sentences = len(corpus.source)
+        self.kind = judged_kind(options)
+        self.data: Optional[decoding.DataBin] = None
+        if self.kind is SPEECH:
+            self.task, dataset = read_speech(cfg)
+        else:
+            self.task = decoding.set_up_task(cfg)
+            if model.format == FAIRSEQ and trained_for(options) is None:
+                self.task = decoding.own_task(
+                    *(cfg, self.task, model.paths, role, options.trust_checkpoint)
+                )
+            langs = cfg.task.source_lang, cfg.task.target_lang
+            self.data = decoding.DataBin(model.data, *langs)
+            corpus = decoding.Corpus.of_subset(self.task, self.data, cfg.dataset.gen_subset)
+            dataset = corpus.dataset
+        self.to_text, _ = decoding.text_functions(self.task, cfg, self.data)
         self._memory = Memory()
         self.model: Any
         if model.format == CTRANSLATE2:
@@ -275,54 +283,54 @@ class _Decoder:
                 self.task,
                 role,
                 trust=options.trust_checkpoint,
-                otherwise=_OTHER_DICTIONARIES,
+                otherwise=_OTHER_SOUND if self.kind is SPEECH else _OTHER_DICTIONARIES,
             )
             self.facts = facts(checkpoints, model.paths, dtype)
             self.model = decoding.build_models(
-                checkpoints, self.task, {}, cfg, device=self.device, dtype=dtype
+                *(checkpoints, self.task, {}, cfg),
+                device=self.device,
+                dtype=dtype,
+                kind=self.kind,
             )
             self.positions = [one.max_positions() for one in self.model]
             del checkpoints
             self.facts["refines"] = self._engine(1).refines
         self.dataset_options = cfg.dataset
-        self.batches = self._batches(corpus)
+        self.batches = self._batches(dataset)
         gc.collect()
         self._memory.forget_peak()
 
-    def _batches(self, corpus: decoding.Corpus) -> List[Dict[str, Any]]:
+    def _batches(self, dataset: Any) -> "_Batches":
         plan = decoding.plan(
             self.task,
-            corpus.dataset,
+            dataset,
             self.positions,
             max_tokens=self.dataset_options.max_tokens,
             max_sentences=self.dataset_options.batch_size,
             required_multiple=self.dataset_options.required_batch_size_multiple,
             seed=self.seed,
         )
-        dataset = corpus.dataset
-        return [dataset.collater([dataset[int(i)] for i in batch]) for batch in plan]
+        return _Batches(dataset, plan, held=self.kind is not SPEECH)
 
     def decode(self, beam: int, pipe: Any) -> Pass:
-        return self._decode(self.batches, self.sentences, beam, pipe)
+        return self._decode(self.batches, beam, pipe)
 
     def sample(self, beam: int, most: int, pipe: Any) -> List[Optional[str]]:
         """Translations of as many sentences of the training set; none without one."""
+        assert self.data is not None  # of speech there is no such sample
         corpus = decoding.Corpus.of_sample(self.task, self.data, "train", most)
         if corpus is None:
             return []
-        batches, sentences = self._batches(corpus), len(corpus.source)
-        return self._decode(batches, sentences, beam, pipe).outcomes
+        return self._decode(self._batches(corpus.dataset), beam, pipe).outcomes
 
-    def _decode(
-        self, batches: Sequence[Dict[str, Any]], sentences: int, beam: int, pipe: Any
-    ) -> Pass:
-        engine = self._engine(beam)
+    def _decode(self, batches: "_Batches", beam: int, pipe: Any) -> Pass:
+        engine, sentences = self._engine(beam), len(batches.dataset)
         found: Dict[int, str] = {}
         start = time.perf_counter()
         for nbest in engine.decode(batches):
             found.update({i: hypotheses[0].subwords for i, hypotheses in nbest.items()})
             pipe.send(("progress", (len(nbest), sentences)))
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - batches.reading
         return Pass(
             [self.to_text(found[i]) if i in found else None for i in range(sentences)],
             sum(len(words(subwords)) + 1 for subwords in found.values()),
@@ -350,6 +358,36 @@ class _Decoder:
         return self._memory.peak(
             torch.device("cpu") if isinstance(self.model, Path) else self.device
         )
+
+
+class _Batches:
+    """Batches of a dataset, to be gone through several times.
+
+    Args:
+        plan: the numbers of each one's sentences.
+        held: whether they stay in memory; sound, which is large, is read whenever it is needed.
+
+    Attributes:
+        reading: seconds that it took to read them, the last time.
+    """
+
+    def __init__(self, dataset: Any, plan: Sequence[Any], held: bool) -> None:
+        self.dataset, self.reading = dataset, 0.0
+        self._plan, self._held = plan, [self._read(some) for some in plan] if held else None
+
+    def _read(self, numbers: Any) -> Dict[str, Any]:
+        return self.dataset.collater([self.dataset[int(i)] for i in numbers])
+
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
+        self.reading = 0.0
+        if self._held is not None:
+            yield from self._held
+            return
+        for numbers in self._plan:
+            start = time.perf_counter()
+            batch = self._read(numbers)
+            self.reading += time.perf_counter() - start
+            yield batch
 
 
 def check_vocabulary(model: Model, task: Any) -> None:

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 from matplotlib.transforms import Bbox  # noqa: E402
 
-from ..checkpoints import LANGUAGE_MODEL  # noqa: E402
 from .curves import TRAIN  # noqa: E402
+from .tables import pace  # noqa: E402
 
 Styles = Dict[str, Dict[str, Any]]  # of each model, the same in all pictures
 # Told apart also by readers who see fewer colours (Okabe & Ito 2008), and by their marks
@@ -25,7 +25,7 @@ _WIDTH, _DPI = 4.6, 150  # inches
 _DASHES = ("-", "--", ":", "-.")
 _KINDS = {
     "frequency": "times the token occurs in training",
-    "position": "position in the sentence or block",
+    "position": "position in the text",
     "length": "length of the reference, tokens",
     "entropy": "the teacher's entropy, bits",
 }
@@ -57,9 +57,11 @@ def draw(report: Dict[str, Any]) -> Dict[str, bytes]:
 def _plots(report: Dict[str, Any]) -> Iterator[Tuple[str, Callable[[Styles], Any]]]:
     """Each picture's name and what draws it."""
     systems = [system for system in report["systems"] if system["scores"]]
-    pace = "tokens" if report["task"] == LANGUAGE_MODEL.task else "sentences"
     if systems:
-        yield "quality-speed.png", partial(_quality_speed, report["metrics"][0], pace, systems)
+        yield (
+            "quality-speed.png",
+            partial(_quality_speed, report["metrics"][0], pace(report), systems),
+        )
     for field in _FIELDS:
         if any(field in curve for log in report["curves"].values() for curve in log.values()):
             yield f"curves-{field}.png", partial(_curves, report["curves"], field)

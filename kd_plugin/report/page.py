@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterable, List
 
 from ..pages import html_document, html_section, markdown_table, markdown_text
 from . import browser
-from .tables import COST, OVERVIEW, models_language, overview, tables
+from .tables import COST, OVERVIEW, languages, overview, tables
 
 CAPTIONS = {
     "quality-speed.png": "Quality against speed. Up and to the right is better.",
@@ -69,8 +69,7 @@ def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
         pictures: PNG files by name, which the page embeds.
     """
     title = f"Teacher and students: {report['subset']}"
-    if not models_language(report):
-        title += f" of {'-'.join(report['languages'])}"
+    title += "".join(f" of {pair}" for pair in languages(report))
     parts = []
     for table in tables(report):
         parts += html_section(table)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import decoding
-from ..checkpoints import TRANSLATION, Checkpoint
+from ..checkpoints import LANGUAGE_MODEL, SPEECH, Checkpoint
 from ..decoding.engines import threads
 from ..errors import UserError
 from ..files import all_or_nothing, differences, leftovers, locked, read_json, write_json
@@ -25,8 +25,9 @@ from .blocks import TextInBlocks
 from .curves import read_curves
 from .decode import measure
 from .measured import NUMBERS, Measured
-from .systems import CTRANSLATE2, Model, System, models_language, open_model, role_of
+from .systems import CTRANSLATE2, Model, System, judged_kind, open_model, role_of
 from .translations import Translations
+from .utterances import Utterances
 
 _SETTINGS, _MEASURED, _TRANSLATIONS = "settings.json", "measured", "translations"
 _PAGES = ("report.md", "report.html", "report.json")
@@ -46,14 +47,20 @@ def make(asked: Asked) -> Dict[str, Any]:
         UserError: something does not fit, or every model fails; earlier results stay.
     """
     curves = {name: read_curves(path) for name, path in asked.logs.items()}
-    data: TestSet
-    data = TextInBlocks(asked.options) if models_language(asked.options) else Translations(asked)
+    data = _data(asked)
     for note in data.describe(asked)["doubts"]:
         logger.warning(note)
     folder = Path(asked.output)
     settings = _settings(data)
     with _prepared(folder, settings, asked.overwrite):
         return _make(asked, data, curves, settings)
+
+
+def _data(asked: Asked) -> TestSet:
+    kind = judged_kind(asked.options)
+    if kind is LANGUAGE_MODEL:
+        return TextInBlocks(asked.options)
+    return Utterances(asked) if kind is SPEECH else Translations(asked)
 
 
 def _make(
@@ -241,7 +248,7 @@ def _judge(results: Results) -> Dict[str, Any]:
     rows = []
     for system in asked.systems():
         row: Dict[str, Any] = {"name": system.name, "model": system.model.name}
-        if results.data.kind is TRANSLATION:
+        if results.data.kind is not LANGUAGE_MODEL:
             row.update(beam=system.beam, file=system.file)
         good = system.name in judged.rows
         rows.append({**row, **(_row(system, results, judged) if good else {"scores": None})})

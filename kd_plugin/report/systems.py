@@ -14,7 +14,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import open_dict
 
 from .. import decoding
-from ..checkpoints import LANGUAGE_MODEL, TRANSLATION, Checkpoint, Kind, Role, kind_of
+from ..checkpoints import LANGUAGE_MODEL, SPEECH, TRANSLATION, Checkpoint, Kind, Role, kind_of
 from ..decoding import parse_languages
 from ..errors import Faults, UserError
 from ..files import digest
@@ -185,7 +185,7 @@ def kind_of_models(models: Sequence[Model], trust: bool = False) -> Kind:
         trust: open them with the full pickle machinery.
 
     Raises:
-        UserError: some are language models, and others translate.
+        UserError: they are of several kinds, or of one that no report is of.
     """
     found: Dict[Kind, List[str]] = {}
     for model in models:
@@ -197,22 +197,18 @@ def kind_of_models(models: Sequence[Model], trust: bool = False) -> Kind:
                     kinds.add(checkpoint.kind or TRANSLATION)
         for kind in kinds:
             found.setdefault(kind, []).append(model.name)
-    for kind in found.keys() - {TRANSLATION, LANGUAGE_MODEL}:
-        raise UserError(
-            f"--models: expected models that translate or that model language; "
-            f"{', '.join(found[kind])}: {kind.model}"
-        )
     if len(found) > 1:
+        each = "; ".join(f"{', '.join(names)}: {kind.model}" for kind, names in found.items())
         raise UserError(
-            f"--models: expected models of one kind; {', '.join(found[LANGUAGE_MODEL])} model "
-            f"language, {', '.join(found[TRANSLATION])} translate: make a report of each kind"
+            f"--models: expected models of one kind, and got {each}. Make a report of each kind"
         )
     return next(iter(found), TRANSLATION)
 
 
-def models_language(options: Namespace) -> bool:
-    """Whether the task of fairseq's flags is one of language models."""
-    return kind_of(getattr(options, "task", None), None) is LANGUAGE_MODEL
+def judged_kind(options: Namespace) -> Kind:
+    """What the models are, by the task of fairseq's flags."""
+    found = kind_of(getattr(options, "task", None), None)
+    return found if found in (LANGUAGE_MODEL, SPEECH) else TRANSLATION
 
 
 def open_model(

@@ -2,7 +2,7 @@
 
 from typing import Any, Dict, Iterator, List, Optional
 
-from ..checkpoints import LANGUAGE_MODEL, TRANSLATION
+from ..checkpoints import LANGUAGE_MODEL, SPEECH, TRANSLATION, Kind, kind_of
 from ..pages import Cell, Table
 
 NONE = "–"
@@ -15,14 +15,25 @@ _TITLES = {
 }
 
 
-def models_language(report: Dict[str, Any]) -> bool:
-    return report["task"] == LANGUAGE_MODEL.task
+def _kind(report: Dict[str, Any]) -> Kind:
+    """Of the models."""
+    return kind_of(report["task"], None) or TRANSLATION
 
 
 def unit_of(report: Dict[str, Any]) -> str:
-    """What the text consists of: sentences or blocks."""
-    kind = LANGUAGE_MODEL if models_language(report) else TRANSLATION
-    return kind.samples[0]
+    """What the data consist of: sentences, blocks or utterances."""
+    return _kind(report).samples[0]
+
+
+def pace(report: Dict[str, Any]) -> str:
+    """What is counted in a second, for speeds to be compared."""
+    return "tokens" if _kind(report) is LANGUAGE_MODEL else unit_of(report)
+
+
+def languages(report: Dict[str, Any]) -> List[str]:
+    """The pair of languages, "de-en", if any; what is said and written in one is no pair."""
+    names = list(dict.fromkeys(name for name in report.get("languages", ()) if name))
+    return ["-".join(names)] if names else []
 
 
 def _number(value: Optional[float], form: str) -> str:
@@ -36,7 +47,7 @@ def _megabytes(value: Optional[float]) -> str:
 def tables(report: Dict[str, Any]) -> Iterator[Table]:
     """All of them, in their order."""
     yield overview(report)
-    yield _perplexity(report) if models_language(report) else _quality(report)
+    yield _perplexity(report) if _kind(report) is LANGUAGE_MODEL else _quality(report)
     yield _cost(report)
     for name, difference in report["differences"].items():
         yield from _difference(name, difference, unit_of(report)[:-1])
@@ -48,9 +59,9 @@ def overview(report: Dict[str, Any]) -> Table:
     first, *others = [metric["name"] for metric in report["metrics"]]
     shown = [metric["name"] for metric in report["metrics"] if metric["at_a_glance"]]
     others = [name for name in others if name in shown]
-    pace = "tokens" if models_language(report) else "sentences"
+    unit = pace(report)
     header = ["model", first, "speed-up", "MB", f"of the teacher's {first}", *others, "parameters",
-        pace + "/s"]  # fmt: skip
+        unit + "/s"]  # fmt: skip
     rows = []
     for system in report["systems"]:
         model = models[system["model"]]
@@ -66,7 +77,7 @@ def overview(report: Dict[str, Any]) -> Table:
                 f"{system['kept']:.1%}" if system["kept"] is not None else NONE,
                 *(_score(system, name, report) for name in others),
                 _number(model["parameters"], "{:,}"),
-                f"{system[pace + '_per_second']['median']:,.1f}",
+                f"{system[unit + '_per_second']['median']:,.1f}",
             ]
         )
     failures = [
@@ -76,12 +87,12 @@ def overview(report: Dict[str, Any]) -> Table:
 
 
 def _quality(report: Dict[str, Any]) -> Table:
-    rows = []
+    rows, unit, hears = [], unit_of(report), _kind(report) is SPEECH
     for system in report["systems"]:
         scores = system["scores"]
         if scores is None:
             continue
-        lengths = [system["length_ratio"], system["length_ratio_on_train"]]
+        lengths = [system["length_ratio"], *([] if hears else [system["length_ratio_on_train"]])]
         rows.append(
             [
                 system["name"],
@@ -91,16 +102,20 @@ def _quality(report: Dict[str, Any]) -> Table:
             ]
         )
     metrics = [(metric["name"], "95% interval", "p") for metric in report["metrics"]]
-    header = ["model", "beam", *metrics, "length", "on train"]
+    header = ["model", "beam", *metrics, "length", *([] if hears else ["on train"])]
+    train = (
+        "; on train: of a part of the training set, where a teacher's own length is what its "
+        "students learn"
+    )
     lower = "".join(
         f"A lower {one['name']} is better. " for one in report["metrics"] if one["lower_is_better"]
     )
     notes = [
-        f"{report['sentences']:,} sentences of {report['subset']}, "
-        f"{'-'.join(report['languages'])}, against {report['references']}.",
+        f"{report[unit]:,} {unit} of {', '.join([report['subset'], *languages(report)])}, "
+        f"against {report['references']}.",
         f"p: {report['significance']} against {report['baseline']}. {lower}"
-        "Length is that of the translations divided by that of the references; on train: of a "
-        "part of the training set, where a teacher's own length is what its students learn.",
+        "Length is that of what is written divided by that of the references"
+        f"{'' if hears else train}.",
         *(f"{one['source']}: {report['signatures'][one['name']]}" for one in report["metrics"]),
     ]  # fmt: skip
     for metric in report["metrics"]:
@@ -114,8 +129,8 @@ def _quality(report: Dict[str, Any]) -> Table:
     for system in report["systems"]:
         if system["scores"] and system["left_out"]:
             notes.append(
-                f"{system['name']}: {system['left_out']} sentences are longer than the model "
-                "accepts and count as not translated."
+                f"{system['name']}: {system['left_out']} {unit} are longer than the model "
+                f"accepts and count as not {'written down' if hears else 'translated'}."
             )
     return Table("Quality", header, rows, notes)
 
@@ -173,13 +188,13 @@ def _precision(model: Dict[str, Any]) -> str:
 
 def _cost(report: Dict[str, Any]) -> Table:
     models = {model["name"]: model for model in report["models"]}
-    units = ["tokens"] if models_language(report) else ["sentences", "tokens"]
+    units = list(dict.fromkeys([pace(report), "tokens"]))
     rows = []
     for system in report["systems"]:
         if system["scores"] is None:
             continue
         model = models[system["model"]]
-        paces = [system[pace + "_per_second"] for pace in units]
+        paces = [system[unit + "_per_second"] for unit in units]
         rows.append(
             [
                 system["name"],
@@ -193,7 +208,7 @@ def _cost(report: Dict[str, Any]) -> Table:
                     f"{paces[0]['median']:,.1f}",
                     f"{paces[0]['low']:,.1f} to {paces[0]['high']:,.1f}",
                 ),
-                *(f"{pace['median']:,.0f}" for pace in paces[1:]),
+                *(f"{one['median']:,.0f}" for one in paces[1:]),
                 _megabytes(model["peak_memory_bytes"]),
                 _number(system["speedup"], "{:.1f} x"),
             ]
@@ -205,11 +220,12 @@ def _cost(report: Dict[str, Any]) -> Table:
         *("peak memory MB", "speed-up"),
     ]
     threads = report["threads"]
-    if models_language(report):
+    if _kind(report) is LANGUAGE_MODEL:
         what = ("symbols to the loss of each block", "scoring", "")
     else:
         beam = f" with beam {report['beam']}"
-        what = ("source symbols to target symbols", "decoding", beam)
+        read = "frames" if _kind(report) is SPEECH else "source symbols"
+        what = (f"{read} to target symbols", "decoding", beam)
     notes = [
         f"Speed: the median of {report['repeats']} passes, in which the models take turns, on "
         f"{report['device']} with {threads} thread{'' if threads == 1 else 's'}. "

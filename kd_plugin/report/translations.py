@@ -31,31 +31,43 @@ class Translations(TestSet):
 
     kind = TRANSLATION
     speed = "sentences_per_second"
-    kinds = ("frequency", "position", "length", "entropy")
+    kinds: Sequence[str] = ("frequency", "position", "length", "entropy")
+    own = "the data-bin's own references"
 
     def __init__(self, asked: Asked) -> None:
-        self.cfg = cfg = configuration(asked.options)
-        utils.import_user_module(cfg.common)
-        self.task = task = decoding.set_up_task(cfg)
-        langs = task.cfg.source_lang, task.cfg.target_lang
-        self.bins = bins = decoding.DataBin(cfg.task.data, *langs)
-        self.folder = bins.folder
-        corpus = decoding.Corpus.of_subset(task, bins, cfg.dataset.gen_subset)
-        self.dataset = corpus.dataset
-        self.student = Student(task.source_dictionary, task.target_dictionary, *langs)
-        self._to_text, _ = decoding.text_functions(task, cfg, bins)
-        self.source = self._texts(corpus.source, bins.source)
-        # whether the data-bin has references, which models are compared on
-        self.binarised = corpus.references is not None
-        self.references = self._references(asked, corpus)
-        self.tokenizer = decoding.Tokenizer.of(langs[1], asked.tokenize)
+        self.asked, self.cfg = asked, configuration(asked.options)
+        utils.import_user_module(self.cfg.common)
+        self.references = self._references(self._read())
+        self.tokenizer = decoding.Tokenizer.of(self.languages[1], asked.tokenize)
         self.doubts = columns.doubts(asked.metrics, self.tokenizer, self.references)
         systems = {system.file: system.name for system in asked.systems()}
         computed = [column["name"] for column in columns.describe(asked.metrics)]
         self.given = given.read(asked.scores, systems, len(self.source), computed)
         if asked.for_scoring is not None:
             given.check_folder(Path(asked.for_scoring), self._inputs(), list(systems))
-        self.sample = self._sample(asked)
+        self.sample = self._sample()
+
+    def _read(self) -> Optional[List[str]]:
+        """Read the data, and take from them what does not depend on what is asked.
+
+        Returns:
+            their own references; None without any.
+        """
+        cfg = self.cfg
+        self.task = task = decoding.set_up_task(cfg)
+        langs = task.cfg.source_lang, task.cfg.target_lang
+        self.bins = bins = decoding.DataBin(cfg.task.data, *langs)
+        self.folder = bins.folder
+        corpus = decoding.Corpus.of_subset(task, bins, cfg.dataset.gen_subset)
+        self.dataset = corpus.dataset
+        self.languages = langs
+        self.student = Student(task.source_dictionary, task.target_dictionary, *langs)
+        self._to_text, _ = decoding.text_functions(task, cfg, bins)
+        self.source = self._texts(corpus.source, bins.source)
+        own = corpus.references
+        # whether the data-bin has references, which models are compared on
+        self.binarised = own is not None
+        return None if own is None else self._texts(own, bins.target, escape_unk=True)
 
     def _inputs(self) -> Dict[str, Sequence[str]]:
         """What a translation is judged by."""
@@ -67,38 +79,41 @@ class Translations(TestSet):
             self._to_text(databin.decode(dictionary, own, escape_unk=escape_unk)) for own in indices
         ]
 
-    def _references(self, asked: Asked, corpus: decoding.Corpus) -> List[str]:
-        if asked.reference is not None:
-            references = _read_lines(asked.reference)
+    def _references(self, own: Optional[List[str]]) -> List[str]:
+        file = self.asked.reference
+        if file is not None:
+            references = _read_lines(file)
             if len(references) != len(self.source):
                 raise UserError(
-                    f"--reference {asked.reference}: expected {len(self.source)} lines, as many as "
-                    f"{self.cfg.dataset.gen_subset} has sentences; got {len(references)}"
+                    f"--reference {file}: expected {len(self.source)} lines, as many as "
+                    f"{self.cfg.dataset.gen_subset} has {self.kind.samples[0]}; got "
+                    f"{len(references)}"
                 )
             return references
-        if corpus.references is None:
+        if own is None:
             raise UserError(
                 f"{self.folder} has no {self.student.target_lang} references: give a file with "
                 "--reference"
             )
-        return self._texts(corpus.references, self.bins.target, escape_unk=True)
+        return own
 
-    def _sample(self, asked: Asked) -> Optional[Sample]:
-        if not asked.train_sample:
+    def _sample(self) -> Optional[Sample]:
+        most = self.asked.train_sample
+        if not most:
             return None
-        corpus = decoding.Corpus.of_sample(self.task, self.bins, "train", asked.train_sample)
+        corpus = decoding.Corpus.of_sample(self.task, self.bins, "train", most)
         if corpus is None or corpus.references is None:
             return None
         content = [one.tolist() for side in (corpus.source, corpus.references) for one in side]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
         references = self._texts(corpus.references, self.bins.target, escape_unk=True)
-        return Sample(asked.train_sample, key, references)
+        return Sample(most, key, references)
 
     def describe(self, asked: Asked) -> Dict[str, Any]:
         return {
-            "languages": list(self.student.languages),
-            "sentences": len(self.references),
-            "references": asked.reference or "the data-bin's own references",
+            "languages": list(self.languages),
+            self.kind.samples[0]: len(self.references),
+            "references": asked.reference or self.own,
             "beam": asked.beam,
             "doubts": self.doubts,
         }
@@ -107,10 +122,14 @@ class Translations(TestSet):
         generation = OmegaConf.to_container(self.cfg.generation)
         assert isinstance(generation, dict)
         return {
-            **self._describe(self.bins),
+            **self._describe_data(),
             "generation": {k: v for k, v in generation.items() if k not in ("beam", "nbest")},
             "text": decoding.describe_text(self.cfg),
         }
+
+    def _describe_data(self) -> Dict[str, Any]:
+        """What translations depend on in the data, as plain types."""
+        return self._describe(self.bins)
 
     def settings_of(self, model: Model) -> Dict[str, Any]:
         langs = model.langs or self.bins.langs
@@ -189,7 +208,7 @@ class Translations(TestSet):
             "length_ratio_on_train": self._length_on_train(system, results),
             "identical": scores["identical"],
             "left_out": len(translations) - translated,
-            "sentences_per_second": Quartiles.of([translated / s for s in seconds])._asdict(),
+            self.speed: Quartiles.of([translated / s for s in seconds])._asdict(),
         }
 
     def _length_on_train(self, system: System, results: Results) -> Optional[float]:
@@ -222,7 +241,7 @@ class Translations(TestSet):
         return self.bins.side("train", self.bins.langs[1])
 
     def texts(self, i: int) -> Dict[str, Optional[str]]:
-        return {"source": self.source[i], "reference": self.references[i]}
+        return {"source": self.source[i] or None, "reference": self.references[i]}
 
     def said(self, i: int, results: Results, system: System) -> Optional[str]:
         return results.outcomes(system)[i]

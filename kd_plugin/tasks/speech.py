@@ -4,13 +4,14 @@
 about it depends on.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import threading
 from argparse import Namespace
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -30,8 +31,10 @@ from fairseq.data.audio.speech_to_text_dataset import (
 from torch import Tensor
 
 from ..cache import CacheError
+from ..checkpoints import FEATURES, SPEECH
 from ..errors import UserError
 from ..files import digest, digest_of_sample
+from ..teachers import Student
 
 # Transforms that do the same to a sample whenever it is read; all others have chance in them
 _CERTAIN = ("utterance_cmvn", "global_cmvn", "delta_deltas")
@@ -143,9 +146,27 @@ class SpeechDataset(BaseWrapperDataset):
     def tgt(self) -> Sequence[Tensor]:
         return _Targets(self.dataset)
 
+    @property
+    def transcripts(self) -> List[str]:
+        """What is said in each utterance; empty where the TSV file does not tell."""
+        return [text or "" for part in _parts(self.dataset) for text in part.src_texts]
+
+    @property
+    def languages(self) -> Tuple[str, str]:
+        """What is spoken and what is written; "" where TSV files do not tell, or name several."""
+        parts = list(_parts(self.dataset))
+        spoken, written = (
+            {one for p in parts for one in getattr(p, f"{side}_langs")} for side in ("src", "tgt")
+        )
+        return _only(spoken), _only(written)
+
     def _transcript(self, index: int) -> Tensor:
         part, index = _find(self.dataset, index)
         return self._transcripts[part.split][index]
+
+
+def _only(found: Set[str]) -> str:
+    return next(iter(found)) if len(found) == 1 else ""
 
 
 class _Targets(Sequence[Tensor]):
@@ -183,6 +204,27 @@ def _find(dataset: Any, index: int) -> Tuple[Any, int]:
     if isinstance(dataset, ResamplingDataset):
         dataset, index = dataset.dataset, dataset._cur_indices.array[index]
     return dataset, int(index)
+
+
+def as_student(task: Any) -> Student:
+    """What models must fit to hear what a speech task reads."""
+    features = {name: getattr(task.data_cfg, name) for name in FEATURES}
+    return Student(task.target_dictionary, task.target_dictionary, "", "", SPEECH, features)
+
+
+@contextlib.contextmanager
+def naming_columns(folder: str, split: str) -> Iterator[None]:
+    """While fairseq reads a TSV file.
+
+    Raises:
+        UserError: it lacks a column.
+    """
+    try:
+        yield
+    except KeyError as error:
+        if error.args[0] not in ("id", "audio", "n_frames", "tgt_text"):
+            raise
+        raise UserError(f"{folder}: {split}.tsv has no column {error}") from error
 
 
 def encoder(configuration: Any, source: Dictionary) -> Encode:

@@ -20,8 +20,10 @@ from .distillation import Distillation, DistillationConfig
 from .speech import (
     Seeding,
     SpeechDataset,
+    as_student,
     digest_of_audio,
     encoder,
+    naming_columns,
     refuse_changing,
     settings,
     transforms,
@@ -71,19 +73,11 @@ class KDSpeechToTextTask(Distillation, SpeechToTextTask):
         if self.transcripts is not None:
             languages = two_languages(self.cfg.teacher_langs) or ("", "")
             return Student(self.transcripts, self.tgt_dict, *languages, kind=TRANSCRIPT)
-        shape = {
-            name: getattr(self.data_cfg, name)
-            for name in ("input_feat_per_channel", "input_channels")
-        }
-        return Student(self.tgt_dict, self.tgt_dict, "", "", SPEECH, shape)
+        return as_student(self)
 
     def load_dataset(self, split: str, *args: Any, **kwargs: Any) -> None:
-        try:
+        with naming_columns(self.cfg.data, split):
             super().load_dataset(split, *args, **kwargs)
-        except KeyError as error:
-            if error.args[0] not in ("id", "audio", "n_frames", "tgt_text"):
-                raise
-            raise UserError(f"{self.cfg.data}: {split}.tsv has no column {error}") from error
 
     def prepared(self, dataset: Any, split: str) -> SpeechDataset:
         if self.transcripts is None:

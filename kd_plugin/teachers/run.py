@@ -255,10 +255,6 @@ class _Model:
         self.model = built
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        for layer in self.model.modules() if kind.reads_frames else ():
-            # fairseq 0.12.2's fast path wants B x T x C, and encoders of speech give it T x B x C
-            if hasattr(layer, "can_use_fastpath"):
-                layer.can_use_fastpath = False
         if not is_autoregressive(self.model):
             raise TeacherError(
                 f"{checkpoint} is a {type(self.model).__name__}: {_what_teaches(kind)}{_SEQUENCES}"

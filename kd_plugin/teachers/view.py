@@ -88,20 +88,22 @@ class TeacherView:
     def __init__(
         self, student: Student, own: Dictionaries, checkpoint: Checkpoint, tags: Tags
     ) -> None:
-        source, target, role = own.source, own.target, checkpoint.role
+        source, target, kind = own.source, own.target, student.kind
         try:
             source_map, target_map = (
-                index_map(ours.symbols, theirs.symbols, side, role, student.needless)
-                for ours, theirs, side in (
-                    (student.source, source, "source"),
-                    (student.target, target, "target"),
+                index_map(
+                    *(ours.symbols, theirs.symbols, side, checkpoint.role, student.needless),
+                    share=kind.share,
+                )
+                for ours, theirs, side in zip(
+                    (student.source, student.target), (source, target), kind.vocabularies
                 )
             )
         except VocabularyError as error:
             raise VocabularyError(f"{checkpoint}: {error}") from None
         self._target_map = target_map
         # a padding symbol that the teacher lacks never occurs in data; sound has no symbols
-        self._read_source = None if student.kind.reads_frames else _readable(source_map, source)
+        self._read_source = None if kind.reads_frames else _readable(source_map, source)
         self._read_target = _readable(target_map, target)
         self._missing = None if target_map is None else target_map.eq(MISSING)
         if self._missing is not None and not self._missing.any():
@@ -118,10 +120,12 @@ class TeacherView:
         self._before_source = [source.index(symbol) for symbol in tags.before_source]
         self._after_source = [source.index(symbol) for symbol in tags.after_source]
         self._before_target = [target.index(symbol) for symbol in tags.before_target]
-        self.description = f"target vocabulary {_fit(target_map, student.target, target)}"
-        if not student.kind.reads_frames:
-            fit = _fit(source_map, student.source, source)
-            self.description = f"source vocabulary {fit}, {self.description}"
+        fits = [_fit(target_map, student.target, target)]
+        if not kind.reads_frames:
+            fits.insert(0, _fit(source_map, student.source, source))
+        names = [f"{side} vocabulary".lstrip() for side in kind.vocabularies]
+        said = [f"{name} {fit}" for name, fit in zip(names[-len(fits) :], fits)]
+        self.description = ", ".join(dict.fromkeys(said))
         if tags != Tags() or student.tags != Tags():
             self.description += f"; {tags}"
 

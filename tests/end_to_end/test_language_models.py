@@ -209,6 +209,9 @@ def test_an_export_is_the_same_in_stock_fairseq(text, teacher, student, tmp_path
     assert not {name for name in state["cfg"]["task"] if "teacher" in name or "lang" in name}
     plugin = USER_DIR if hasattr(torch.serialization, "add_safe_globals") else ()
     assert evaluated(text, tmp_path / "s.pt") == evaluated(text, student, user_dir=plugin)
+    flags = ("--data", text, "--beam", 2, "--output", tmp_path / "no")
+    refused = fairseq("fairseq-kd-export", "--path", student, *flags)
+    assert re.search("--beam: of no use to model .* a decoder-only language model", refused.refusal)
     # it can teach
     assert (
         "dictionaries from its checkpoint"

@@ -1,5 +1,6 @@
 """The recipes from text to table, at toy size."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -9,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from support import CHECKOUT, SCRIPTS, Run
 
 RECIPES = CHECKOUT / "recipes"
@@ -148,6 +151,79 @@ def test_summaries(tmp_path):
     assert sum(len(line.split()) for line in documents) > 3 * sum(lengths)
     again = run("summarise.sh", tmp_path, **sizes).ok()
     assert not re.search("^(training|translating|binarising) ", again.text, re.MULTILINE)
+
+
+# Says each letter as a tone, in the files and with the flags of espeak-ng
+ESPEAK = """#!{python}
+import array, math, sys, wave
+flags = dict(zip(sys.argv[1:7:2], sys.argv[2:8:2]))
+if flags["-v"] == "nobody" or sys.argv[7:] != ["--stdin"]:
+    sys.exit("Error: The specified espeak-ng voice does not exist.")
+samples, length = array.array("h"), 200000 // int(flags["-s"])
+for letter in sys.stdin.read():
+    pitch = (ord(letter) - 90) * 60 / 16000
+    samples.extend(int(9000 * math.sin(math.tau * pitch * t)) for t in range(length))
+with wave.open(flags["-w"], "wb") as file:
+    file.setparams((1, 2, 16000, 0, "NONE", ""))
+    file.writeframes(samples.tobytes())
+"""
+
+
+@pytest.fixture
+def spoken(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "espeak-ng").write_text(ESPEAK.format(python=sys.executable))
+    (tmp_path / "bin" / "espeak-ng").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    spec = importlib.util.spec_from_file_location("spoken", str(RECIPES / "spoken.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_features_are_kaldis(spoken):
+    """Of noise, against torchaudio's where that fits torch; of a tone, by where its energy is."""
+    noise = (3000 * np.random.RandomState(0).randn(8000)).astype("float32")
+    with contextlib.suppress(ImportError, OSError):
+        from torchaudio.compliance import kaldi
+
+        expected = kaldi.fbank(torch.from_numpy(noise)[None], num_mel_bins=80)
+        np.testing.assert_allclose(spoken.fbank(noise, 16000), expected.numpy(), rtol=1e-3)
+    found = spoken.fbank(5000 * np.sin(2 * np.pi * 1000 * np.arange(8000) / 16000), 16000)
+    assert found.shape == (1 + (8000 - 400) // 160, 80) and found.dtype == np.float32
+    # on the mel scale, from 20 Hz to 8 kHz
+    low, high, tone = (1127 * np.log(1 + hertz / 700) for hertz in (20, 8000, 1000))
+    assert set(found.argmax(1)) <= {round((tone - low) / (high - low) * 81) - 1}
+
+
+def test_what_is_said_is_listed(spoken, tmp_path):
+    for split, lines in (("train", "Guten Tag!\n\nEs geht's.\n"), ("valid", "a\n"), ("test", "b")):
+        (tmp_path / f"{split}.txt").write_text(lines)
+    spoken.say(str(tmp_path), str(tmp_path / "data"), "de", "100 200")
+    rows = [row.split("\t") for row in (tmp_path / "data/train.tsv").read_text().splitlines()]
+    assert [row[3] for row in rows] == ["tgt_text", "guten tag", "es geht's"]
+    for _, audio, frames, _, voice in rows[1:]:
+        assert len(np.load(str(tmp_path / "data" / audio))) == int(frames) and voice == "de"
+    with pytest.raises(SystemExit, match="-ng -v nobody .* does not say 'guten tag': .*not exist"):
+        spoken.say(str(tmp_path), str(tmp_path / "other"), "nobody", "100")
+    assert not list((tmp_path / "other").rglob("*.npy"))
+
+
+def test_speech(long, spoken, tmp_path):
+    if not long:
+        pytest.skip("three trainings; with --long")
+    sizes = dict(SIZE=40, HELD_OUT=8, VOCAB=50, TEACHER_UPDATES=4, STUDENT_UPDATES=2)
+    sizes.update(TEACHER_DIM=16, STUDENT_DIM=8, KD_CACHE=4, METRICS="chrf")
+    if importlib.util.find_spec("jiwer"):
+        sizes["METRICS"] = "wer"
+    done = run("speech.sh", tmp_path / "work", REPORT_FLAGS="--max-len-b 9", **sizes).ok()
+    assert re.findall(ROW, done.text, re.MULTILINE) == ["teacher", "plain", "distilled"]
+    again = run("speech.sh", tmp_path / "work", REPORT_FLAGS="--max-len-b 9", **sizes).ok()
+    assert not re.search("^(training|speaking) ", again.text, re.MULTILINE)
+    # as a folder of recordings, of which one file is missing
+    (tmp_path / "work/data-bin/test.tsv").unlink()
+    lacking = run("speech.sh", tmp_path / "other", tmp_path / "work/data-bin", **sizes)
+    assert lacking.code == 1 and "data-bin/test.tsv beside" in lacking.text
 
 
 def test_the_table_of_evidence(tmp_path):

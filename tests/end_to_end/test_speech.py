@@ -1,5 +1,6 @@
 """Speech: teach, validate, resume, write down, cache; with fairseq's own commands."""
 
+import json
 import random
 import re
 import shutil
@@ -148,6 +149,58 @@ def test_a_student_resumes_writes_and_teaches(speech, teacher, tmp_path):
 
     again = distil(speech, student, tmp_path / "again", "--max-update", 2)
     assert "dictionaries from its checkpoint" in again.text
+
+
+def distance(a, b):
+    """Words to substitute, delete or insert between two lists (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, one in enumerate(a):
+        above, row[0] = row[:], i + 1
+        for j, other in enumerate(b):
+            row[j + 1] = min(above[j] + (one != other), above[j + 1] + 1, row[j] + 1)
+    return row[-1]
+
+
+def test_a_report_is_what_generate_writes(speech, teacher, tmp_path):
+    pytest.importorskip("jiwer")
+    distil(speech, teacher, tmp_path / "student", "--max-update", 5)
+    models = {"teacher": teacher, "student": tmp_path / "student" / SAVED}
+    search = ("--gen-subset", "valid", "--beam", 2, "--cpu", "--max-tokens", 400)
+    output = tmp_path / "report"
+    given = (speech, "--models", *(f"{name}={path}" for name, path in models.items()))
+    asked = ("fairseq-kd-report", *given, *search, "--output", output, "--repeats", 1)
+    made = fairseq(*asked).ok()
+    assert "| model | WER | speed-up |" in made.text
+    report = json.loads((output / "report.json").read_text())
+    rows = [line.split("\t") for line in (speech / "valid.tsv").read_text().splitlines()[1:]]
+    references = [row[4].split() for row in rows]
+    for system, name in zip(report["systems"], models):
+        lines = (output / "translations" / f"{name}.txt").read_text().splitlines()
+        wrong = sum(distance(one, line.split()) for one, line in zip(references, lines))
+        score = 100 * wrong / sum(map(len, references))
+        assert system["name"] == name and len(lines) == 32
+        assert system["scores"]["WER"]["score"] == pytest.approx(score)
+        assert system["utterances_per_second"]["median"] == 32 / system["seconds"][0]
+        more = ("--task", "speech_to_text", "--path", models[name], "--num-workers", 0)
+        run = fairseq("fairseq-generate", speech, *more, *search, *USER_DIR).ok()
+        assert lines == hypotheses(run.text)
+    page = (output / "report.html").read_text()
+    assert "frames to target symbols" in page and "32 utterances of valid" in page
+    assert report["differences"]["student"]["all"]["tokens"] == sum(map(len, references)) + 32
+    found = fairseq(*asked, "--model-langs", "student=a,b", "--nbest", 2, "--reference", "no")
+    for words in ("--model-langs: of no use to models that hear", "--nbest: only", "no: no such"):
+        assert words in found.refusal
+    # another model of the data's, as its YAML file says
+    config = yaml.safe_load((speech / "config.yaml").read_text())
+    shutil.copytree(str(speech), str(tmp_path / "other"))
+    for changed, words in (
+        ({"input_channels": 2}, "input_channels 1, and the data's YAML file has 2"),
+        ({"bpe_tokenizer": {"bpe": "characters"}}, "--remove-bpe: leave it out"),
+    ):
+        (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump({**config, **changed}))
+        more = ("--output", tmp_path / "no", "--gen-subset", "valid", "--cpu", "--remove-bpe")
+        refused = fairseq("fairseq-kd-report", tmp_path / "other", *given[1:], *more)
+        assert words in refused.refusal
 
 
 def test_two_ranks_are_one_with_two_batches(speech, teacher, tmp_path):
