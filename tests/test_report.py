@@ -410,7 +410,7 @@ def test_models_by_name(tmp_path):
     pairs = [f"teacher={a}:{b}", "student=" + a, f"int8={folder}"]
     models = read_models(pairs, "data", ["student=other"], ["student=a_A,b_B"])
     assert [m.langs for m in models] == [None, ("a_A", "b_B"), None]
-    assert [(m.name, m.kind, m.data) for m in models] == [
+    assert [(m.name, m.format, m.data) for m in models] == [
         ("teacher", "fairseq", "data"),
         ("student", "fairseq", "other"),
         ("int8", "ctranslate2", "data"),
