@@ -38,6 +38,7 @@ TASK=speech_to_text PAIR= REFERENCES= REMOVE_BPE= # fairseq's task has no flags 
 
 source "$HERE/setup.sh"
 source "$HERE/stages.sh"
+[ -z "${PRESET:-}" ] || die "PRESET names sizes of models that read text; say STUDENT_LAYERS and STUDENT_DIM instead."
 [ $# -le 1 ] || die "expected at most one argument, a folder with text or recordings: bash recipes/speech.sh [FOLDER]"
 case " $METRICS " in *" wer "*)
     python -c 'import jiwer' 2>/dev/null || die "WER needs a package: pip install jiwer, or METRICS=chrf."

@@ -185,8 +185,9 @@ def check(words: List[str]) -> bool:
                 kd = ["--task", "kd_translation", "--criterion", "kd_label_smoothed_cross_entropy"]
                 parse(fairseq_options.get_training_parser(), [*kd, *training])
         elif word == init.PROG:
-            training = init.make_parser().parse_known_args(rest)[1]
-            parse(fairseq_options.get_training_parser(), [*TRAINING, *training])
+            options, training = init.make_parser().parse_known_args(rest)
+            task = ["--task", options.task or "translation"]
+            parse(fairseq_options.get_training_parser(), [*TRAINING, *task, *training])
         elif word in COMMANDS:
             # the checkpoints, which are not here, would tell the command what they are
             of_text = word == report.PROG and "--sample-break-mode" in rest

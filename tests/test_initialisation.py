@@ -327,6 +327,7 @@ def untied(tmp_path_factory) -> Teacher:
         (["--encoder-embed-dim", "32"], "--encoder-embed-dim: expected 16, .*, got 32"),
         (["--decoder-attention-heads", "2"], "--decoder-attention-heads: expected 4, .*, got 2"),
         (["--encoder-normalize-before"], "--encoder-normalize-before: expected False"),
+        (["--fp16", "--tpu"], "fairseq-train refuses these flags"),
         ([ALL], "--share-all-embeddings: expected False, .*, got True"),
         (["--no-such-flag"], "fairseq-train refuses these flags: .*--no-such-flag"),
         (["--source-lang", "xx"], "dictionaries were not found; --teacher-data DIR"),
@@ -337,6 +338,17 @@ def test_refusals(flags, reason, untied, tmp_path):
     run = in_process("fairseq-kd-init", untied.path, "--output", output, *flags)
     assert re.search(reason, run.refusal), run.refusal
     assert [*tmp_path.iterdir()] == []
+
+
+def test_flags_of_a_training_with_a_teacher(untied, tmp_path):
+    """--task says how the others are read, --seed is the training's."""
+    flags = ["--task", "kd_translation", "--teacher-checkpoint-path", "t.pt", "--seed", "7"]
+    flags += ["--criterion", "kd_label_smoothed_cross_entropy", "--kd-weight", "0.9"]
+    command = ["fairseq-kd-init", untied.path, "--output", tmp_path / "student.pt", *flags]
+    printed = in_process(*command).ok().text.splitlines()[-1]
+    assert printed.endswith(" ".join(flags))
+    other = in_process(*command, "--overwrite", "--task", "kd_language_modeling").refusal
+    assert "--task kd_language_modeling: " in other and "kd_translation say" in other
 
 
 def test_an_output_that_is_there(untied, tmp_path):

@@ -37,9 +37,9 @@ def test_by_hand(tmp_path, monkeypatch):
     pairs = [("a b", "x y the the"), ("a", "the x the <pad>")]
     data = binarised(tmp_path / "data", pairs, ["a", "b", "c"], ["x", "y", "the", "c"])
     # c was never seen, but is copied
-    assert vocabulary_map([data], 2) == (["the"], {"a": ["x", "y"], "b": ["y", "x"], "c": ["c"]}, 2)
+    assert vocabulary_map([data], 2) == (["the"], {"a": ["x", "y"], "b": ["y", "x"], "c": ["c"]})
     found = vocabulary_map([data, data], 1)
-    assert found == (["the"], {"a": ["x"], "b": ["y"], "c": ["c"]}, 4)
+    assert found == (["the"], {"a": ["x"], "b": ["y"], "c": ["c"]})
     found.write(tmp_path / "vmap.txt")
     assert (tmp_path / "vmap.txt").read_text() == "\tthe\na\tx\nb\ty\nc\tc\n"
 
@@ -54,26 +54,29 @@ def translated(count, seed=1):
         yield " ".join(f"s{i}" for i in numbers), " ".join([*target, "the"])
 
 
-def test_each_word_gets_its_translation(tmp_path, monkeypatch):
+def test_each_word_gets_its_translation(tmp_path, monkeypatch, caplog):
     """However the data are cut, and with too little memory for the pairs that are rare."""
     monkeypatch.setattr(module, "ALWAYS", 1)
     pairs, words = [*translated(600)], [f"s{i}" for i in range(40)]
     data = binarised(tmp_path / "data", pairs, words, ["the", *(f"t{i}" for i in range(40))])
     expected = {word: ["t" + word[1:]] for word in words}
     found = vocabulary_map([data], 1)
-    assert found == (["the"], expected, 600)
+    assert found == (["the"], expected)
     more = vocabulary_map([data], 5)
     monkeypatch.setattr(module, "_CHUNK", 500)
     assert vocabulary_map([data], 5) == more and all(len(c) == 5 for c in more.candidates.values())
     monkeypatch.setattr(module, "_MOST_COUNTED", 800)  # of 1,600 pairs
-    assert vocabulary_map([data], 1) == found
+    assert vocabulary_map([data], 1) == found and not caplog.records
+    monkeypatch.setattr(module, "_MOST_COUNTED", 20)
+    kept = vocabulary_map([data], 1).candidates
+    assert len(kept) < 40 and f"{40 - len(kept)} rare source symbols keep no" in caplog.text
     monkeypatch.setattr(module, "_CHUNK", 1)  # every sentence is too long
     with pytest.raises(FileError, match="train has no text to make a vocabulary map of"):
         vocabulary_map([data], 1)
 
 
 def test_symbols_with_separators_are_left_out(tmp_path):
-    found = module.VocabularyMap(["x", "y\tz"], {"a\rb": ["x"], "c": ["d e", "f"], "g": ["\n"]}, 1)
+    found = module.VocabularyMap(["x", "y\tz"], {"a\rb": ["x"], "c": ["d e", "f"], "g": ["\n"]})
     found.write(tmp_path / "vmap.txt")
     assert (tmp_path / "vmap.txt").read_bytes() == b"\tx\nc\tf\n"
 

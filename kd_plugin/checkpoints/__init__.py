@@ -30,6 +30,8 @@ from .dictionaries import (
     index_map,
     is_padding,
     lacking,
+    name_of,
+    some,
 )
 from .kinds import (
     FEATURES,
@@ -56,7 +58,7 @@ from .tags import (
     parse_symbols,
     tags_of,
 )
-from .tasks import STOCK_OTHERS, reads_as_translation, translates_otherwise
+from .tasks import STOCK_OTHERS, reads_as_translation, translates_otherwise, untaught
 from .torchfile import allow_fairseq_globals
 
 __all__ = [
@@ -99,13 +101,16 @@ __all__ = [
     "is_padding",
     "kind_of",
     "lacking",
+    "name_of",
     "nearest",
     "new_model",
     "parse_overrides",
     "parse_symbols",
     "reads_as_translation",
     "refuse_cut_short",
+    "some",
     "tags_of",
     "translates_otherwise",
     "translation_task",
+    "untaught",
 ]

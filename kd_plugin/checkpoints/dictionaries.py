@@ -123,7 +123,7 @@ def of_symbols(symbols: Sequence[str]) -> Dictionary:
     if list(symbols[: dictionary.nspecial]) != dictionary.symbols:
         raise VocabularyError(
             "expected a list of symbols that begins with fairseq's special symbols "
-            f"{', '.join(dictionary.symbols)}; it begins with {_some(symbols, 4)}"
+            f"{', '.join(dictionary.symbols)}; it begins with {some(symbols, 4)}"
         )
     for symbol in symbols[dictionary.nspecial :]:
         dictionary.add_symbol(symbol, overwrite=True)
@@ -196,7 +196,7 @@ def index_map(
         if twice:
             raise VocabularyError(
                 f"the {owner}'s {name_of(side)} holds {len(twice)} symbols more than once "
-                f"({_some(twice)}), so it cannot be mapped to the other one, which differs from it"
+                f"({some(twice)}), so it cannot be mapped to the other one, which differs from it"
             )
     position = {symbol: i for i, symbol in enumerate(teacher)}
     unknown = [symbol for symbol in lacking(student, position) if symbol not in needless]
@@ -206,12 +206,12 @@ def index_map(
             elsewhere = f" If that is not its own, {role.data} names the folder of the right one."
         raise VocabularyError(
             f"the {role.name}'s {name_of(side)} ({len(teacher)} symbols) lacks {len(unknown)} of "
-            f"the student's {len(student)}: {_some(unknown)}.{elsewhere} Word-level distillation "
+            f"the student's {len(student)}: {some(unknown)}.{elsewhere} Word-level distillation "
             f"needs a teacher that knows every symbol of the student. {share}".rstrip()
         )
     return torch.tensor([position.get(symbol, MISSING) for symbol in student], dtype=torch.long)
 
 
-def _some(symbols: Sequence[str], n: int = 8) -> str:
+def some(symbols: Sequence[str], n: int = 8) -> str:
     shown = ", ".join(repr(symbol) for symbol in symbols[:n])
     return shown + (", ..." if len(symbols) > n else "")

@@ -16,6 +16,12 @@ def taught(task: str) -> str:
     return f"kd_{task}"
 
 
+def untaught(name: str) -> str:
+    """fairseq's task that one of the plugin's is with a teacher; any other is itself."""
+    stock = name[len(taught("")) :]
+    return stock if name == taught(stock) and stock in TASK_REGISTRY else name
+
+
 # Tasks whose models translate from one of our dictionaries to another, and add no symbols to them
 TRANSLATION_TASKS = ("translation", taught("translation"))
 

@@ -6,8 +6,6 @@ and distilled, and the teacher's forward pass. Without any it times the objectiv
 """
 
 import argparse
-import contextlib
-import io
 import logging
 import os
 import shlex
@@ -139,7 +137,7 @@ def run(arguments: List[str]) -> None:
     if options.preset:
         configurations = _presets(options.preset)
         students = benchmark.Students(configurations, options.sentence_length, options.map_leaves)
-    on_cpu = steps is not None and steps.cfg.common.cpu
+    on_cpu = students is not None or (steps is not None and steps.cfg.common.cpu)
     benchmark.make(
         benchmark.Asked(
             device=torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu"),
@@ -188,14 +186,13 @@ def _preset(file: str) -> Any:
         raise UserError(f"--preset {file}: expected flags of fairseq-train, --arch among them")
     training = ["data-bin", "--task", "translation", *flags]
     import_user_dir(training)
-    parser = fairseq_options.get_training_parser(default_task="translation")
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return convert_namespace_to_omegaconf(parse_like_fairseq(parser, training))
-    except SystemExit:  # behind all of its flags
-        reason = said.getvalue().strip().split("\n")[-1].split("error: ")[-1]
-        raise UserError(f"--preset {file}: fairseq refuses its flags: {reason}") from None
+
+    def fail(reason: str) -> None:
+        raise UserError(f"--preset {file}: fairseq refuses its flags: {reason}")
+
+    parser: Any = fairseq_options.get_training_parser(default_task="translation")
+    parser.error = fail
+    return convert_namespace_to_omegaconf(parse_like_fairseq(parser, training))
 
 
 def _configuration(training: List[str]) -> Any:

@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("refuse", "random"),
         help="what becomes of symbols that the teacher lacks: random starts them as fairseq would",
     )
-    add("--seed", type=int, default=1, metavar="N", help="of --new-symbols random")
+    add("--new-symbols-seed", type=int, default=1, metavar="N", help="seed of their random rows")
     add(
         "--teacher-data",
         metavar="DIR",
@@ -60,9 +60,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("-t", "--target-lang", metavar="TRG", help="language (default: the checkpoint's)")
     add(
         "--task",
-        choices=("translation",),
-        help="train the student for fairseq's translation, without the tags that a multilingual "
-        "teacher's task adds to dictionaries; also where a fork has another name for it",
+        metavar="NAME",
+        help="task that the student is trained for, kd_translation say (default: the teacher's); "
+        "translation and kd_translation leave out the tags that a multilingual teacher's task adds "
+        "to dictionaries",
     )
     add("--overwrite", action="store_true", help="replace an existing output")
     add(
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace, training: List[str]) -> None:
             layers=options.layers,
             dictionary=options.dictionary,
             new_symbols=options.new_symbols,
-            seed=options.seed,
+            seed=options.new_symbols_seed,
             teacher_data=options.teacher_data,
             source_lang=options.source_lang,
             target_lang=options.target_lang,

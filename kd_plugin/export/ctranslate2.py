@@ -442,8 +442,9 @@ What it was made of and how it compares with fairseq: `{record}`.
 
 
 _MAPPED = """
-`use_vmap=True` chooses among the target symbols that the vocabulary map, `{file}`, has for the
-source symbols: faster; without it among all of them. Scores are of these alone.
+`use_vmap=True` is faster: the translator considers only the target symbols that the vocabulary
+map, `{file}`, lists for the symbols of the batch. Scores are then probabilities among those.
+Without it, all symbols are considered.
 """
 
 

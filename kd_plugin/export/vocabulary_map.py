@@ -13,6 +13,7 @@ larger its vocabulary. The map is made of the data that the model was trained on
 A source symbol also keeps the target symbol that is spelled like it, for what is copied.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
@@ -21,6 +22,8 @@ import numpy as np
 from ..decoding import DataBin
 from ..files import FileError, reading_binarised, refuse_unknown_numbers
 from ..timing import progress_bar
+
+logger = logging.getLogger(__name__)
 
 ALWAYS = 100  # target symbols, the most frequent ones
 _MOST_COUNTED = 1 << 23  # different pairs of symbols
@@ -35,12 +38,10 @@ class VocabularyMap(NamedTuple):
     Attributes:
         always: target symbols that any sentence may need.
         candidates: target symbols by source symbol, the likeliest first.
-        sentences: pairs of the data that it was made of.
     """
 
     always: List[str]
     candidates: Dict[str, List[str]]
-    sentences: int
 
     def write(self, path: Path) -> None:
         """As CTranslate2 reads it: a source symbol, a tab, target symbols with spaces between.
@@ -72,6 +73,8 @@ def vocabulary_map(data: Sequence[DataBin], candidates: int) -> VocabularyMap:
     source, target = data[0].source, data[0].target
     with progress_bar(_PASSES * corpus.sentences, "vocabulary map", "sentences") as progress:
         frequent = corpus.frequent_targets(progress)
+        if not frequent:
+            raise FileError(f"{data[0].folder}: train has no text to make a vocabulary map of")
         counts = _Counts()
         seen: Any = np.zeros(len(source), np.int64)  # sentence pairs of each source symbol
         for pairs in corpus.pairs(frequent, progress):
@@ -92,12 +95,16 @@ def vocabulary_map(data: Sequence[DataBin], candidates: int) -> VocabularyMap:
     place = np.arange(len(keys)) - np.searchsorted(of_source, of_source)  # of one source symbol
     for i in order[place < candidates]:
         found.setdefault(source[of_source[i]], []).append(target[of_target[i]])
+    bare = np.count_nonzero(seen) - len(np.unique(of_source))
+    if counts.forgotten and bare:
+        logger.warning(
+            f"the training data have more pairs of symbols than are counted at once: {bare} rare "
+            "source symbols keep no candidates of their own"
+        )
     for symbol in source.symbols[source.nspecial :]:
         if symbol in target and symbol not in found.get(symbol, ()):
             found.setdefault(symbol, []).append(symbol)
-    if not frequent:
-        raise FileError(f"{data[0].folder}: train has no text to make a vocabulary map of")
-    return VocabularyMap([target[t] for t in frequent], found, corpus.sentences)
+    return VocabularyMap([target[t] for t in frequent], found)
 
 
 class _Pairs(NamedTuple):
@@ -204,13 +211,15 @@ class _Counts:
 
     Attributes:
         keys: of pairs, as in ``_Pairs``, in their order.
-        numbers: how often each has occurred; of more pairs than ``_MOST_COUNTED``, too few by the
-            same number for all, so that those that are rare by now make room for what comes.
+        numbers: how often each has occurred; once there were more pairs than ``_MOST_COUNTED``, too
+            few by at most what has been taken off all since, to make room for what comes.
+        forgotten: whether there were more.
     """
 
     def __init__(self) -> None:
         self.keys: Any = np.zeros(0, np.int64)
         self.numbers: Any = np.zeros(0, np.int64)
+        self.forgotten = False
 
     def add(self, keys: Any) -> None:
         more, numbers = np.unique(keys, return_counts=True)
@@ -222,6 +231,7 @@ class _Counts:
         self.keys = keys[first]
         self.numbers = np.add.reduceat(numbers, first) if len(first) else numbers
         if len(self.keys) > _MOST_COUNTED:
+            self.forgotten = True
             last = len(self.keys) - _MOST_COUNTED - 1
             numbers = self.numbers - np.partition(self.numbers, last)[last]
             self.keys, self.numbers = self.keys[numbers > 0], numbers[numbers > 0]

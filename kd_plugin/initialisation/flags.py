@@ -2,7 +2,7 @@
 
 import re
 from argparse import ArgumentParser, Namespace
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, NoReturn, Optional
 
 from fairseq import options as fairseq_options
 from fairseq.models import ARCH_MODEL_REGISTRY
@@ -20,13 +20,11 @@ class Flags(NamedTuple):
     Attributes:
         words: as ``fairseq-train`` takes them, ``--arch`` first.
         expected: by option, what they must come to.
-        names: by option, the flag.
         task: with which they are parsed.
     """
 
     words: List[str]
     expected: Dict[str, Any]
-    names: Dict[str, str]
     task: str
 
     @classmethod
@@ -50,8 +48,7 @@ class Flags(NamedTuple):
         faults: List[str] = []
         for name in dict.fromkeys((architecture, TRANSFORMER)):
             if ARCH_MODEL_REGISTRY[name] is ARCH_MODEL_REGISTRY[architecture]:
-                found = cls(["--arch", name], {**_computed(name, options), **always}, {}, task)
-                found = found._replace(names={o: _flag(o) for o in found.expected})
+                found = cls(["--arch", name], {**_computed(name, options), **always}, task)
                 for option in always:
                     found.words.extend(found._words(option) or [])
                 fault = found._complete()
@@ -73,7 +70,7 @@ class Flags(NamedTuple):
             option = different[0]
             words = self._words(option)
             if words is None or words[0] in self.words:
-                return f"{self.names[option]} {self.expected[option]}"
+                return f"{_flag(option)} {self.expected[option]}"
             self.words.extend(words)
 
     def _words(self, option: str) -> Optional[List[str]]:
@@ -81,23 +78,26 @@ class Flags(NamedTuple):
         value = self.expected[option]
         if value is None or value is False:
             return None
-        return [self.names[option], *([] if value is True else [str(value)])]
+        return [_flag(option), *([] if value is True else [str(value)])]
 
     def _different(self, parsed: Mapping[str, Any]) -> List[str]:
         """Options that did not come to what is expected."""
         # some architectures leave options out that are off
         return [n for n, v in self.expected.items() if (parsed.get(n) or None) != (v or None)]
 
-    def refuse(self, *more: str) -> None:
+    def refuse(self, task: Optional[str], *more: str) -> None:
         """Refuse further flags that build another model.
+
+        Args:
+            task: that they are for, unless it is that of the others.
 
         Raises:
             UserError: all options that they change.
         """
-        faults, parsed = Faults(), vars(self.parsed(*more))
+        faults, parsed = Faults(), vars(self._replace(task=task or self.task).parsed(*more))
         for option in self._different(parsed):
             faults.add(
-                f"{self.names[option]}: expected {self.expected[option]}, as the teacher has it, "
+                f"{_flag(option)}: expected {self.expected[option]}, as this student has it, "
                 f"got {parsed.get(option)}"
             )
         faults.raise_if_any(prefix="these flags of fairseq-train do not fit the student: ")
@@ -109,15 +109,19 @@ class Flags(NamedTuple):
             UserError: it refuses them.
         """
 
-        def fail(message: str) -> None:
-            raise UserError(f"fairseq-train refuses these flags: {message}")
+        def fail(message: str) -> NoReturn:
+            raise UserError(
+                f"fairseq-train refuses these flags: {message}. They are read as those of --task "
+                f"{self.task}"
+            )
 
-        parser = fairseq_options.get_training_parser(self.task)
-        return fairseq_options.parse_args_and_arch(
-            parser,
-            ["data", "--task", self.task, *self.words, *more],
-            modify_parser=lambda parser: setattr(parser, "error", fail),
-        )
+        parser: Any = fairseq_options.get_training_parser(self.task)
+        parser.error = fail
+        words = ["data", "--task", self.task, *self.words, *more]
+        try:
+            return fairseq_options.parse_args_and_arch(parser, words)
+        except ValueError as error:
+            return fail(str(error))
 
 
 def _computed(architecture: str, options: Mapping[str, Any]) -> Dict[str, Any]:

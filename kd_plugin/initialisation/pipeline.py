@@ -1,7 +1,6 @@
 """From a teacher's checkpoint to one that a student's training starts from."""
 
 import dataclasses
-import logging
 import os
 import shlex
 from pathlib import Path
@@ -22,7 +21,10 @@ from ..checkpoints import (
     Role,
     added_symbols,
     count_parameters,
+    kind_of,
     new_model,
+    some,
+    untaught,
 )
 from ..errors import Faults, UserError
 from ..export import languages_of, model_arguments, stock_state, write
@@ -31,8 +33,6 @@ from . import weights
 from .flags import Flags
 from .layers import choose, parse_counts, parse_layers
 from .weights import Rows
-
-logger = logging.getLogger(__name__)
 
 TEACHER = Role("teacher", "--trust-checkpoint", "--teacher-data", task="--task")
 _STUDENT = Role("student", data="--dictionary")
@@ -69,7 +69,7 @@ class Asked(NamedTuple):
         seed: of random embeddings.
         teacher_data: folder of the teacher's dictionaries, unless they lie beside it.
         source_lang, target_lang: unless they are the checkpoint's.
-        task: "translation" where the student is trained for that, and the teacher for another one.
+        task: that the student is trained for, where it is not the teacher's.
         training: flags of ``fairseq-train`` that the student is to be trained with.
         overwrite: replace what is there.
         trust: open the checkpoint with the full pickle machinery.
@@ -131,7 +131,7 @@ def make(asked: Asked) -> Made:
     random = asked.new_symbols == "random"
     rows = [
         Rows.of(side, one.symbols, other.symbols, random)
-        for side, one, other in zip(("source", "target"), mine, found)
+        for side, one, other in zip(kind.vocabularies, mine, found)
     ]
     model = teacher.build(kind.new_task(found, teacher.max_positions), kind=kind)
     layers = _layers(asked, kind, model)
@@ -163,8 +163,8 @@ def make(asked: Asked) -> Made:
     for side, chosen in layers.items():
         has = len(getattr(model, side).layers)
         lines.append(f"| {side} layers {', '.join(map(str, chosen))} of its {has} (0 to {has - 1})")
-    sides = ("source", "target") if len(kind.sides) > 1 else ("",)
-    lines += [f"| {weights.describe(side, one)}" for side, one in zip(sides, rows)]
+    named = kind.vocabularies[: len(kind.sides)]
+    lines += [f"| {weights.describe(side, one)}" for side, one in zip(named, rows)]
     lines.append(
         f"| {total:,} parameters, {rest:,} without embeddings; the teacher has {of:,} in all"
     )
@@ -207,12 +207,19 @@ def _refuse(asked: Asked) -> None:
 def _open(asked: Asked) -> Tuple[Checkpoint, Tuple[str, str]]:
     """The teacher, of one direction where it has a model for each, and its languages."""
     teacher = Checkpoint.open(asked.teacher, TEACHER, asked.trust)
+    task = None if asked.task is None else untaught(asked.task)
     if teacher.kind is None:
-        teacher = teacher.as_task(asked.task)
+        teacher = teacher.as_task(task)
     if teacher.kind not in (TRANSLATION, LANGUAGE_MODEL):
         raise UserError(
             f"{teacher} was trained for the task {teacher.task!r}; expected a transformer of the "
             f"task {', '.join((*TRANSLATION.tasks, *LANGUAGE_MODEL.tasks))}.{teacher.advise_task()}"
+        )
+    if task is not None and kind_of(task, None) is not teacher.kind:
+        raise UserError(
+            f"--task {asked.task}: {teacher} is {teacher.kind.model}; expected one of "
+            f"{', '.join(teacher.kind.tasks)}, or its like with a teacher, "
+            f"{teacher.kind.taught} say"
         )
     given = (asked.source_lang, asked.target_lang)
     langs = languages_of(teacher, given, (asked.teacher_data, asked.dictionary, teacher.data))
@@ -249,17 +256,18 @@ def _students_dictionaries(asked: Asked, teacher: Checkpoint, found: Dictionarie
     """Raises:
     UserError: they cannot be read, or do not go with what the teacher shares.
     """
-    if asked.task is not None and asked.dictionary is None:
+    task = None if asked.task is None else untaught(asked.task)
+    if task not in (None, teacher.task) and asked.dictionary is None:
         added = added_symbols(teacher.task, teacher.task_options)
         if added:
             raise UserError(
                 f"--task {asked.task} needs --dictionary: {teacher} was trained for "
-                f"{teacher.task}, which adds {weights.some(added)} to its dictionaries, and "
+                f"{teacher.task}, which adds {some(added)} to its dictionaries, and "
                 f"{asked.task} does not"
             )
     if asked.dictionary is None:
         return found
-    student = dataclasses.replace(teacher.as_task(asked.task), role=_STUDENT)
+    student = dataclasses.replace(teacher.as_task(task), role=_STUDENT)
     mine = student.dictionaries(("", ""), asked.dictionary)
     assert mine is not None  # where a folder is named, they are there or it is told
     shared = vars(teacher.complete_options()).get("share_all_embeddings")
@@ -320,5 +328,6 @@ def _flags(
     options = vars(student.complete_options())
     flags = Flags.of(str(student.architecture), kind.task, options, always)
     if asked.training:
-        flags.refuse(*asked.training)
-    return [*flags.words, *asked.training]
+        flags.refuse(asked.task, *asked.training)
+    task = [] if asked.task is None else ["--task", asked.task]
+    return [*flags.words, *task, *asked.training]

@@ -6,10 +6,17 @@ from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from ..checkpoints import MISSING, SECOND_COPIES, VocabularyError, index_map, lacking
+from ..checkpoints import (
+    MISSING,
+    SECOND_COPIES,
+    VocabularyError,
+    index_map,
+    lacking,
+    name_of,
+    some,
+)
 
 _LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(.+)")
-_NAMED = 8  # symbols in a message
 
 
 class Rows(NamedTuple):
@@ -30,7 +37,7 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, side: str, mine: Sequence[str], theirs: Sequence[str], allowed: bool) -> "Rows":
         """Args:
-            side: "source" or "target", for messages.
+            side: as of ``name_of``.
             mine, theirs: the student's and the teacher's symbols.
             allowed: whether the teacher may lack some.
 
@@ -41,7 +48,7 @@ class Rows(NamedTuple):
         new = lacking(mine, set(theirs))
         if new and not allowed:
             raise VocabularyError(
-                f"the teacher's {side} dictionary ({len(theirs)} symbols) lacks {len(new)} of the "
+                f"the teacher's {name_of(side)} ({len(theirs)} symbols) lacks {len(new)} of the "
                 f"student's {len(mine)}: {some(new)}. --new-symbols random starts their embeddings "
                 "as fairseq would"
             )
@@ -67,10 +74,6 @@ class Rows(NamedTuple):
         if start is not None:
             rows[absent] = start[absent].to(rows.dtype)
         return rows
-
-
-def some(symbols: Sequence[str]) -> str:
-    return ", ".join(map(repr, symbols[:_NAMED])) + (", ..." if len(symbols) > _NAMED else "")
 
 
 def chosen(
@@ -108,7 +111,7 @@ def chosen(
 
 def describe(side: str, rows: Rows) -> str:
     """For the user, what became of a dictionary; "source", "target" or, of the only one, ""."""
-    named = f"{side} dictionary".strip()
+    named = name_of(side)
     if rows.places is None:
         return f"{named}: the teacher's {rows.symbols:,} symbols"
     line = f"{named}: {rows.symbols:,} symbols; the teacher has {rows.teachers:,}"
