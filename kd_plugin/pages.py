@@ -148,7 +148,7 @@ def html_section(table: Table) -> List[str]:
     ]
 
 
-def html_cell(cell: Cell) -> str:
+def _html_cell(cell: Cell) -> str:
     """What stands in a cell: the first line, and the others below it, smaller."""
     first, *others = map(html.escape, _lines(cell))
     return first + "".join(f"<small>{line}</small>" for line in others)
@@ -156,9 +156,9 @@ def html_cell(cell: Cell) -> str:
 
 def _html_table(table: Table) -> str:
     cell = '<td dir="auto">{}</td>' if table.texts else "<td>{}</td>"
-    head = "".join(f"<th>{html_cell(name)}</th>" for name in table.header)
+    head = "".join(f"<th>{_html_cell(name)}</th>" for name in table.header)
     rows = "".join(
-        f"<tr>{''.join(cell.format(html_cell(content)) for content in row)}</tr>"
+        f"<tr>{''.join(cell.format(_html_cell(content)) for content in row)}</tr>"
         for row in table.rows
     )
     body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"

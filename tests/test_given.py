@@ -15,6 +15,7 @@ from test_report import a_report
 
 from kd_plugin.decoding import Tokenizer
 from kd_plugin.errors import UserError
+from kd_plugin.files import temporary
 from kd_plugin.report import asked as records
 from kd_plugin.report import examples, given, metrics, page
 from kd_plugin.report.score import average
@@ -70,7 +71,7 @@ TWO = {"plain": [0.5, -1.0], "student, greedy": [0.25, 2.0]}
     "text",
     (
         "plain\t0.5\nstudent.greedy\t0.25\nstudent.greedy\t2\nplain\t-1\n",
-        "system\tsentence\tscore\r\nplain\t2\t-1\r\nplain\t1\t.5\r\n"
+        "Model\tsentence\tscore\r\nplain\t2\t-1\r\nplain\t1\t.5\r\n"
         "student.greedy\t1\t0.25\r\nstudent.greedy\t2\t2\r\n",
         "d/plain.txt\tSegment 0\tscore: 0.5000\nd/student.greedy.txt\tSegment 0\tscore: 0.2500\n"
         "d/plain.txt\tSegment 1\tscore: -1.0000\nd/student.greedy.txt\tSegment 1\tscore: 2.0000\n"
@@ -92,6 +93,20 @@ def test_a_number_a_line(tmp_path):
     assert column["source"] == "given by f"
 
 
+def test_a_model_may_be_called_as_a_header_is(tmp_path):
+    (tmp_path / "scores").write_text("system\tscore\nmodel\t1\nmodel\t2\n", encoding="utf-8")
+    files = given.read_flags([f"COMET:{tmp_path / 'scores'}"])
+    assert given.read(files, {"model": "model"}, 2, []) == {"COMET": {"model": [1.0, 2.0]}}
+    (tmp_path / "scores").write_text("model\t1\nmodel\t2\n", encoding="utf-8")
+    assert given.read(files, {"model": "model"}, 2, []) == {"COMET": {"model": [1.0, 2.0]}}
+
+
+def test_which_scores_are_better_when_lower():
+    names = ("TER", "HTER", "sacre-TER", "WER", "MetricX-24", "Rater", "human-rater", "answer")
+    columns = given.describe({name: {"plain": [1.0]} for name in names}, [])
+    assert [column["name"] for column in columns if column["lower_is_better"]] == [*names[:5]]
+
+
 @pytest.mark.parametrize(
     ("text", "flag", "message"),
     (
@@ -110,6 +125,7 @@ def test_a_number_a_line(tmp_path):
         ("plain\t1\t1\t1\n", "COMET:{}", "line 1: expected system, sentence .* got 4 columns"),
         ("plain\tx\t1\n", "COMET:{}", "line 1: expected the number of a sentence, .* got 'x'"),
         ("plain\t0\t1\n", "COMET:{}", "line 1: expected the number of a sentence, .* got '0'"),
+        ("plain\t00\t1\n", "COMET:{}", "line 1: expected the number of a sentence, .* got '00'"),
         ("plain\t1\t1\nplain\t1\t1\n", "COMET:{}", "line 2: sentence 1 of plain occurs twice"),
         ("plain\t1\t1\nplain\t3\t1\n", "COMET:{}", "no score of sentence 2 of plain"),
         ("plain\t1\nplain\tx\n", "COMET:{}", "line 2: expected a number between .* got 'x'"),
@@ -119,6 +135,22 @@ def test_files_that_do_not_fit(tmp_path, text, flag, message):
     with pytest.raises(UserError, match="--scores .*" + message) as caught:
         read(tmp_path, text, flag)
     assert "\n" not in str(caught.value)
+
+
+def test_a_kill_while_texts_are_written_is_no_obstacle(tmp_path):
+    inputs = {given.SOURCE: ["ein Hund"], given.REFERENCE: ["a dog"]}
+    given.write(tmp_path, {given.SOURCE: inputs[given.SOURCE]})
+    left = temporary(tmp_path / given.REFERENCE)
+    left.write_text("a d")
+    given.check_folder(tmp_path, inputs, ["plain"])
+    assert left.exists()  # a check changes nothing
+    given.make_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [given.SOURCE]
+    (tmp_path / "plain.txt").write_text("a cat\n")  # comes last: without references not ours
+    with pytest.raises(UserError, match="it holds other files"):
+        given.check_folder(tmp_path, inputs, ["plain"])
+    with pytest.raises(UserError, match="--write-for-scoring .*: it cannot be made"):
+        given.make_folder(tmp_path / given.SOURCE / "inner")
 
 
 @given_(
@@ -153,6 +185,7 @@ def test_what_others_score(tmp_path):
     inputs = {given.SOURCE: ["ein Hund", "a\u2028b"], given.REFERENCE: ["a dog", "c"]}
     folder = tmp_path / "my texts"
     given.check_folder(folder, inputs, ["plain", "student.greedy"])
+    given.make_folder(folder)
     given.write(folder, {**inputs, "plain.txt": ["a cat", ""]})
     assert (folder / "src.txt").read_text(encoding="utf-8") == "ein Hund\na b\n"
     assert (folder / "plain.txt").read_text(encoding="utf-8") == "a cat\n\n"
@@ -182,7 +215,7 @@ def test_columns_of_given_scores_with_their_own_decimals():
     text = page.markdown({**report, "pictures": []})
     assert "| 0.8125; 0.8000 ± 0.0125; – |" in text
     assert "given by comet.tsv: COMET, the mean of the sentences' scores" in text
-    assert "COMET: there are none of teacher, so no p." in text
+    assert "COMET: no scores of teacher, so no p." in text
     assert "| 38.50 | 0.8125 |" in page.summary(report)  # chrF2, and COMET beside it
 
 
@@ -215,6 +248,7 @@ def test_the_ends_of_every_order_are_shown_and_the_first_order_comes_first():
     # -5, -10, 1; by KL sentences 2 and 1, counted from 0
     assert [row["number"] for row in found["rows"]] == [4, 2, 3]
     row = found["rows"][1]
+    assert row.pop("keys") == [0, -0.25, 39, 39, 0]  # the lowest is the worst
     assert row["source"] == "source 1" and row["systems"][2] == {
         **{"system": "s", "text": "s 1", "kl": 0.25},
         "worth": {"chrF2": {"value": 99, "against": {"teacher": 39, "plain": 39}}},
@@ -222,6 +256,7 @@ def test_the_ends_of_every_order_are_shown_and_the_first_order_comes_first():
     assert chosen(0)["rows"] == []
     assert [row["number"] for row in chosen(9)["rows"]] == [4, 1, 2, 5, 3]
     assert [row["number"] for row in chosen(9, lower=True)["rows"]] == [3, 2, 5, 1, 4]
+    assert chosen(9, lower=True)["rows"][1]["keys"] == [0, -0.25, -39, -39, 0]
 
 
 def test_divergences_that_are_no_numbers_put_in_no_order():
@@ -236,7 +271,7 @@ def test_divergences_that_are_no_numbers_put_in_no_order():
 
 
 def test_many_orders_show_fewer_sentences_each(monkeypatch):
-    monkeypatch.setattr(examples, "_MOST", 4)
+    monkeypatch.setattr(examples, "MOST", 4)
     assert chosen(9)["each"] == 1
 
 

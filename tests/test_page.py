@@ -54,9 +54,7 @@ def many():
     for number, kl, worse in ((3, 4.0, 1.5), (8, 2.0, None), (5, 1.0, -20.0), (9, 0.5, 0.0)):
         row = copy.deepcopy(first)
         row.update(number=number, source=TEXT * number, reference="x" * 400)
-        row["systems"][1]["kl"] = kl
-        against = {} if worse is None else {"teacher": worse}
-        row["systems"][1]["worth"]["chrF2"]["against"] = against
+        row["keys"] = [-kl, worse]
         rows.append(row)
     report["examples"]["rows"] = rows
     curve = {"nll_loss": [(1, 2.0), (2, 1.0)], "kd_loss": [(1, 2.0)], "agreement": [(1, 0.5)]}

@@ -36,6 +36,7 @@ from kd_plugin.report import (
     draw,
     measured,
     named,
+    page,
     pick,
     read_models,
 )
@@ -746,6 +747,7 @@ def a_report():
             "rows": [
                 {
                     **{"number": 17, "source": NASTY, "reference": NASTY},
+                    "keys": [-1.25, -11.25],
                     "systems": [
                         {"system": "teacher", "text": NASTY, "kl": None, "worth": worth},
                         {"system": "s|t", "text": None, "kl": 1.25, "worth": worse},
@@ -868,6 +870,12 @@ def test_the_page_needs_nothing_from_outside_and_escapes_text(written):
     assert any(NASTY in text for text in found.text)
     assert any("unreadable" in text for text in found.text)
     assert "viewport" in [own.get("name") for tag, own in found.tags if tag == "meta"]
+
+
+def test_one_pass_is_no_median():
+    several = {**a_report(), "pictures": []}
+    assert "Speed: the median of 3 passes, in which" in page.markdown(several)
+    assert "Speed: of one pass, on CPU with 2 threads." in page.markdown({**several, "repeats": 1})
 
 
 def draw_names(folder):

@@ -132,7 +132,8 @@ def make_parser(task: str = TRANSLATION.task) -> argparse.ArgumentParser:
         type=int,
         default=10,
         metavar="N",
-        help="sentences to show of each model: so many of each order that the page offers",
+        help="how many sentences to show from each end of every order that the page offers; fewer "
+        f"where that would be more than {report.MOST_EXAMPLES} in all",
     )
     add(
         "--train-sample",
@@ -261,7 +262,10 @@ def _refuse(options: Any) -> None:
         useless = ", ".join(_given(options, names))
         faults.check(not useless, f"{useless}: of no use to {whose}")
         folders = [pair for pair in options.models if os.path.isdir(pair.partition("=")[2])]
-        faults.check(not folders, f"--models {' '.join(folders)}: models of CTranslate2 translate")
+        faults.check(
+            not folders,
+            f"--models {' '.join(folders)}: CTranslate2 folders are for models that translate text",
+        )
     faults.check(options.model_overrides in (None, "{}"), "--model-overrides cannot be used here")
     with faults.collecting():
         report.check(_metrics(options))

@@ -1,6 +1,7 @@
 """Judge students: how good, at what cost, and where they still differ from the teacher."""
 
 from .asked import Asked
+from .examples import MOST as MOST_EXAMPLES
 from .given import command as scoring_command
 from .given import read_flags as read_scores
 from .metrics import METRICS, USUAL, check
@@ -11,6 +12,7 @@ from .systems import Model, kind_of_models, named, pick, read_models
 
 __all__ = [
     "METRICS",
+    "MOST_EXAMPLES",
     "TESTS",
     "USUAL",
     "Asked",

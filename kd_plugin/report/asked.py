@@ -34,7 +34,8 @@ class Asked(NamedTuple):
         scores: files of scores that were computed elsewhere.
         test, samples: of significance: one of ``TESTS``, and how many samples it draws.
         logs: files of fairseq-train's logs, by name.
-        examples: how many sentences to show of each student, in each order.
+        examples: how many sentences to show from each end of every order; fewer where that would be
+            more than ``MOST_EXAMPLES`` in all.
         train_sample: how many sentences of the training set to translate, too, for their length.
         for_scoring: folder to write source, references and translations to, for others to score.
         trust: open checkpoints with the full pickle machinery.

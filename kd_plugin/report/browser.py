@@ -5,13 +5,11 @@ Without scripts it is the same table in the first order.
 
 import html
 import json
-import math
 import sys
 from typing import Any, Dict, Iterator, List, Optional
 
-from .tables import NONE, decimals, unit_of
+from .tables import KL, NONE, decimals, unit_of
 
-_KL = "KL"
 _LONGEST = 1500  # characters that are shown of a text
 STYLE = """
 .sentences { width: 100%; table-layout: auto; }
@@ -69,7 +67,7 @@ def section(report: Dict[str, Any]) -> List[str]:
     columns = [measure["name"] for measure in found["measures"]]
     diverges = any(said["kl"] is not None for row in found["rows"] for said in row["systems"])
     if diverges:
-        columns.append(_KL)
+        columns.append(KL)
     tokens = {
         (name, sentence["number"]): sentence["tokens"]
         for name, difference in report["differences"].items()
@@ -89,9 +87,9 @@ def section(report: Dict[str, Any]) -> List[str]:
 def _notes(report: Dict[str, Any], tokens: bool) -> Iterator[str]:
     found, unit = report["examples"], unit_of(report)
     yield (
-        f"The {unit} in which models differ most from the teacher and from the baseline: in every "
-        f"order that can be chosen, the first and the last {found['each']} are those of the whole "
-        f"{report['subset']}. A browser without scripts shows one order: "
+        f"The {unit} in which models differ most from the teacher and from the baseline. In every "
+        f"order but that of their numbers, the first and the last {found['each']} are those of the "
+        f"whole {report['subset']}. Without scripts, the page keeps one order: "
         f"{_title(found['orders'][0])}."
     )
     lower = [measure["name"] for measure in found["measures"] if measure["lower_is_better"]]
@@ -117,27 +115,13 @@ def _controls(found: Dict[str, Any], unit: str) -> str:
 
 def _title(order: Dict[str, Any]) -> str:
     if order["measure"] is None:
-        return f"{order['system']}: farthest from {order['against']} (KL)"
-    return f"{order['system']}: {order['measure']} worse than that of {order['against']}"
-
-
-def _key(order: Dict[str, Any], row: Dict[str, Any], lower: Dict[str, bool]) -> Optional[float]:
-    """What is worst has the lowest; None where there is nothing to compare."""
-    (said,) = [said for said in row["systems"] if said["system"] == order["system"]]
-    if order["measure"] is None:
-        return None if said["kl"] is None else -said["kl"]
-    worth = said["worth"].get(order["measure"], {"against": {}})
-    difference = worth["against"].get(order["against"])
-    if difference is None:
-        return None
-    return -difference if lower[order["measure"]] else difference
+        return f"{order['system']}: largest KL from {order['against']} first"
+    return f"{order['system']} against {order['against']}: {order['measure']}, worst first"
 
 
 def _finite(key: Optional[float]) -> Optional[float]:
-    """What JSON can hold: the largest number for infinity, None for NaN."""
-    if key is None or math.isnan(key):
-        return None
-    return min(max(key, -sys.float_info.max), sys.float_info.max)
+    """What JSON can hold: the largest number for infinity."""
+    return None if key is None else min(max(key, -sys.float_info.max), sys.float_info.max)
 
 
 def _sentence(
@@ -147,8 +131,7 @@ def _sentence(
     tokens: Dict[Any, List[Dict[str, Any]]],
     unit: str,
 ) -> str:
-    lower = {measure["name"]: measure["lower_is_better"] for measure in found["measures"]}
-    keys = [*(_finite(_key(order, row, lower)) for order in found["orders"]), row["number"]]
+    keys = [*map(_finite, row["keys"]), row["number"]]
     nothing = "".join('<td class="of"></td>' for _ in columns)
     lines = [f"<tbody data-keys='{json.dumps(keys)}'>"]
     who = [f"{unit} {row['number']}"]
@@ -187,7 +170,7 @@ def _text(text: Optional[str]) -> str:
 def _cell(column: str, said: Dict[str, Any], found: Dict[str, Any]) -> str:
     """A system's value, and how much more it is than others'."""
     first, others = "", []
-    if column == _KL and column not in said["worth"]:
+    if column == KL:
         first = "" if said["kl"] is None else f"{said['kl']:.2f}"
     elif column in said["worth"]:
         worth = said["worth"][column]

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 from .asked import Results, System, Worth
 
-_MOST = 200  # sentences, for a page that opens at once; where students are many, of each fewer
+MOST = 200  # sentences, for a page that opens at once; where students are many, of each fewer
 
 
 class Order(NamedTuple):
@@ -33,7 +33,7 @@ def choose(results: Results, divergences: Dict[str, Dict[int, float]]) -> Dict[s
 
     Returns:
         "each", "measures", "orders", and "rows", of which the first is the worst in the first
-        order.
+        order; their "keys" are what each order sorts them by, None where it leaves them out.
     """
     asked = results.asked
     systems = [system for system in results.systems() if system.main]
@@ -43,8 +43,7 @@ def choose(results: Results, divergences: Dict[str, Dict[int, float]]) -> Dict[s
     for system in sorted(systems, key=lambda one: one.model == asked.teacher):  # which is last
         if system.name in divergences:
             order = Order(system.name, None, asked.teacher.name)
-            kls = divergences[system.name]
-            orders[order] = {i: -kl for i, kl in kls.items() if not math.isnan(kl)}
+            orders[order] = {i: -kl for i, kl in divergences[system.name].items()}
         for measure in measures:
             for other in others:
                 found = _differences(measure, system.name, other)
@@ -52,9 +51,13 @@ def choose(results: Results, divergences: Dict[str, Dict[int, float]]) -> Dict[s
                     sign = -1 if measure.lower_is_better else 1
                     order = Order(system.name, measure.name, other)
                     orders[order] = {i: sign * value for i, value in found.items()}
+    orders = {
+        order: {i: value for i, value in values.items() if not math.isnan(value)}
+        for order, values in orders.items()
+    }
     ranked = [sorted(values, key=lambda i: (values[i], i)) for values in orders.values()]
     each = asked.examples
-    while each > 1 and len(_extremes(ranked, each)) > _MOST:
+    while each > 1 and len(_extremes(ranked, each)) > MOST:
         each -= 1
     shown = _extremes(ranked, each)
     first = ranked[0] if ranked else []
@@ -67,7 +70,10 @@ def choose(results: Results, divergences: Dict[str, Dict[int, float]]) -> Dict[s
         ],
         "orders": [order._asdict() for order in orders],
         "rows": [
-            _row(i, results, systems, measures, others, divergences)
+            {
+                **_row(i, results, systems, measures, others, divergences),
+                "keys": [values.get(i) for values in orders.values()],
+            }
             for i in (*(i for i in first if i in shown), *rest)
         ],
     }

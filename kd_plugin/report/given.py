@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from ..errors import Faults
-from ..files import FileError, all_or_nothing
+from ..files import FileError, all_or_nothing, leftovers, remove
 
 # The texts that others score, as files: what comet-score is given
 SOURCE, REFERENCE = "src.txt", "ref.txt"
 _METRIC = re.compile(r"[^\W_][\w .+/()-]{0,39}")
-_LOWER = re.compile(r"metricx|ter$|[wc]er$", re.IGNORECASE)  # known to count errors
+# Known to count errors
+_LOWER = re.compile(r"metricx|(?<![a-z])(h?ter|[wc]er)$", re.IGNORECASE)
 _MOST = 1e6  # beyond it is no score, and nothing that a table could show
 _FEW_DECIMALS = 2  # scores that stay below need more of them
 
@@ -124,7 +125,7 @@ def _scores(
             )
         found = {file.system: [_number(line, i, flag) for i, line in enumerate(lines, 1)]}
     else:
-        found = _of_rows(_rows(lines, flag), file.system, systems, flag)
+        found = _of_rows(_rows(lines, systems, flag), file.system, systems, flag)
     for system, own in found.items():
         if len(own) != sentences:
             raise FileError(
@@ -141,14 +142,14 @@ class _Row(NamedTuple):
     score: float
 
 
-def _rows(lines: Sequence[str], flag: str) -> Iterator[_Row]:
+def _rows(lines: Sequence[str], systems: Dict[str, str], flag: str) -> Iterator[_Row]:
     """Of a TSV: system, sentence from 1 if it is there, score; or what comet-score prints.
 
     That is the file of translations, "Segment 0" and "score: 0.8437"; and, at the end, their means.
     """
     for i, line in enumerate(lines, 1):
         cells = [cell.strip() for cell in line.split("\t")]
-        if i == 1 and cells[0].lower() == "system":
+        if i == 1 and cells[0].lower() in ("system", "model") and cells[0] not in systems:
             continue
         if len(cells) == 2 and cells[1].startswith("score: "):
             continue
@@ -160,12 +161,12 @@ def _rows(lines: Sequence[str], flag: str) -> Iterator[_Row]:
         sentence = None
         if len(cells) == 3:
             segment = re.fullmatch(r"(Segment )?(\d{1,9})", cells[1], re.ASCII)
-            if not segment or segment[0] == "0":
+            sentence = int(segment[2]) + bool(segment[1]) if segment else 0
+            if not sentence:
                 raise FileError(
                     f"{flag}line {i}: expected the number of a sentence, from 1, in the second "
                     f"column; got {cells[1][:40]!r}"
                 )
-            sentence = int(segment[2]) + bool(segment[1])
         yield _Row(i, cells[0], sentence, _number(cells[-1].replace("score: ", "", 1), i, flag))
 
 
@@ -221,15 +222,14 @@ def _unknown(system: str, systems: Dict[str, str]) -> str:
 
 
 def check_folder(folder: Path, texts: Dict[str, Sequence[str]], systems: Sequence[str]) -> None:
-    """That nothing of anybody's would be written over.
+    """That the folder is new, or was written for this test set.
 
     Args:
         texts: lines of source and references, by file.
         systems: whose translations will be written beside them.
 
     Raises:
-        FileError: the folder holds files that were not written for scoring this test set, or a
-            system's file would have the name of another text.
+        FileError: it holds other files, or a system's file would have the name of another text.
     """
     faults = Faults()
     flag = f"--write-for-scoring {folder}: "
@@ -239,20 +239,36 @@ def check_folder(folder: Path, texts: Dict[str, Sequence[str]], systems: Sequenc
         )
     if folder.exists() and not folder.is_dir():
         faults.add(f"{flag}expected a folder, found a file")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir():
+        found = {path.name for path in {*folder.iterdir()}.difference(leftovers(folder))}
         same = all(
-            (folder / name).is_file() and (folder / name).read_bytes() == _content(lines)
-            for name, lines in texts.items()
+            (folder / name).is_file() and (folder / name).read_bytes() == _content(texts[name])
+            for name in found.intersection(texts)
         )
+        # translations come last: beside them, or anything else, both texts are there
         faults.check(
-            same, f"{flag}it holds other files than those of this test set: choose another folder"
+            same and (found.issuperset(texts) or found.issubset(texts)),
+            f"{flag}it holds other files than those of this test set: choose another folder",
         )
     faults.raise_if_any(FileError)
 
 
+def make_folder(folder: Path) -> None:
+    """Make it if need be, without what kills have left there.
+
+    Raises:
+        FileError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"--write-for-scoring {folder}: it cannot be made ({error})") from None
+    for path in leftovers(folder):
+        remove(path)
+
+
 def write(folder: Path, texts: Dict[str, Sequence[str]]) -> None:
     """Texts by file, a sentence a line, whatever ends a line for those who read them."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, lines in texts.items():
         with all_or_nothing(folder / name) as file:
             file.write(_content(lines))

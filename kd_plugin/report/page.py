@@ -6,7 +6,7 @@ Both are functions of the content of ``report.json`` alone.
 
 import base64
 import html
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, List
 
 from ..pages import html_document, html_section, markdown_table, markdown_text
 from . import browser
@@ -70,29 +70,21 @@ def page(report: Dict[str, Any], pictures: Dict[str, bytes]) -> str:
     """
     title = f"Teacher and students: {report['subset']}"
     title += "".join(f" of {pair}" for pair in languages(report))
+    differences = {name: png for name, png in pictures.items() if name.startswith(_DIFFERENCES)}
+    others = {name: png for name, png in pictures.items() if name not in differences}
+    behind = {
+        OVERVIEW: _pictures(others),
+        COST: [*browser.section(report), *_pictures(differences)],
+    }
     parts = []
     for table in tables(report):
-        parts += html_section(table)
-        # the first two belong to all models, the third to what follows
-        if table.title == OVERVIEW:
-            parts += _pictures(
-                name_and_png
-                for name_and_png in pictures.items()
-                if not name_and_png[0].startswith(_DIFFERENCES)
-            )
-        elif table.title == COST:
-            parts += browser.section(report)
-            parts += _pictures(
-                name_and_png
-                for name_and_png in pictures.items()
-                if name_and_png[0].startswith(_DIFFERENCES)
-            )
+        parts += [*html_section(table), *behind.get(table.title, ())]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in _not_compared(report)]
     return html_document(title, parts, style=_STYLE + browser.STYLE, script=browser.SCRIPT)
 
 
-def _pictures(pictures: Iterable[Any]) -> List[str]:
-    figures = [_picture(*one) for one in pictures]
+def _pictures(pictures: Dict[str, bytes]) -> List[str]:
+    figures = [_picture(*one) for one in pictures.items()]
     return ['<div class="pictures">', *figures, "</div>"] if figures else []
 
 

@@ -53,6 +53,8 @@ def make(asked: Asked) -> Dict[str, Any]:
     folder = Path(asked.output)
     settings = _settings(data)
     with _prepared(folder, settings, asked.overwrite):
+        if asked.for_scoring is not None:
+            given.make_folder(Path(asked.for_scoring))
         return _make(asked, data, curves, settings)
 
 
@@ -91,12 +93,12 @@ def _make(
     report["examples"] = examples.choose(results, divergences)
     _write(report, folder)
     _write_translations(results, folder)
-    if asked.for_scoring is not None:
-        given.write(Path(asked.for_scoring), data.for_scoring(results))
     for path in (folder / _MEASURED).iterdir():
         if path != kept:
             shutil.rmtree(path)
     write_json(folder / _SETTINGS, settings)
+    if asked.for_scoring is not None:
+        given.write(Path(asked.for_scoring), data.for_scoring(results))
     return report
 
 

@@ -6,6 +6,7 @@ from ..checkpoints import LANGUAGE_MODEL, SPEECH, TRANSLATION, Kind, kind_of
 from ..pages import Cell, Table
 
 NONE = "–"
+KL = "KL"  # the column of divergences beside sentences
 OVERVIEW, COST = "At a glance", "Cost"  # the tables that pictures follow
 _TITLES = {
     "frequency": "by how often the token occurs in training",
@@ -125,7 +126,7 @@ def _quality(report: Dict[str, Any]) -> Table:
             if system["scores"]
         }
         if found.get(report["baseline"]) is None and any(found.values()):
-            notes.append(f"{metric['name']}: there are none of {report['baseline']}, so no p.")
+            notes.append(f"{metric['name']}: no scores of {report['baseline']}, so no p.")
     for system in report["systems"]:
         if system["scores"] and system["left_out"]:
             notes.append(
@@ -226,8 +227,9 @@ def _cost(report: Dict[str, Any]) -> Table:
         beam = f" with beam {report['beam']}"
         read = "frames" if _kind(report) is SPEECH else "source symbols"
         what = (f"{read} to target symbols", "decoding", beam)
+    median = f"the median of {report['repeats']} passes, in which the models take turns"
     notes = [
-        f"Speed: the median of {report['repeats']} passes, in which the models take turns, on "
+        f"Speed: {'of one pass' if report['repeats'] == 1 else median}, on "
         f"{report['device']} with {threads} thread{'' if threads == 1 else 's'}. "
         f"The time runs from batches of {what[0]}.",
         "MB: the model alone, without optimizer state or vocabulary; file MB: everything in its "

@@ -20,6 +20,7 @@ from .asked import Asked, Judged, Results, TestSet, Worth
 from .measured import Sample
 from .score import TESTS, average, score
 from .systems import Model, System, configuration
+from .tables import KL
 
 
 class Translations(TestSet):
@@ -42,6 +43,7 @@ class Translations(TestSet):
         self.doubts = columns.doubts(asked.metrics, self.tokenizer, self.references)
         systems = {system.file: system.name for system in asked.systems()}
         computed = [column["name"] for column in columns.describe(asked.metrics)]
+        computed += [columns.of_sentences(asked.metrics, self.tokenizer)[0], KL]
         self.given = given.read(asked.scores, systems, len(self.source), computed)
         if asked.for_scoring is not None:
             given.check_folder(Path(asked.for_scoring), self._inputs(), list(systems))

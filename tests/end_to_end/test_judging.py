@@ -331,6 +331,11 @@ def test_wrong_input(data, corpus, teacher, tmp_path):
         (("--lm-path", "x", "--amp"), "--lm-path cannot be used here"),
         (("--scores", "COMET"), "--scores: expected NAME=METRIC:FILE, or METRIC:FILE"),
         (("--scores", f"teacher=DA:{tmp_path / 'short'}"), "line 1: expected a number between"),
+        (("--scores", f"teacher=KL:{tmp_path / 'short'}"), "KL is computed here"),
+        (
+            ("--metrics", "bleu", "--scores", f"teacher=Sentence BLEU:{tmp_path / 'short'}"),
+            "Sentence BLEU is computed here",
+        ),
         (("--write-for-scoring", tmp_path), "it holds other files than those of this test set"),
     ):
         message = judge(data, tmp_path / "r", models, *more, tool=support.in_process).refusal
