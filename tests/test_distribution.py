@@ -14,8 +14,10 @@ DOCKERFILE = CHECKOUT / "recipes" / "Dockerfile"
 
 
 def tracked():
+    if shutil.which("git") is None:
+        pytest.skip("no git")
     listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, stdout=subprocess.PIPE)
-    if listed.returncode:
+    if listed.returncode or not listed.stdout:
         pytest.skip("not a git checkout")
     return listed.stdout.decode().splitlines()
 

@@ -32,7 +32,7 @@ FOREIGN = {
     *("--config-dir", "--config-name", "--no-index", "--find-links", "--wheel-dir", "--help"),
     *("--kd-strategy", "--kd-rate", "--kd-criterion", "--alpha", "--tokenize"),
     *("--long", "--check"),
-    *("--rm", "--gpus", "--build-arg", "--strict"),  # docker, twine
+    *("--rm", "--gpus", "--ipc", "--user", "--build-arg", "--strict"),  # docker, twine
     *("--noise", "--apply-bert-init"),  # fairseq's non-autoregressive task and models
 }
 
