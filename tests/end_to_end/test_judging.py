@@ -136,7 +136,7 @@ def test_costs_and_sizes(judged, teacher, distilled, int8):
     assert models["int8"]["file_bytes"] == sum(f.stat().st_size for f in int8.iterdir())
     assert models["int8"]["precision"] == "int8"
     assert [name for name, model in models.items() if model["vocabulary_map"]] == ["int8"]
-    assert "| ctranslate2 | int8, vocabulary map |" in (judged.folder / "report.md").read_text()
+    assert "| ctranslate2; int8, vocabulary map |" in (judged.folder / "report.md").read_text()
     for system in judged.report["systems"]:
         assert len(system["seconds"]) == 2 and system["left_out"] == 0
         speeds = sorted(16 / seconds for seconds in system["seconds"])
