@@ -30,6 +30,7 @@ FOREIGN = {
     *("--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"),  # torchrun
     *("--no-python", "--nodes", "--gpus-per-node", "--ntasks-per-node"),  # and srun
     *("--config-dir", "--config-name", "--no-index", "--find-links", "--wheel-dir", "--help"),
+    *("--no-build-isolation", "--no-deps"),  # pip
     *("--kd-strategy", "--kd-rate", "--kd-criterion", "--alpha", "--tokenize"),
     *("--long", "--check"),
     *("--rm", "--gpus", "--ipc", "--user", "--build-arg", "--strict"),  # docker, twine
