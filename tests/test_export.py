@@ -647,7 +647,7 @@ def test_a_vocabulary_map(data, trained, tmp_path, capsys, monkeypatch):
     assert record["vocabulary_map"]["data"] == [str(trained)]
     assert record["vocabulary_map"]["candidates"] == 2
     for symbols in (range(5, 6), range(30)):
-        found = VocabularyMap([f"w{i:02d}" for i in symbols], {}, 60)
+        found = VocabularyMap([f"w{i:02d}" for i in symbols], {})
         monkeypatch.setattr(to_ctranslate2, "vocabulary_map", lambda *_, found=found: found)
         assert run(capsys, *mapped, 2)[0] == 0
         figures = read_json(output / "kd_export.json")["verification"]
