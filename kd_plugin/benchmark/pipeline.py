@@ -58,7 +58,7 @@ def make(asked: Asked) -> Dict[str, Any]:
     print(machine + "\n", flush=True)
     for vocabulary in asked.vocabularies:
         if asked.students is not None:
-            speeds = asked.students.speeds(vocabulary, asked.repeats, asked.device)
+            speeds = asked.students.speeds(vocabulary, asked.repeats)
             measured.setdefault("students", []).append(speeds)
             print(students_table(speeds), flush=True)
             continue

@@ -33,8 +33,9 @@ class Students(NamedTuple):
     length: int = 25
     mapped: Optional[int] = None
 
-    def speeds(self, vocabulary: int, repeats: int, device: torch.device) -> Dict[str, Any]:
-        """Greedy search in int8 by CTranslate2, of sentences and translations of one length.
+    def speeds(self, vocabulary: int, repeats: int) -> Dict[str, Any]:
+        """Greedy search in int8 by CTranslate2 on the CPU; all sentences and translations are of
+        one length.
 
         Args:
             vocabulary: symbols of the joined dictionary.
@@ -49,15 +50,15 @@ class Students(NamedTuple):
                 of_one = Path(folder) / str(number)
                 of_one.mkdir()
                 facts[name] = _export(name, cfg, vocabulary, of_one, self.length)
-                works[name] = self._work(of_one / "int8", vocabulary, device)
+                works[name] = self._work(of_one / "int8", vocabulary)
                 if self.mapped is not None:  # the same folder, opened again
                     line = " ".join(_symbols(min(self.mapped, vocabulary)))
                     (of_one / "int8" / decoding.VOCABULARY_MAP).write_text(f"\t{line}\n")
                     mapped = f"{name}, {self.mapped} symbols"
                     facts[mapped] = facts[name]
-                    works[mapped] = self._work(of_one / "int8", vocabulary, device)
+                    works[mapped] = self._work(of_one / "int8", vocabulary)
             timings = Timings(works, repeats, f"translations, V = {vocabulary}")
-        sentences, first = self._sentences(device), next(iter(works))
+        sentences, first = self._sentences(), next(iter(works))
         speeds = {}
         for name in works:
             seconds = timings.seconds[name]
@@ -69,17 +70,19 @@ class Students(NamedTuple):
             }
         return {"vocabulary": vocabulary, "length": self.length, "students": speeds}
 
-    def _sentences(self, device: torch.device) -> int:
-        workers = decoding.threads() if device.type == "cpu" else 1
-        return _BATCHES * workers * max(decoding.BATCH_ON_CPU["max_batch_size"] // self.length, 1)
+    def _sentences(self) -> int:
+        return (
+            _BATCHES
+            * decoding.threads()
+            * max(decoding.BATCH_ON_CPU["max_batch_size"] // self.length, 1)
+        )
 
-    def _work(self, model: Path, vocabulary: int, device: torch.device) -> Callable[[], None]:
+    def _work(self, model: Path, vocabulary: int) -> Callable[[], None]:
         """Translate as many sentences of random symbols as all workers have some batches of."""
-        translator = decoding.open_translator(model, device.type, device.index or 0, "default")
+        translator = decoding.open_translator(model, "cpu", 0, "default")
         symbols, random = np.array(_symbols(vocabulary)), np.random.RandomState(1)
-        shape = (self._sentences(device), self.length)
+        shape = (self._sentences(), self.length)
         sources = symbols[random.randint(len(symbols), size=shape)].tolist()
-        how: Dict[str, Any] = decoding.BATCH_ON_CPU if device.type == "cpu" else {}
         mapped = (model / decoding.VOCABULARY_MAP).is_file()
 
         def work() -> None:
@@ -90,7 +93,7 @@ class Students(NamedTuple):
                 max_decoding_length=self.length,
                 max_input_length=0,
                 use_vmap=mapped,
-                **how,
+                **decoding.BATCH_ON_CPU,
             )
 
         return work

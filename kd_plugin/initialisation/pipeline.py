@@ -118,7 +118,8 @@ def make(asked: Asked) -> Made:
         UserError: something does not fit. Nothing is written then, and what was there stays.
     """
     _refuse(asked)
-    teacher, langs = _open(asked)
+    task = None if asked.task is None else untaught(asked.task)
+    teacher, langs = _open(asked, task)
     kind = teacher.kind or TRANSLATION
     found = teacher.dictionaries(langs, asked.teacher_data)
     if found is None:
@@ -127,7 +128,7 @@ def make(asked: Asked) -> Made:
             "those that it was trained with"
         )
     teacher.check_sizes(found, kind)
-    mine = _students_dictionaries(asked, teacher, found)
+    mine = _students_dictionaries(asked, task, teacher, found)
     random = asked.new_symbols == "random"
     rows = [
         Rows.of(side, one.symbols, other.symbols, random)
@@ -148,8 +149,8 @@ def make(asked: Asked) -> Made:
     start: Dict[str, Any] = {}
     if any(one.random for one in rows):
         arguments = model_arguments(student)
-        task = kind.new_task(mine, student.max_positions)
-        start = new_model(arguments, task, asked.seed).state_dict()
+        untrained = new_model(arguments, kind.new_task(mine, student.max_positions), asked.seed)
+        start = untrained.state_dict()
     tables = {name: one for (_, name), one in zip(kind.tables, rows)}
     tables["decoder.output_projection.weight"] = rows[1]
     taken = weights.chosen(whole, layers, tables, start, teacher.dtype)
@@ -204,10 +205,9 @@ def _refuse(asked: Asked) -> None:
     faults.raise_if_any()
 
 
-def _open(asked: Asked) -> Tuple[Checkpoint, Tuple[str, str]]:
+def _open(asked: Asked, task: Optional[str]) -> Tuple[Checkpoint, Tuple[str, str]]:
     """The teacher, of one direction where it has a model for each, and its languages."""
     teacher = Checkpoint.open(asked.teacher, TEACHER, asked.trust)
-    task = None if asked.task is None else untaught(asked.task)
     if teacher.kind is None:
         teacher = teacher.as_task(task)
     if teacher.kind not in (TRANSLATION, LANGUAGE_MODEL):
@@ -252,11 +252,12 @@ def _refuse_architecture(teacher: Checkpoint) -> None:
     faults.raise_if_any(prefix=f"{teacher} cannot be taken apart: ")
 
 
-def _students_dictionaries(asked: Asked, teacher: Checkpoint, found: Dictionaries) -> Dictionaries:
+def _students_dictionaries(
+    asked: Asked, task: Optional[str], teacher: Checkpoint, found: Dictionaries
+) -> Dictionaries:
     """Raises:
     UserError: they cannot be read, or do not go with what the teacher shares.
     """
-    task = None if asked.task is None else untaught(asked.task)
     if task not in (None, teacher.task) and asked.dictionary is None:
         added = added_symbols(teacher.task, teacher.task_options)
         if added:
