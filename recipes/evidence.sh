@@ -128,7 +128,7 @@ row() { # NAME SEED
             distil_flags "$teacher"
             ;;
         inputs-*)
-            (row sample-8-8 "$2")
+            (KD_FLAGS="" row sample-8-8 "$2") # flags of the running teacher are not for a cache
             KD_FLAGS="--kd-inputs ${1#inputs-} $KD_FLAGS"
             if [ "$1" != inputs-reference ]; then KD_FLAGS="--kd-inputs-rate 0.5 $KD_FLAGS"; fi
             distil_flags "$teacher"
