@@ -70,10 +70,11 @@ use_text test "$(first_of "$1/test" "$1/test_2016_flickr")"
 prepare_spm
 binarise --srcdict "$TEACHER/dict.$SRC.txt" --tgtdict "$TEACHER/dict.$TGT.txt"
 
+SIZE=(--arch transformer --encoder-layers 2 --decoder-layers 2
+    --encoder-embed-dim 64 --decoder-embed-dim 64 --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256
+    --encoder-attention-heads 4 --decoder-attention-heads 4 --share-all-embeddings)
 student() { # NAME FLAGS...; the flags of ROW come last
-    train "$1" --arch transformer --encoder-layers 2 --decoder-layers 2 \
-        --encoder-embed-dim 64 --decoder-embed-dim 64 --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 \
-        --encoder-attention-heads 4 --decoder-attention-heads 4 --share-all-embeddings --dropout 0.1 \
+    train "$1" "${SIZE[@]}" --dropout 0.1 \
         --optimizer adam --adam-betas '(0.9,0.98)' --lr 0.005 \
         ${SCHEDULE:---lr-scheduler polynomial_decay --warmup-updates $((UPDATES / 8)) --total-num-update $UPDATES} \
         --max-tokens 2048 --max-update "$UPDATES" --num-workers 0 ${STUDENT_FLAGS:-} "${@:2}" "${LOSS[@]}"
@@ -175,7 +176,9 @@ row() { # NAME SEED
                 --target-lang "$TGT" --output "$WORK/layers.pt" --overwrite | tail -n 1) || die "taking the teacher's layers failed."
             eval "start=($start)"
             if [ "$1" = layers-random ]; then start=("${start[@]:2}"); fi
-            student "$name" "${seed[@]}" --lr "$LAYERS_LR" "${start[@]}"
+            # in place of the usual size, of which these leave out what they take by default
+            local SIZE=("${start[@]}")
+            student "$name" "${seed[@]}" --lr "$LAYERS_LR"
             return
             ;;
         *) die "there is no row '$1'; the rows are in the header of recipes/evidence.sh." ;;
