@@ -21,14 +21,17 @@ ROW = r"^\| (\w[\w-]+) \| \d+\.\d\d \| (?:[\d.]+ x|–) \|"
 
 
 def run(recipe: str, work: Path, *arguments, **settings) -> Run:
-    settings.update(
+    # teachers of so few updates do not know where a sentence ends
+    ends = "--max-len-a 1 --max-len-b 5"
+    settings = dict(
         SETUP="skip",
         VIRTUAL_ENV=sys.prefix,
         PATH=f"{SCRIPTS}:{os.environ['PATH']}",
         WORK=work,
         OMP_NUM_THREADS=1,
-        # teachers of so few updates do not know where a sentence ends
-        SEQUENCES_FLAGS="--no-filters --max-len-a 1 --max-len-b 5",
+        SEQUENCES_FLAGS="--no-filters " + ends,
+        REPORT_FLAGS=ends + " --repeats 1",
+        **settings,
     )
     done = subprocess.run(
         ["bash", str(RECIPES / recipe), *map(str, arguments)],
