@@ -58,13 +58,18 @@ class Page:
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.go(file.resolve().as_uri())
+
+    def go(self, url: str) -> None:
+        """To an address, until it is loaded."""
+        self.call("Page.navigate", url=url)
         while self._receive().get("method") != "Page.loadEventFired":
             pass
 
     def value(self, expression: str) -> Any:
         """Of JavaScript, which runs even where the page's own scripts do not."""
-        given = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        how = {"returnByValue": True, "awaitPromise": True}
+        given = self.call("Runtime.evaluate", expression=expression, **how)
         assert "exceptionDetails" not in given, given["exceptionDetails"]
         return given["result"].get("value")
 

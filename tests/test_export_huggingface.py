@@ -1,11 +1,22 @@
-"""Folders for transformers say what fairseq says: scores, translations, tokens."""
+"""Folders for transformers say what fairseq says: scores, translations, tokens.
 
+So do their ONNX files, in onnxruntime and on the page of docs/browser.
+"""
+
+import functools
+import http.server
 import json
+import os
 import random
 import re
+import shutil
 import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import browser
 import pytest
 import subwords
 import support
@@ -253,3 +264,152 @@ def test_the_card(library, bins, tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
     found = json.loads((tmp_path / "out" / RECORD).read_text())
     assert found["format"] == "transformers" and found["verification"]["beam"] == 2
+
+
+# ONNX, and the page that translates with it
+
+PAGE = Path(__file__).parent.parent / "docs" / "browser"
+STATE = """new Promise((done) => setInterval(() => {
+    const state = document.querySelector("#state").textContent;
+    if (state === "ready" || /expected|seconds/.test(state)) done(state);
+}, 20))"""
+SUBMIT = """(text) => {
+    document.querySelector("#text").value = text;
+    document.querySelector("form").requestSubmit();
+}"""
+
+
+@pytest.fixture(scope="module", params=["post-norm", "untied", "pre-norm", "BART", "mBART"])
+def onnx(request, library, bins, tmp_path_factory):
+    """The folder for transformers, and what the command in the guide makes of it."""
+    pytest.importorskip("optimum.onnxruntime")
+    from optimum.commands import optimum_cli
+
+    tmp_path = tmp_path_factory.mktemp("onnx")
+    flags, _ = CLASSES[request.param]
+    data = "joined" if ALL in flags else "two"
+    path = made(bins / data, tmp_path / "model.pt", [*TRANSFORMER, *flags])
+    make(asked(bins, data, path, tmp_path / "hf", verify=False))
+    command = "optimum-cli export onnx --task text2text-generation-with-past --model".split()
+    with mock.patch.object(
+        sys, "argv", [*command, *map(str, (tmp_path / "hf", tmp_path / "onnx"))]
+    ):
+        optimum_cli.main()
+    return tmp_path / "hf", tmp_path / "onnx"
+
+
+def by_transformers(library, folder, texts):
+    """Translations by greedy search, and scores of what follows the begin in each of them."""
+    tokenizer = library.AutoTokenizer.from_pretrained(str(folder))
+    model = library.AutoModelForSeq2SeqLM.from_pretrained(str(folder)).eval()
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    written = model.generate(**inputs, num_beams=1, early_stopping=False, do_sample=False)
+    return tokenizer.batch_decode(written, skip_special_tokens=True), written, model
+
+
+@torch.no_grad()
+def test_onnx_says_the_same(onnx, library):
+    from optimum.onnxruntime import ORTModelForSeq2SeqLM
+
+    there, files = onnx
+    rng = random.Random(4)
+    texts = [text(rng) for _ in range(8)]
+    expected, written, model = by_transformers(library, there, texts)
+    session = ORTModelForSeq2SeqLM.from_pretrained(str(files))
+    tokenizer = library.AutoTokenizer.from_pretrained(str(files))
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    own = session.generate(**inputs, num_beams=1, early_stopping=False)
+    assert tokenizer.batch_decode(own, skip_special_tokens=True) == expected
+    before = written[:, :-1]
+    scores, others = [
+        one(**inputs, decoder_input_ids=before, use_cache=False).logits.log_softmax(-1)
+        for one in (model, session)
+    ]
+    chosen = written[:, 1:].unsqueeze(-1)
+    real = written[:, 1:].ne(model.config.pad_token_id)
+    difference = (scores - others).gather(-1, chosen)[..., 0][real].abs().max()
+    assert difference < 1e-4
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """What opens the page in a browser, and the folder that it comes from."""
+    if browser.found() is None:
+        pytest.skip("no Chromium")
+    site = tmp_path_factory.mktemp("site")
+    for file in PAGE.iterdir():
+        shutil.copy(str(file), str(site))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def end_headers(self):
+            self.send_header("Cache-Control", "no-store")
+            super().end_headers()
+
+    handler = functools.partial(Handler, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with browser.browser(tmp_path_factory.mktemp("profile")) as opened:
+            address = f"http://127.0.0.1:{server.server_port}/index.html"
+            yield lambda: opened.go(address) or opened, site
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        ("bpe", {}),
+        ("unigram", {"byte_fallback": True}),
+        ("unigram", {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}),
+    ],
+)
+def test_the_pages_pieces_are_those_of_sentencepiece(kind, more, page):
+    show, _ = page
+    rng = random.Random(5)
+    model = subwords.train([text(rng) for _ in range(300)], kind, 320, **more)
+    letters = "".join(WORDS) + "   xyz.,-<>/\u2581\u00a0\u0301\ufb01\u3000\u200b日½Ａ"
+    lines = [text(rng) for _ in range(100)] + ODD
+    lines += ["".join(rng.choice(letters) for _ in range(20)) for _ in range(300)]
+    found = show().value(
+        f"""import("./translator.mjs").then(({{ SentencePiece }}) => {{
+            const model = new SentencePiece(new Uint8Array({list(model)}));
+            return {json.dumps(lines)}.map((line) => model.encode(line));
+        }})"""
+    )
+    assert found == subwords.encode(model, lines)
+
+
+def test_the_page_says_what_is_missing(page):
+    show, site = page
+    shutil.rmtree(str(site / "onnxruntime"), ignore_errors=True)
+    told = show().value(STATE)
+    assert told.startswith("expected onnxruntime-web in the folder onnxruntime")
+    (site / "onnxruntime").mkdir()
+    (site / "onnxruntime" / "ort.wasm.bundle.min.mjs").write_text("export const env = {wasm: {}};")
+    shutil.rmtree(str(site / "model"), ignore_errors=True)
+    assert show().value(STATE).startswith("expected the file config.json in http:")
+
+
+def test_the_page_translates_as_transformers_do(onnx, page, library):
+    """With the build of onnxruntime-web in the folder that KD_ONNXRUNTIME_WEB names."""
+    build = os.environ.get("KD_ONNXRUNTIME_WEB")
+    if not build:
+        pytest.skip("no onnxruntime-web")
+    show, site = page
+    there, files = onnx
+    for name, folder in (("onnxruntime", build), ("model", files)):
+        shutil.rmtree(str(site / name), ignore_errors=True)
+        shutil.copytree(str(folder), str(site / name))
+    rng = random.Random(6)
+    texts = [text(rng) for _ in range(4)]
+    expected, _, _ = by_transformers(library, there, texts)
+    opened = show()
+    assert opened.value(STATE) == "ready"
+    opened.value(f"({SUBMIT})({json.dumps(chr(10).join(texts))})")
+    assert opened.value(STATE).endswith(" seconds")
+    assert opened.value('document.querySelector("#translation").value').split("\n") == expected
