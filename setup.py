@@ -63,8 +63,12 @@ setup(
         # model, and ve-fairseq brings one that need not fit torch. safetensors: what weights are
         # written in for the converter.
         "transformers": ["transformers>=4.46,<5", "safetensors>=0.4,<1", "ctranslate2>=4.0,<5"],
-        # ONNX files of such a folder (docs/guides/export.md). 0.1: tried; it needs transformers 4.
-        "onnx": ["optimum-onnx[onnxruntime]>=0.1,<0.2; python_version >= '3.9'"],
+        # ONNX files of such a folder (docs/guides/export.md), for transformers 4. accelerate finds
+        # weights that are there twice (1.15 was tried).
+        "onnx": [
+            "optimum-onnx[onnxruntime]>=0.1,<0.2; python_version >= '3.9'",
+            "accelerate>=1.0,<2; python_version >= '3.9'",
+        ],
         # What recipes/corpus.py phrases its sentences with. 2.12: format_compact_decimal for all
         # locales; 0.5.12: number words of all its languages on Python 3.8 and later.
         "recipes": ["Babel>=2.12,<3", "num2words>=0.5.12,<0.6", "ctranslate2>=4.0,<5"],

@@ -32,7 +32,8 @@ FOREIGN = {
     *("--config-dir", "--config-name", "--no-index", "--find-links", "--wheel-dir", "--help"),
     *("--no-build-isolation", "--no-deps"),  # pip
     *("--kd-strategy", "--kd-rate", "--kd-criterion", "--alpha", "--tokenize"),
-    *("--long", "--check"),
+    *("--long", "--check", "--directory"),
+    *("--task", "--model", "--avx2", "--onnx_model"),  # optimum-cli
     *("--rm", "--gpus", "--ipc", "--user", "--build-arg", "--strict"),  # docker, twine
     *("--noise", "--apply-bert-init"),  # fairseq's non-autoregressive task and models
 }

@@ -183,6 +183,18 @@ def test_models_that_ctranslate2_cannot_convert(made, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
 
 
+def test_a_t5_that_would_be_converted_wrongly(made, tmp_path, monkeypatch):
+    """Beside transformers 5, the scores of one with an output layer of its own would be others."""
+    import transformers
+
+    folder = tmp_path / "folder"
+    shutil.copytree(str(made("T5").folder), str(folder))
+    monkeypatch.setattr(transformers, "__version__", "5.24.0")
+    with pytest.raises(UserError, match="T5 .* wrongly beside transformers 5.24.0; install"):
+        Translator.open(str(folder), None).converted(tmp_path / "converted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+
+
 @pytest.mark.parametrize(
     "name, around, told",
     [

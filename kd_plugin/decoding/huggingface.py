@@ -192,7 +192,16 @@ def convert(folder: Path, new: Path) -> None:
     found = Faults()
     found.messages += model_faults(folder)
     found.raise_if_any(FileError)
-    open_library(f"--path {folder}")
+    library = open_library(f"--path {folder}")
+    config = read_json(folder / "config.json")
+    untied = config.get("model_type") in _TRANSLATING and config.get("tie_word_embeddings") is False
+    if untied and int(library.__version__.split(".")[0]) >= 5:
+        # it says that all of them are tied, and the converter believes it
+        raise FileError(
+            f"--path {folder}: CTranslate2 converts a T5 with an output layer of its own wrongly "
+            f"beside transformers {library.__version__}; install an earlier one: "
+            "pip install 'transformers<5'"
+        )
     try:
         from ctranslate2.converters import TransformersConverter
     except ImportError:
