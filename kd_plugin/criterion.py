@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 # Sums that only mean something where the batch's target is a reference
 _OF_REFERENCES = ("nll_loss", "n_correct", "total", "teacher_nll_loss", "n_agree", "n_compared")
 _TOKENS_OF = "tokens_of_"  # begins the names of sums, one for each pair of languages
+_OF_REFERENCES_OF_PAIRS = ("nll_loss_", "n_agree_", _TOKENS_OF)
 
 
 @register_criterion(CRITERION, dataclass=KDLabelSmoothedCrossEntropyCriterionConfig)
@@ -126,7 +127,8 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             # the queue holds how hard references are: nothing of what the student wrote
             nothing = terms.tokens.student_nll[:0]
             scores = nothing if step.by_student else self.selection.score(terms.tokens)
-            self.queue.observe(scores, terms.tokens.group)
+            group = terms.tokens.group
+            self.queue.observe(scores, None if group is None else group[: len(scores)])
         loss, sums = terms.loss, self._sums(terms, step)
         if theirs:
             source = sample["net_input"]["src_tokens"]
@@ -213,7 +215,7 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
             sums["kd_inputs"] = terms.tokens.student_nll.numel() if step.by_student else 0
         if step.by_student:
             # what the student itself wrote says nothing of how well it knows references
-            sums.update({key: _nothing(sums[key]) for key in _OF_REFERENCES if key in sums})
+            sums.update({key: _nothing(sums[key]) for key in filter(_is_of_references, sums)})
         return sums
 
     def _of_tokens(self, terms: Terms) -> Dict[str, Any]:
@@ -315,6 +317,10 @@ class KDLabelSmoothedCrossEntropyCriterion(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def _is_of_references(name: str) -> bool:
+    return name in _OF_REFERENCES or name.startswith(_OF_REFERENCES_OF_PAIRS)
 
 
 def _nothing(value: Any) -> Any:

@@ -187,10 +187,7 @@ class Plan(NamedTuple):
             scope=_scope(criterion, chosen, pairs, faults),
             ignored=criterion.ignore_prefix_size,
         )
-        if pairs:
-            plan._check_pairs(faults)
-        else:
-            plan._check_inputs(criterion, task, faults)
+        plan._check_inputs(criterion, task, faults)
         plan._check_tail(criterion, reads_cache, len(task.target_dictionary), faults)
         plan._check_ranking(len(task.target_dictionary), faults)
         plan._check_use(faults)
@@ -234,14 +231,6 @@ class Plan(NamedTuple):
         )
 
     # The checks of flags that depend on one another
-
-    def _check_pairs(self, faults: Faults) -> None:
-        flags = [*dict.fromkeys(states.FLAG[pair.kind] for pair in self.needs.layers)]
-        flags += [f"--kd-inputs {self.inputs.how}"] if self.inputs.by_student else []
-        faults.check(
-            not flags,
-            f"leave out {' and '.join(flags)}, for students of one pair of languages alone",
-        )
 
     def _check_ranking(self, vocabulary: int, faults: Faults) -> None:
         faults.check(
@@ -306,19 +295,24 @@ class Plan(NamedTuple):
         if not self.inputs.by_student:
             return
         flag = f"--kd-inputs {self.inputs.how}"
-        faults.check(
-            isinstance(task, TranslationTask),
+        tags = 0
+        if faults.check(
+            isinstance(task, TranslationTask) or hasattr(task, "pairs") and task.pairs,
             f"{flag} is for tasks that translate sentences, as {TRANSLATION.taught} does; got "
             f"{type(task).__name__}",
-        )
+        ):
+            tags = task.student().tags.longer[1]
         faults.check(
             str(criterion.ddp_backend) != "fully_sharded",
             f"{flag} runs the student outside of a training step, which --ddp-backend "
             "fully_sharded cannot: take another backend",
         )
         faults.check(
-            criterion.ignore_prefix_size == 0,
-            f"{flag} leaves no prefix of the reference: leave out --ignore-prefix-size",
+            criterion.ignore_prefix_size <= tags,
+            f"{flag} leaves no prefix of the reference: leave out --ignore-prefix-size"
+            if not tags
+            else f"{flag} leaves nothing of the reference but the token of its language: give "
+            f"--ignore-prefix-size {tags} at most",
         )
         faults.check(
             self.selection == "all" or self.inputs.rate != schedules.constant(1.0),

@@ -11,6 +11,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from support import in_process, load, tree
+from test_states import by_fairseq, kl, relations
 from trainer import (
     SENTENCES,
     SOURCE,
@@ -26,8 +27,9 @@ from trainer import (
 
 from kd_plugin.checkpoints import Checkpoint
 from kd_plugin.errors import UserError
-from kd_plugin.objective import Settings, distillation_objective
+from kd_plugin.objective import Place, Settings, distillation_objective
 from kd_plugin.objective.selection import ScoreQueue, ScoreQueues, Selection, TokenStatistics
+from kd_plugin.objective.states import MAPS, SIDES
 from kd_plugin.tasks.translation_multi_simple_epoch import KDTranslationMultiSimpleEpochTask
 from kd_plugin.teachers import Step
 
@@ -252,6 +254,7 @@ def test_one_pair_without_tags_is_kd_translation(tmp_path):
     teacher = write_teacher(tmp_path / "teacher", *sides, knowing=True)
     save_dictionaries(data, *map(dictionary, sides))
     common = dict(label_smoothing=0.1, kd_weight=0.7, kd_temperature=2.0)
+    common.update(kd_hidden="mse", kd_attention_weight=0.5)
     t = Learning(data, *named([teacher]), pairs=PAIRS[:1], **common).begin()
     o = Training(data, {"teacher_checkpoint_path": teacher}, **common).begin()
     dataset = o.task.dataset("train")
@@ -259,7 +262,9 @@ def test_one_pair_without_tags_is_kd_translation(tmp_path):
     o.criterion.train(), t.criterion.train()
     expected, size, gradients, log = loss_of(o.criterion, o.model, taught(o, same))
     loss, ours, found, more = loss_of(t.criterion, t.model, taught(t, t.batch()))
-    assert (loss, ours, log["kd_loss"]) == (expected, size, more["kd_loss"])
+    assert (loss, ours) == (expected, size)
+    for name in ("kd_loss", "kd_hidden", "kd_hidden_positions", "kd_attention"):
+        assert log[name] == more[name] > 0
     assert all(torch.equal(one, other) for one, other in zip(found, gradients))
 
 
@@ -333,14 +338,193 @@ def test_parts_of_a_batch_are_as_wide_as_their_sentences(data, teachers):
     t = Learning(data, *named(teachers)).opened()
     parts = [*t.task.source._parts(t.batch())]
     assert len(parts) == 2
-    for _, part, _ in parts:
-        inputs = part["net_input"]
-        assert inputs["src_tokens"].size(1) == inputs["src_lengths"].max()
+    for _, own, part in parts:
+        inputs = own["net_input"]
+        assert inputs["src_tokens"].size(1) == inputs["src_lengths"].max() == part.columns.sum()
+
+
+# The inside of teachers, and what the student writes
+
+
+def one_by_one(t, batch):
+    """Of each sentence: its pair, and by side the positions at which student and teacher read or
+    predict the same; and what fairseq tells of both models, given the sentence alone."""
+    members = [source.teacher.members[0] for source in t.task.source.sources]
+    for i, (pair, number) in enumerate(zip(batch["pair"].tolist(), batch["id"].tolist())):
+        inputs, words = batch["net_input"], TEXT[PAIRS[pair]]["train"][number]
+        source, target = (inputs[name][i] for name in ("src_tokens", "prev_output_tokens"))
+        source, target = source[source.ne(1)], target[target.ne(1)]
+        ours = by_fairseq(t.model, alone(source, target))
+        folder = members[pair].path.rpartition("/")[0]
+        sides = [Dictionary.load(f"{folder}/dict.{lang}.txt") for lang in PAIRS[pair].split("-")]
+        read, write = ([own.index(x) for x in text] for own, text in zip(sides, words))
+        theirs = by_fairseq(
+            members[pair].model, alone(torch.tensor([*read, 2]), torch.tensor([2, *write]))
+        )
+        tag = int(len(source) > len(read) + 1)
+        ends = int(source[-1]) == 2  # and not with a tag
+        same = {
+            "encoder": [(p + tag, p) for p in range(len(read) + ends)],
+            "decoder": [(p + len(target) - 1 - len(write), p) for p in range(len(write) + 1)],
+        }
+        yield pair, same, ours, theirs
+
+
+def alone(source, target):
+    lengths = torch.tensor([len(source)])
+    return {
+        "src_tokens": source[None],
+        "src_lengths": lengths,
+        "prev_output_tokens": target[None],
+    }
+
+
+@pytest.mark.parametrize("tags", TAGS)
+def test_each_sentence_learns_from_the_inside_of_its_pairs_teacher(tags, data, teachers):
+    """Term by term against the sentences alone, in value and in gradients of the linear maps."""
+    common = dict(ignore_prefix_size=int(tags == BOTH), kd_weight=0.0)
+    for how in ("relations", "mse"):
+        flags = dict(kd_hidden=how, kd_attention_weight=0.25, **common)
+        t = Learning(data, *named(teachers), *tags, **flags).opened()
+        t.criterion.train()
+        maps = [*t.criterion.parameters()]
+        assert len(maps) == (4 if how == "mse" else 0)  # of two layers and two teachers
+        torch.manual_seed(3)
+        for linear in maps:
+            torch.nn.init.normal_(linear)
+        batch = t.batch()
+        loss, _, log = t.criterion(t.model, taught(t, batch))
+        loss.backward()
+        found = [linear.grad.clone() for linear in maps]
+        t.criterion.zero_grad()
+        hidden = cross = positions = 0.0
+        for pair, same, ours, theirs in one_by_one(t, batch):
+            for number, side in enumerate(("encoder", "decoder")):
+                own, at = zip(*same[side])
+                mine = ours[Place(side, 0)][0][[*own]].detach()
+                other = theirs[Place(side, 0)][0][[*at]].detach()
+                if how == "mse":
+                    away = mine @ maps[2 * number + pair].t() - other
+                    hidden = hidden + (away**2).sum() / (2 * other.size(1))
+                else:
+                    everything = torch.ones(1, len(own), dtype=torch.bool)
+                    hidden = hidden + relations(mine[None], other[None], everything) / math.log(2)
+                positions += len(own)
+            for kind in MAPS:
+                (own_q, q), (own_k, k) = (zip(*same[side]) for side in SIDES[kind])
+                mine = ours[Place(kind, 0)][0][[*own_q]][:, [*own_k]].detach()
+                other = theirs[Place(kind, 0)][0][[*q]][:, [*k]].detach()
+                for s, p in zip(mine, other):
+                    cross += float(kl(p / p.sum(), s / s.sum())) / math.log(2)
+        assert float(log["kd_hidden"]) == pytest.approx(hidden.item(), rel=1e-4)
+        assert float(log["kd_attention"]) == pytest.approx(cross, rel=1e-4)
+        assert log["kd_hidden_positions"] == positions
+        if how == "mse":
+            hidden.backward()
+            for one, linear in zip(found, maps):
+                torch.testing.assert_close(one, linear.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_maps_of_teachers_that_a_batch_does_not_ask(data, teachers):
+    """Have a gradient of 0, which ranks that average gradients wait for. One teacher of all
+    pairs has one map for a layer."""
+    t = Learning(data, *named(teachers), kd_hidden="mse").begin()
+    dataset = t.task.dataset("train")
+    samples = [dataset[i] for i in range(len(dataset))]
+    (log,) = t.update([dataset.collater([s for s in samples if s[1]["id"] % 2])])
+    assert log["kd_loss_cc-bb"] > 0 == log["kd_loss_aa-bb"] and log["kd_hidden"] > 0
+    grads = [linear.grad.abs().sum().item() for linear in t.criterion.parameters()]
+    assert grads[0] == grads[2] == 0 and grads[1] > 0 and grads[3] > 0
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_inside(data, tmp_path):
+    path = write_multilingual(tmp_path / "teacher", BOTH)
+    flags = dict(kd_hidden="mse", kd_attention_weight=1.0, ignore_prefix_size=1)
+    order = ("--langs", "bb,cc,aa")  # the teacher's, of which its symbols are
+    t = Learning(data, "--teacher-checkpoint-path", path, *BOTH, *order, **flags).opened()
+    assert len([*t.criterion.parameters()]) == 2  # for all pairs together
+    t.model.load_state_dict(t.task.source.sources[0].teacher.members[0].model.state_dict())
+    log = t.validate(t.batch())
+    for name in ("kd_hidden", "kd_attention"):
+        assert log[name + "_positions"] > 0 and float(log[name]) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tags, left",
+    [*((tags, False) for tags in TAGS), (BOTH, True)],  # fairseq replaces ends on the right alone
+    ids=[*map(str, range(len(TAGS))), "left"],
+)
+def test_the_student_writes_words_behind_the_tokens_of_languages(tags, left, data, teachers):
+    """As it likes them best, one by one; no token of a language is written."""
+    flags = ("--left-pad-target", left)
+    for how in ("argmax", "sample"):
+        own = dict(kd_inputs=how, kd_inputs_rate=1.0, ignore_prefix_size=int(tags == BOTH))
+        if how == "sample":
+            own.update(kd_inputs_temperature=1e-4, kd_inputs_extra_length=1)
+        t = Learning(data, *named(teachers), *tags, *flags, **own).begin()
+        t.model.encoder.embed_tokens.weight.data.mul_(3)
+        ours = t.task.target_dictionary
+        never = [1, *(i for i, x in enumerate(ours.symbols) if x.startswith("__"))]
+        batch = t.batch()
+        made, step = t.task.inputs(batch, Step(update=0), 0)
+        assert step.inputs == how and made["pair"] is batch["pair"]
+        for i, target in enumerate(batch["target"]):
+            reference = target[target.ne(1)].tolist()
+            read = batch["net_input"]["prev_output_tokens"][i]
+            read = read[read.ne(1)].tolist()
+            source = batch["net_input"]["src_tokens"][i]
+            source = source[source.ne(1)]
+            kept = int(tags == BOTH)
+            written, before = reference[:kept], read[: 1 + kept]
+            for at in range(kept, batch["target"].size(1)):
+                if how == "argmax" and at == len(reference) - 1:
+                    written.append(2)
+                    break
+                inputs = before if how == "sample" else read[: at + 1]
+                t.model.eval()
+                with torch.no_grad():
+                    row = t.model(**alone(source, torch.tensor(inputs)))[0][0, -1]
+                row[never + ([2] if how == "argmax" else [])] = -math.inf
+                written.append(int(row.argmax()))
+                before.append(written[-1])
+                if how == "sample" and written[-1] == 2:
+                    break
+            else:
+                written.append(2)
+            found, inputs = made["target"][i], made["net_input"]["prev_output_tokens"][i]
+            assert found[found.ne(1)].tolist() == written
+            assert inputs[inputs.ne(1)].tolist() == [read[0], *written[:-1]]
+        if left:
+            continue  # fairseq's --ignore-prefix-size counts from the left edge
+        (log,) = t.update([batch])
+        assert log["kd_inputs"] == log["kd_tokens"] > 0
+        for pair in PAIRS:
+            assert log[f"kd_loss_{pair}"] > 0 == log[f"nll_loss_{pair}"] == log[f"tokens_of_{pair}"]
+
+
+def test_scores_of_references_alone_in_the_queue_of_each_pair(data, teachers):
+    own = dict(kd_inputs="argmax", kd_inputs_rate_schedule="linear:1:0:1", kd_selection="global")
+    t = Learning(data, *named(teachers), **own, kd_selection_scope="pair").begin()
+    (log,) = t.update([t.batch()])
+    assert log["kd_inputs"] > 0 and t.task.queue.is_empty
+    t.update([t.batch()])
+    assert not t.task.queue.is_empty
 
 
 @pytest.mark.parametrize(
     "flags, criterion, words",
     [
+        (
+            ("A", "--decoder-langtok"),
+            {"kd_inputs": "argmax", "ignore_prefix_size": 2},
+            "--kd-inputs argmax leaves nothing .* token of its language: .*-prefix-size 1 at most",
+        ),
+        (("A",), {"kd_inputs": "sample", "ignore_prefix_size": 1}, "leave out --ignore-prefix-"),
+        (
+            ("A", "--enable-reservsed-directions-shared-datasets"),
+            {},
+            "leave out --enable-reservsed-.*: fairseq then reads a pair from the files of its rev",
+        ),
         (("aa-bb=A",), {}, "names no teacher for cc-bb: every pair of --lang-pairs"),
         (("aa-bb=,cc-bb=B",), {}, "names no teacher for aa-bb"),
         (("aa-bb=A,cc-bb=B,aa-bb=C",), {}, "names aa-bb twice"),
@@ -353,8 +537,6 @@ def test_parts_of_a_batch_are_as_wide_as_their_sentences(data, teachers):
         (("A", "--teacher-cache", "C"), {}, "cache for each pair .*, as in aa-bb=DIR,cc-bb=DIR"),
         (("A", "--teacher-cache", "aa-bb=C"), {}, "--teacher-cache names no cache for cc-bb"),
         (("A", "--teacher-cache", "aa-bb=C,aa-bb=D"), {}, "--teacher-cache names aa-bb twice"),
-        (("A",), {"kd_hidden": "relations"}, "leave out --kd-hidden, for students of one pair"),
-        (("A",), {"kd_inputs": "argmax"}, "leave out --kd-inputs argmax, for students of one"),
         (("A",), {"kd_selection_scope": "pair"}, "no effect with --kd-selection all"),
         (("A", "--extra-data", "{'mined': 'x'}"), {}, "no teacher is asked about such data"),
     ],

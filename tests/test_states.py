@@ -112,7 +112,11 @@ def case(kind, seed=0, width=6, spoilt=math.nan):
 def compare(kind, student, teachers, real, **counted):
     how, masks = "relations" if kind in HIDDEN else "attention", dict.fromkeys(HIDDEN, real)
     term, place = StateTerm("", how, 1.0, (LayerPair(kind, 0, 0),)), Place(kind, 0)
-    teachers = [Inside({place: t}, weight, shared) for t, weight, shared in teachers]
+    side = states.SIDES[kind][0]
+    teachers = [
+        Inside({place: t}, weight, {} if shared is None else {side: shared})
+        for t, weight, shared in teachers
+    ]
     return states.compare(term, {place: student}, teachers, masks, {**masks, **counted})
 
 
@@ -494,7 +498,7 @@ def test_what_is_inside_a_tagged_teacher_is_found_at_the_students_positions(bos,
     places = [Place(kind, -1) for kind in KINDS]
     with torch.no_grad():
         (inside,) = opened(batches[1], places=places).inside()
-    assert inside.shared[batches[1]["net_input"]["src_tokens"].ne(1)].all()
+    assert inside.shared["encoder"][batches[1]["net_input"]["src_tokens"].ne(1)].all()
     for at, i in enumerate(batches[1]["id"].tolist()):
         there = batches[0]["id"].tolist().index(i)
         keep = []

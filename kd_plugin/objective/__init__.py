@@ -22,7 +22,7 @@ from .divergences import Distribution, Divergence, distribution, divergence, for
 from .parameters import Parameter
 from .schedules import Schedule
 from .selection import ScoreQueue, Selection, TokenStatistics
-from .states import Found, Inside, LayerPair, Place, StateTerm
+from .states import Found, Inside, LayerPair, Part, Place, StateTerm
 
 __all__ = [
     "Answer",
@@ -37,6 +37,7 @@ __all__ = [
     "MixedAnswer",
     "NotFiniteTeacherError",
     "Parameter",
+    "Part",
     "Place",
     "RunningAnswer",
     "Schedule",

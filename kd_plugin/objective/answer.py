@@ -28,7 +28,7 @@ from torch import Tensor
 from ..errors import UserError
 from .divergences import Distribution, ValueAndGradient, distribution
 from .ranking import RankedRows, likeliest
-from .states import Inside
+from .states import Inside, Part
 from .topk import CutBackward, Sampled, SampledBackward, Top, cut, sampled_forward_kl
 
 # Rows times V. On a CPU a chunk's few buffers should stay in its caches; a GPU needs enough work
@@ -291,11 +291,15 @@ class RunningAnswer:
     Args:
         members: one model, or those of an ensemble.
         log_weights: natural log of the ensemble's normalised weights.
+        first: the number of the first model among all models of the training's teachers.
     """
 
-    def __init__(self, members: Sequence[Member], log_weights: Sequence[float] = (0.0,)) -> None:
+    def __init__(
+        self, members: Sequence[Member], log_weights: Sequence[float] = (0.0,), first: int = 0
+    ) -> None:
         self.members = list(members)
         self.log_weights = list(log_weights)
+        self._first = first
 
     def rows(self, index: Tensor, like: Tensor) -> Dense:
         return Dense(self.logits(index).to(like))
@@ -317,8 +321,10 @@ class RunningAnswer:
     def inside(self) -> List[Inside]:
         """Of each member, with its weight in the ensemble."""
         return [
-            member.inside._replace(weight=math.exp(log_weight))
-            for member, log_weight in zip(self.members, self.log_weights)
+            member.inside._replace(weight=math.exp(log_weight), model=number)
+            for number, (member, log_weight) in enumerate(
+                zip(self.members, self.log_weights), start=self._first
+            )
             if member.inside is not None
         ]
 
@@ -334,17 +340,17 @@ class MixedAnswer:
     """Of several teachers, each about some sentences of the batch.
 
     Args:
-        parts: each one's answer, and the sentences that it is about, int64 (n,); every sentence is
-            in one.
+        parts: each one's answer, and what it is about; every sentence is in one.
         width: target positions of a sentence.
     """
 
-    def __init__(self, parts: Sequence[Tuple[RunningAnswer, Tensor]], width: int) -> None:
+    def __init__(self, parts: Sequence[Tuple[RunningAnswer, Part]], width: int) -> None:
         self.parts, self.width = parts, width
-        sentences = torch.cat([own for _, own in parts])
+        sentences = torch.cat([part.sentences for _, part in parts])
         # of each sentence, in which part it is and where
         self._part, self._place = torch.empty_like(sentences), torch.empty_like(sentences)
-        for number, (_, own) in enumerate(parts):
+        for number, (_, part) in enumerate(parts):
+            own = part.sentences
             self._part[own] = number
             self._place[own] = torch.arange(len(own), device=own.device)
 
@@ -369,7 +375,8 @@ class MixedAnswer:
         return Dense(logits)
 
     def inside(self) -> List[Inside]:
-        return []
+        """Of the members of each, about its part."""
+        return [own._replace(part=part) for answer, part in self.parts for own in answer.inside()]
 
     def not_finite(self, index: Tensor) -> List[str]:
         names = [name for answer, _, own in self._split(index) for name in answer.not_finite(own)]

@@ -56,19 +56,43 @@ class LayerPair(NamedTuple):
         return Place(self.kind, self.teacher)
 
 
+class Part(NamedTuple):
+    """What of a batch one of several teachers reads.
+
+    Attributes:
+        sentences: numbers (n,); ``columns``: which source positions, bool (S,).
+    """
+
+    sentences: Tensor
+    columns: Tensor
+
+    def of(self, whole: Tensor, sides: Sequence[str]) -> Tensor:
+        """Its own rows and columns of a tensor (B, ...) about positions of these sides."""
+        own = whole[self.sentences.to(whole.device)]
+        for at, side in enumerate(sides, start=1):
+            if side == "encoder":
+                (columns,) = self.columns.to(whole.device).nonzero(as_tuple=True)
+                own = own.index_select(at, columns)
+        return own
+
+
 class Inside(NamedTuple):
     """What was found inside one model of a teacher, at the student's positions.
 
     Attributes:
         states: by place; states (B, L, d), maps (B, queries, keys).
         weight: of the model in an ensemble; all of them sum to 1.
-        shared: source positions at which the teacher reads the student's symbol, bool (B, S); None
-            is all.
+        shared: by side, at which of the positions the teacher has the student's symbol, bool
+            (B, L); at all of a side that is not there.
+        model: its number among all models of the training's teachers.
+        part: what of the student's batch it is about, B and L being its own; None is all.
     """
 
     states: Mapping[Place, Tensor]
     weight: float = 1.0
-    shared: Optional[Tensor] = None
+    shared: Mapping[str, Tensor] = {}
+    model: int = 0
+    part: Optional[Part] = None
 
 
 class StateTerm(NamedTuple):
@@ -135,48 +159,52 @@ def compare(
     counted: Mapping[str, Tensor],
     maps: Sequence[Tensor] = (),
 ) -> Found:
-    """The sum of a term over all pairs of layers and the teacher's models, by their weights.
+    """The sum of a term over all pairs of layers and the models of teachers, by their weights.
 
     A layer that the student left out (``--encoder-layerdrop``) contributes nothing, and its
     positions are not counted.
 
     Args:
         student: what was found inside it.
-        teacher: likewise of each of its models.
+        teacher: likewise of each of its models, or of those of several teachers.
         positions: by side, which are not padding, bool (B, L).
         counted: those of them that the loss is summed over.
-        maps: W of ``mse``, of each pair of layers for each of the teacher's models.
+        maps: W of ``mse``, of each pair of layers for each model of the training's teachers.
 
     Raises:
         UserError: a map is of other widths than the states.
     """
     zero = counted["decoder"].new_zeros((), dtype=torch.float32)
-    found = Found(zero, zero)
+    found, models = Found(zero, zero), len(maps) // len(term.layers)
+    unused = {*range(len(maps))}
     for number, pair in enumerate(term.layers):
-        linear = maps[number * len(teacher) : (number + 1) * len(teacher)]
         mine = student.get(pair.of_student)
         if mine is None:
-            # ranks that average gradients wait for one of every map
-            found = found._replace(value=sum((0 * w.float().sum() for w in linear), found.value))
             continue
         mine = mine.to(torch.promote_types(mine.dtype, torch.float32))
-        first, *others = SIDES[pair.kind]
-        for at, model in enumerate(teacher):
+        sides = SIDES[pair.kind]
+        for model in teacher:
             theirs = model.states[pair.of_teacher].to(mine)
-            masks = [counted[first], *(positions[side] for side in others)]
+            masks = [(positions if at else counted)[side] for at, side in enumerate(sides)]
+            own = mine
+            if model.part is not None:
+                own = model.part.of(mine, sides)
+                masks = [model.part.of(mask, [side]) for side, mask in zip(sides, masks)]
             masks = [
-                mask & model.shared.to(mask.device)
-                if side == "encoder" and model.shared is not None
-                else mask
-                for side, mask in zip(SIDES[pair.kind], masks)
+                mask & model.shared[side].to(mask.device) if side in model.shared else mask
+                for side, mask in zip(sides, masks)
             ]
+            which = number * models + model.model
+            unused.discard(which)
             with full_precision():
-                value = LOSSES[term.how](mine, theirs, *masks, *linear[at : at + 1])
+                value = LOSSES[term.how](own, theirs, *masks, *maps[which : which + 1])
             found = Found(
                 found.value + model.weight * value,
                 found.positions + model.weight * masks[0].sum(),
             )
-    return found
+    # ranks that average gradients wait for one of every map
+    nothing = (0 * maps[which].float().sum() for which in sorted(unused))
+    return found._replace(value=sum(nothing, found.value))
 
 
 def relations(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:

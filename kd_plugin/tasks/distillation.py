@@ -40,6 +40,7 @@ from ..teachers import (
     Student,
     Teacher,
     TeacherError,
+    different,
     hidden_widths,
     probe,
     width,
@@ -161,16 +162,16 @@ class Distillation(FairseqTask):
         """
         plan = criterion.plan
         pairs = [pair for term in plan.inside if term.has_maps for pair in term.layers]
-        if not pairs or not plan.teachers:
+        teachers = different(plan.teachers)
+        paths = [path for teacher in teachers for path in teacher.paths]
+        if not pairs or not all(map(os.path.isfile, paths)):
             return
-        (teacher,) = plan.teachers
-        if not all(map(os.path.isfile, teacher.paths)):
-            return
-        every = hidden_widths(teacher, [pair.kind for pair in pairs])
+        kinds = [pair.kind for pair in pairs]
+        every = [found for teacher in teachers for found in hidden_widths(teacher, kinds)]
         widths = []
         for pair in pairs:
             ours = width(self._built, pair.kind)
-            for path, of_model in zip(teacher.paths, every):
+            for path, of_model in zip(paths, every):
                 theirs = of_model[pair.kind]
                 if ours is None or theirs is None:
                     who = "the student" if ours is None else f"teacher {path}"

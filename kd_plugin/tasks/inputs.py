@@ -11,6 +11,8 @@ should follow each: so the student learns to go on from its own mistakes.
 - ``sample`` draws translations, symbol by symbol (Agarwal et al., ICLR 2024, "On-Policy
   Distillation of Language Models").
 
+Tokens of languages at the beginning stay as they are, and are written nowhere else.
+
 The student writes in eval mode, without dropout, as it is used.
 """
 
@@ -39,7 +41,7 @@ class StudentInputs:
 
     Args:
         settings: how the student writes, and how often.
-        task: a task that translates.
+        task: a task that translates, between one pair of languages or several.
     """
 
     def __init__(self, settings: Inputs, task: Any) -> None:
@@ -47,7 +49,9 @@ class StudentInputs:
         self.pad, self.eos = self.dictionary.pad(), self.dictionary.eos()
         self.seed = task.cfg.seed
         self.left_pad = task.cfg.left_pad_target
-        self.multiple = task.cfg.required_seq_len_multiple
+        self.multiple = getattr(task.cfg, "required_seq_len_multiple", 1)
+        self.student = task.student()
+        self.never = [one for one in self.dictionary.symbols if one in self.student.needless]
 
     def begin(self, model: Any, longest: float) -> None:
         """An epoch begins.
@@ -109,12 +113,13 @@ class StudentInputs:
         it the likeliest symbol that is neither ``</s>`` nor padding stands: a sentence that ends
         and goes on would be like nothing that a decoder ever reads.
         """
+        never = [self.pad, self.eos, *map(self.dictionary.index, self.never)]
         written = sample["target"].clone()
         inputs = sample["net_input"]["prev_output_tokens"].clone()
         logits = self.model(**sample["net_input"])[0]
-        logits[..., [self.pad, self.eos]] = -math.inf
-        real = written.ne(self.pad)
-        goes_on = real[:, :-1] & real[:, 1:]
+        logits[..., never] = -math.inf
+        words = self.student.words(written)
+        goes_on = words[:, :-1] & words[:, 1:]
         likeliest = logits[:, :-1].argmax(-1)[goes_on]
         written[:, :-1][goes_on] = likeliest
         inputs[:, 1:][goes_on] = likeliest
@@ -125,7 +130,12 @@ class StudentInputs:
 
         A translation may be empty, which is ``</s>`` alone. One that reaches the limit is ended.
         """
-        longest = min(sample["target"].size(1) + self.settings.extra_length, self.longest)
+        target, inputs = sample["target"], sample["net_input"]["prev_output_tokens"]
+        longest = min(target.size(1) + self.settings.extra_length, self.longest)
+        real = target.ne(self.pad)
+        # what the decoder begins with, and the tokens of languages that the target does
+        begin = inputs.gather(1, real.int().argmax(1, keepdim=True))
+        tags = target[real & ~self.student.words(target)].view(len(target), -1)
         generator = SequenceGenerator(
             [self.model],
             self.dictionary,
@@ -134,18 +144,17 @@ class StudentInputs:
             normalize_scores=False,
             temperature=self.settings.temperature,
             search_strategy=_Sampling(self.dictionary),
+            tokens_to_suppress=self.never,
         )
-        tokens = [found[0]["tokens"] for found in generator.generate([self.model], sample)]
+        given = {"prefix_tokens": tags} if tags.size(1) else {}
+        found = generator.generate([self.model], sample, bos_token=begin.squeeze(1), **given)
+        written = [one[0]["tokens"] for one in found]
+        read = [torch.cat([first, own[:-1].to(first)]) for first, own in zip(begin, written)]
         inputs, target = (
             data_utils.collate_tokens(
-                tokens,
-                self.pad,
-                self.eos,
-                self.left_pad,
-                move_eos_to_beginning=is_input,
-                pad_to_multiple=self.multiple,
+                tokens, self.pad, left_pad=self.left_pad, pad_to_multiple=self.multiple
             )
-            for is_input in (True, False)
+            for tokens in (read, written)
         )
         return inputs, target
 

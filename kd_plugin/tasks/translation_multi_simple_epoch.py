@@ -62,6 +62,12 @@ class KDTranslationMultiSimpleEpochTask(Distillation, TranslationMultiSimpleEpoc
             not (args.extra_data or args.extra_lang_pairs),
             "leave out --extra-data and --extra-lang-pairs: no teacher is asked about such data",
         )
+        faults.check(
+            not args.enable_reservsed_directions_shared_datasets,
+            "leave out --enable-reservsed-directions-shared-datasets: fairseq then reads a pair "
+            "from the files of its reversed one, with that one's tokens of languages, and cut as "
+            "that one's sentences are",
+        )
         faults.raise_if_any()
 
     def of_pair(self, number: int) -> "KDTranslationMultiSimpleEpochTask":
@@ -86,7 +92,8 @@ class KDTranslationMultiSimpleEpochTask(Distillation, TranslationMultiSimpleEpoc
             caches = [of.cached(own, plan) for of, own in zip(every, plan.caches)]
             return CachedTeachers(caches, plan.ignored)
         if plan.teachers:
-            return RunningTeachers(plan.teachers, [of.student() for of in every], plan.ignored)
+            students, layers = [of.student() for of in every], plan.needs.layers
+            return RunningTeachers(plan.teachers, students, layers, plan.ignored)
         return super()._source(plan)
 
     # The data

@@ -1,15 +1,15 @@
 """A teacher, running or cached, for each pair of languages of a multilingual student."""
 
+from itertools import accumulate
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..cache import CachedSubset, CacheError
 from ..checkpoints import AskedTags
 from ..errors import Faults
-from ..objective import Answer, MixedAnswer, RunningAnswer
+from ..objective import Answer, LayerPair, MixedAnswer, Part, RunningAnswer
 from .run import Teacher, TeacherError, TeacherSettings
 from .source import CachedTeacher, Lengths, RunningTeacher, Source, Step, refuse_tags
 from .view import Student
@@ -40,6 +40,9 @@ class _OfEachPair(Source):
     def begin_validation(self, model: Any) -> None:
         for source in self.sources:
             source.begin_validation(model)
+
+    def longest_target(self) -> float:
+        return min(source.longest_target() for source in self.sources)
 
 
 class CachedTeachers(_OfEachPair):
@@ -87,38 +90,49 @@ class RunningTeachers(_OfEachPair):
     Args:
         settings: of each pair's teacher; pairs of equal ones share its models.
         students: the languages and tags of each pair.
+        layers: which of the student's learn from the inside of which of the teachers'.
         ignored: how many of each target's first symbols the loss leaves out.
     """
 
     def __init__(
-        self, settings: Sequence[TeacherSettings], students: Sequence[Student], ignored: int
+        self,
+        settings: Sequence[TeacherSettings],
+        students: Sequence[Student],
+        layers: Sequence[LayerPair],
+        ignored: int,
     ) -> None:
         self.sources: List[RunningTeacher] = []
+        every = different(settings)
+        # as the linear maps of the criterion are in order
+        first = [0, *accumulate(len(one.paths) for one in every)]
         for own, student in zip(settings, students):
             same = (one for one in self.sources if _models(one.settings) == _models(own))
-            source = RunningTeacher(own, student, ignored=ignored, other=next(same, None))
+            source = RunningTeacher(
+                *(own, student, layers, ignored, next(same, None)),
+                first=first[every.index(_models(own))],
+            )
             self.sources.append(source)
 
     def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
         if any(source.teacher is None for source in self.sources):
             return None  # a validation: without all of them, it is the student's alone
         answers = []
-        for source, part, sentences in self._parts(batch):
-            answer = source.answer(part, step)
-            if len(sentences) == len(batch["pair"]):
+        for source, own, part in self._parts(batch):
+            answer = source.answer(own, step)
+            if part is None:
                 return answer
             assert isinstance(answer, RunningAnswer)
-            answers.append((answer, sentences))
+            answers.append((answer, part))
         return MixedAnswer(answers, batch["target"].size(1))
 
     def asked(self, batch: Dict[str, Any]) -> Iterator[Tuple[Teacher, Dict[str, Any]]]:
-        for source, part, _ in self._parts(batch):
-            yield from source.asked(part)
+        for source, own, _ in self._parts(batch):
+            yield from source.asked(own)
 
     def _parts(
         self, batch: Dict[str, Any]
-    ) -> Iterator[Tuple[RunningTeacher, Dict[str, Any], Tensor]]:
-        """Whom to ask about what, and which sentences of the batch these are, (n,)."""
+    ) -> Iterator[Tuple[RunningTeacher, Dict[str, Any], Optional[Part]]]:
+        """Whom to ask about what, and which part of the batch it is; None is all of it."""
         together: Dict[Any, List[int]] = {}
         first: Dict[Any, RunningTeacher] = {}
         for sentence, pair in enumerate(batch["pair"].tolist()):
@@ -126,20 +140,31 @@ class RunningTeachers(_OfEachPair):
             key = source.teacher and source.teacher.reads
             together.setdefault(key, []).append(sentence)
             first.setdefault(key, source)
-        for key, own in together.items():
-            sentences = torch.tensor(own, device=batch["target"].device)
-            part = batch
-            if len(together) > 1:
-                inputs = {k: v[sentences] for k, v in batch["net_input"].items()}
-                # an LSTM wants the longest source to fill the width
-                symbols = inputs["src_tokens"].ne(first[key].student.source.pad()).any(0)
-                inputs["src_tokens"] = inputs["src_tokens"][:, symbols]
-                part = {**batch, "net_input": inputs, "target": batch["target"][sentences]}
-            yield first[key], part, sentences
+        if len(together) == 1:
+            (source,) = first.values()
+            yield source, batch, None
+            return
+        for key, numbers in together.items():
+            sentences = torch.tensor(numbers, device=batch["target"].device)
+            inputs = {k: v[sentences] for k, v in batch["net_input"].items()}
+            # an LSTM wants the longest source to fill the width
+            columns = inputs["src_tokens"].ne(first[key].student.source.pad()).any(0)
+            inputs["src_tokens"] = inputs["src_tokens"][:, columns]
+            own = {**batch, "net_input": inputs, "target": batch["target"][sentences]}
+            yield first[key], own, Part(sentences, columns)
 
 
 def _pair(source: Any) -> str:
     return "-".join(source.student.languages)
+
+
+def different(settings: Sequence[TeacherSettings]) -> List[TeacherSettings]:
+    """Those of teachers with models of their own, without tags."""
+    found: List[TeacherSettings] = []
+    for own in map(_models, settings):
+        if own not in found:
+            found.append(own)
+    return found
 
 
 def _models(settings: TeacherSettings) -> TeacherSettings:

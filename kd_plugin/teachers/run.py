@@ -175,7 +175,11 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(
-        self, batch: Mapping[str, Any], amp: bool = False, places: Sequence[Place] = ()
+        self,
+        batch: Mapping[str, Any],
+        amp: bool = False,
+        places: Sequence[Place] = (),
+        first: int = 0,
     ) -> RunningAnswer:
         """Run the teacher on a batch given in the student's indices.
 
@@ -185,9 +189,10 @@ class Teacher:
                 (B, T); its ``transcript``, if it has one, is read in the place of the sound.
             amp: run under CUDA autocast.
             places: in each of its models, what is found there is part of the answer.
+            first: the number of its first model among all models of the training's teachers.
         """
         members = [member.run(batch, amp, places) for member in self.members]
-        return RunningAnswer(members, self.log_weights)
+        return RunningAnswer(members, self.log_weights, first)
 
 
 def hidden_widths(

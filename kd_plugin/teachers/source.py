@@ -218,6 +218,7 @@ class RunningTeacher(Source):
         layers: which of the student's learn from the inside of which of its own.
         ignored: how many of each target's first symbols the loss leaves out.
         other: one with the same teacher for other languages, opened before it.
+        first: the number of its first model among all models of the training's teachers.
     """
 
     def __init__(
@@ -227,9 +228,10 @@ class RunningTeacher(Source):
         layers: Sequence[LayerPair] = (),
         ignored: int = 0,
         other: Optional["RunningTeacher"] = None,
+        first: int = 0,
     ) -> None:
         self.settings, self.student, self.layers = settings, student, layers
-        self._ignored, self._other = ignored, other
+        self._ignored, self._other, self._first = ignored, other, first
         self._places = list(dict.fromkeys(pair.of_teacher for pair in layers))
         self.teacher: Optional[Teacher] = None
         self._looked = False
@@ -264,7 +266,7 @@ class RunningTeacher(Source):
         if self.teacher is None:
             return None
         amp = step.amp and self.settings.dtype == "same"
-        return self.teacher(batch, amp, self._places)
+        return self.teacher(batch, amp, self._places, self._first)
 
     def asked(self, batch: Dict[str, Any]) -> Iterator[Tuple[Teacher, Dict[str, Any]]]:
         if self.teacher is not None:

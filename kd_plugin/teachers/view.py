@@ -176,10 +176,10 @@ class TeacherView:
     ) -> Inside:
         """What was found inside the teacher, at the student's positions.
 
-        Where the teacher reads tags as well, only positions that have the student's symbols count:
-        of the source those at which it reads the same symbol (its end of sentence may be a tag), of
-        the target those that predict the same one. Attention maps lose the keys of tags, and their
-        rows no longer sum to 1.
+        Where one of them reads tags that the other does not, only positions that have the same
+        symbols count: of the source those at which the teacher reads the student's (its end of
+        sentence may be a tag), of the target those that predict the same one. Attention maps lose
+        the keys of tags, and their rows no longer sum to 1.
 
         Args:
             found: states (B, L, d) and maps (B, queries, keys) by place, of the teacher's batch.
@@ -187,16 +187,22 @@ class TeacherView:
         """
         if not self.changes:
             return Inside(found)
-        first = {"encoder": len(self._before_source), "decoder": self.longer[1]}
+        before = len(self._before_source) - len(self._of_student.before_source)
+        first = {"encoder": before, "decoder": self.longer[1]}
         source = net_input["src_tokens"].to(inputs["src_tokens"].device)
-        width = {"encoder": source.size(1), "decoder": net_input["prev_output_tokens"].size(1)}
+        target = net_input["prev_output_tokens"]
+        width = {"encoder": source.size(1), "decoder": target.size(1)}
         states = {}
         for place, state in found.items():
             for at, side in enumerate(SIDES[place.kind], start=1):
-                state = state.narrow(at, first[side], width[side])
+                state = _moved(state, at, first[side], width[side])
             states[place] = state
-        read = inputs["src_tokens"].narrow(1, first["encoder"], width["encoder"])
-        return Inside(states, shared=read.eq(_look_up(self._read_source, source)))
+        read = _moved(inputs["src_tokens"], 1, before, width["encoder"])
+        shared = {"encoder": read.eq(_look_up(self._read_source, source))}
+        if self.longer[1] < 0:
+            own = torch.arange(width["decoder"], device=source.device) + self.longer[1] >= 0
+            shared["decoder"] = own.expand(len(target), -1)
+        return Inside(states, shared=shared)
 
     def logits(self, logits: Tensor) -> Tensor:
         """The teacher's logits (n, its V) in the order of the student's symbols (n, V)."""
@@ -231,6 +237,15 @@ def _readable(index: Optional[Tensor], dictionary: Dictionary) -> Optional[Tenso
 
 def _look_up(index: Optional[Tensor], tokens: Tensor) -> Tensor:
     return tokens if index is None else index[tokens]
+
+
+def _moved(tensor: Tensor, dim: int, first: int, width: int) -> Tensor:
+    """So many positions from the first one; 0 at those before the beginning."""
+    if first >= 0:
+        return tensor.narrow(dim, first, width)
+    shape = [*tensor.shape]
+    shape[dim] = -first
+    return torch.cat([tensor.new_zeros(shape), tensor.narrow(dim, 0, width + first)], dim)
 
 
 def _around(

@@ -18,6 +18,7 @@ from support import (
     distil,
     fairseq,
     hypotheses,
+    load,
     script,
     train_on_two_ranks,
 )
@@ -29,6 +30,7 @@ from kd_plugin.commands import benchmark as benchmark_command
 TASK = "translation_multi_simple_epoch"
 PAIRS = ("aa-bb", "cc-bb")
 TAGS = ("--lang-pairs", ",".join(PAIRS), "--encoder-langtok", "src", "--decoder-langtok")
+INSIDE = ("--kd-hidden", "mse", "--kd-attention-weight", 0.1)
 METRICS = [f"{name}_{pair}" for name in ("nll_loss", "kd_loss") for pair in PAIRS]
 assert TRAINING[-len(LANGUAGES) :] == LANGUAGES  # which would have the task decode one direction
 
@@ -105,10 +107,12 @@ def test_weight_0_is_stock_training(two_pairs, teachers, tmp_path):
 
 
 def test_a_student_resumes_translates_and_teaches(two_pairs, teachers, teacher, corpus, tmp_path):
-    """It goes on in the second virtual epoch, with a queue of scores for each pair."""
+    """It goes on in the second virtual epoch, with a queue of scores for each pair, and what it
+    learns inside of the teachers and writes itself."""
     options = ("--max-update", 30, "--dropout", 0.1, "--save-interval-updates", 10)
     options += ("--virtual-epoch-size", 256, "--sampling-method", "temperature")
-    options += ("--kd-selection", "global", "--kd-selection-scope", "pair")
+    options += ("--kd-selection", "global", "--kd-selection-scope", "pair", *INSIDE)
+    options += ("--kd-inputs", "argmax", "--kd-inputs-rate", 0.3)
 
     def train(folder):
         arguments = distilling(two_pairs, teachers, tmp_path / folder, *options)
@@ -124,7 +128,12 @@ def test_a_student_resumes_translates_and_teaches(two_pairs, teachers, teacher, 
     assert resumed.series("train_inner", "num_updates") == list(range(21, 31))
     assert resumed.series("train_inner", "kd_loss") == losses[20:]
     student = tmp_path / "whole/checkpoint_last.pt"
-    assert_same_weights(tmp_path / "resumed/checkpoint_last.pt", student)
+    last = tmp_path / "resumed/checkpoint_last.pt"
+    assert_same_weights(last, student)
+    maps, again = (load(path)["criterion"] for path in (student, last))
+    assert len(maps) == 4 and all(torch.equal(maps[name], again[name]) for name in maps)
+    for name in ("kd_hidden", "kd_attention", "kd_inputs"):
+        assert max(run.series("train_inner", name)) > 0
 
     validated = fairseq(
         *("fairseq-validate", two_pairs, *USER_DIR, "--task", "kd_" + TASK, *TAGS, "--cpu"),
@@ -212,11 +221,12 @@ def test_from_caches_it_resumes_and_two_ranks_are_one(two_pairs, caches, tmp_pat
 def test_two_ranks_are_one_with_two_batches(two_pairs, teachers, tmp_path):
     """Most batches have sentences of one pair alone."""
     options = (*SGD, "--max-update", 12, "--max-sentences", 3, "--ddp-backend", "legacy_ddp")
+    options += INSIDE
     arguments = distilling(two_pairs, teachers, tmp_path / "one", *options, "--update-freq", 2)
     one = fairseq("fairseq-train", *arguments).ok()
     two, other = train_on_two_ranks(*distilling(two_pairs, teachers, tmp_path / "two", *options))
     for tag, prefix in (("train_inner", ""), ("valid", "valid_")):
-        for key in ("kd_loss", *METRICS):
+        for key in ("kd_loss", "kd_hidden", "kd_attention", *METRICS):
             there, here = (
                 [record.get(prefix + key) for record in run.records(tag)] for run in (one, two)
             )
