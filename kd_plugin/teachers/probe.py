@@ -62,7 +62,8 @@ def probe(
             f"nll_loss is {bits:.2f} bits per token, a uniform guess over the "
             f"{len(student.target)} symbols has {guess:.2f}. Likely causes: its vocabulary is "
             "in a different order from the dictionaries found for it (--teacher-data), it "
-            "translates in the other direction, or it uses a different subword model."
+            "translates in the other direction, it uses a different subword model, or it was "
+            "trained for a few updates alone."
         )
 
 

@@ -1,4 +1,4 @@
-"""Other text to text: BART as teacher, BART and mBART as students, of sources that are cut, as
+"""Other text to text: BART and mBART as teachers and as students, of sources that are cut, as
 summarisation asks of each route; and students that are not autoregressive."""
 
 import importlib.util
@@ -20,7 +20,7 @@ from support import (
 )
 from toy import binarise, dictionary_lines, train_teacher
 
-BART = transformer(16, "bart_base")
+BART, MBART = (transformer(16, name) for name in ("bart_base", "mbart_base"))
 # of two to eight words and an end; what is cut is padded again
 LONG = ("--truncate-source", "--max-source-positions", 6, "--required-seq-len-multiple", 4)
 
@@ -40,6 +40,11 @@ def bart(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def mbart(data, tmp_path_factory):
+    return train_teacher(data, tmp_path_factory.mktemp("mbart"), MBART, 120, *LONG)
+
+
+@pytest.fixture(scope="module")
 def written(data, bart, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written") / "data"
     write_sequences(data, bart, folder, "--beam", 2, "--no-filters", *LONG).ok()
@@ -54,14 +59,18 @@ def generated(data, checkpoint):
     return hypotheses(found.text)
 
 
-def test_online_and_from_a_cache(data, bart, tmp_path):
+@pytest.mark.parametrize(
+    "teacher, students",
+    [("bart", {"bart": BART, "transformer": STUDENT}), ("mbart", {"mbart": MBART})],
+)
+def test_online_and_from_a_cache(teacher, students, data, tmp_path, request):
     """The cache holds all symbols, so both trainings are the same, whatever the student is."""
+    path = request.getfixturevalue(teacher)
     symbols = len(dictionary_lines(data, TARGET)) + 4
-    write_cache(data, bart, tmp_path / "cache", "--top-k", symbols, *LONG).ok()
+    write_cache(data, path, tmp_path / "cache", "--top-k", symbols, *LONG).ok()
     short = (*LONG, "--max-update", 10, "--kd-weight", 0.9)
-    students = {"bart": BART, "mbart": transformer(16, "mbart_base"), "transformer": STUDENT}
     for name, arch in students.items():
-        online = distil(data, bart, tmp_path / name, *short, arch=arch).ok()
+        online = distil(data, path, tmp_path / name, *short, arch=arch).ok()
         read = ("--teacher-cache", tmp_path / "cache")
         cached = distil(data, None, tmp_path / f"{name}-cached", *short, *read, arch=arch).ok()
         losses = online.series("train_inner", "kd_loss")
