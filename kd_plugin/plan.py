@@ -297,7 +297,7 @@ class Plan(NamedTuple):
         flag = f"--kd-inputs {self.inputs.how}"
         tags = 0
         if faults.check(
-            isinstance(task, TranslationTask) or hasattr(task, "pairs") and task.pairs,
+            isinstance(task, TranslationTask) or bool(getattr(task, "pairs", ())),
             f"{flag} is for tasks that translate sentences, as {TRANSLATION.taught} does; got "
             f"{type(task).__name__}",
         ):
