@@ -251,6 +251,8 @@ def write_model(model: Model, folder: Path) -> None:
     built.generation_config = transformers.GenerationConfig(**_generation(model))
     built._keys_to_ignore_on_save = None  # Marian's positions, which are not fairseq's
     built.to(model.checkpoint.dtype).save_pretrained(str(folder))
+    # safetensors lets nobody else read what it writes
+    shutil.copymode(str(folder / "config.json"), str(folder / "model.safetensors"))
 
 
 def _weights(model: Model, args: Namespace, fit: Family) -> Dict[str, Tensor]:
