@@ -384,6 +384,18 @@ def test_the_pages_pieces_are_those_of_sentencepiece(kind, more, page):
     assert found == subwords.encode(model, lines)
 
 
+def test_the_page_joins_bytes_to_characters(page):
+    show, _ = page
+    symbols = ["\u2581a", "<0xE2>", "<0x82>", "<0xAC>", "b", "<0x41>", "\u2581", "</s>"]
+    found = show().value(
+        f"""import("./translator.mjs").then(({{ Translator }}) => {{
+            const own = {{ symbols: {json.dumps(symbols)}, special: new Set(["</s>"]) }};
+            return Translator.prototype.decode.call(own, [0, 1, 2, 3, 4, 5, 6, 0, 7]);
+        }})"""
+    )
+    assert found == "a\u20acbA  a"
+
+
 def test_the_page_says_what_is_missing(page):
     show, site = page
     shutil.rmtree(str(site / "onnxruntime"), ignore_errors=True)

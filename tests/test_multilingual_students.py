@@ -340,7 +340,7 @@ def test_parts_of_a_batch_are_as_wide_as_their_sentences(data, teachers):
     assert len(parts) == 2
     for _, own, part in parts:
         inputs = own["net_input"]
-        assert inputs["src_tokens"].size(1) == inputs["src_lengths"].max() == part.columns.sum()
+        assert inputs["src_tokens"].size(1) == inputs["src_lengths"].max() == len(part.columns)
 
 
 # The inside of teachers, and what the student writes

@@ -14,8 +14,7 @@ async function start() {
     throw new Error(`expected onnxruntime-web in the folder onnxruntime (${error.message})`);
   }
   ort.env.wasm.numThreads = 1; // more need headers that a plain server does not send
-  const folder = new URL("./model/", document.baseURI);
-  const translator = await Translator.open(folder, ort, (name) => {
+  const translator = await Translator.open("model", ort, (name) => {
     state.textContent = `loading ${name}`;
   });
   form.addEventListener("submit", async (event) => {

@@ -201,8 +201,9 @@ export class SentencePiece {
 
 /** A model and its symbols. */
 export class Translator {
-  /** Opens a folder. `ort` is the module of onnxruntime-web; `told` hears what is being loaded. */
-  static async open(folder, ort, told = () => {}) {
+  /** Opens the folder at an address. `ort` is the module of onnxruntime-web; `told` hears what is being loaded. */
+  static async open(address, ort, told = () => {}) {
+    const folder = new URL(`${address}`.replace(/\/?$/, "/"), document.baseURI);
     const load = async (...names) => {
       for (const name of names) {
         told(name);
@@ -244,7 +245,10 @@ export class Translator {
   decode(numbers) {
     const pieces = numbers.map((number) => this.symbols[number]);
     const written = pieces.filter((piece) => !this.special.has(piece)).join("");
-    return written.replaceAll(SPACE, " ").trim();
+    const characters = written.replace(/(<0x[0-9A-F]{2}>)+/g, (bytes) =>
+      new TextDecoder().decode(Uint8Array.from(bytes.match(/[0-9A-F]{2}/g), (byte) => `0x${byte}`)),
+    );
+    return characters.replaceAll(SPACE, " ").trim();
   }
 
   /** A translation by greedy search. */

@@ -60,7 +60,7 @@ class Part(NamedTuple):
     """What of a batch one of several teachers reads.
 
     Attributes:
-        sentences: numbers (n,); ``columns``: which source positions, bool (S,).
+        sentences: numbers (n,); ``columns``: of source positions (S',).
     """
 
     sentences: Tensor
@@ -71,8 +71,7 @@ class Part(NamedTuple):
         own = whole[self.sentences.to(whole.device)]
         for at, side in enumerate(sides, start=1):
             if side == "encoder":
-                (columns,) = self.columns.to(whole.device).nonzero(as_tuple=True)
-                own = own.index_select(at, columns)
+                own = own.index_select(at, self.columns.to(whole.device))
         return own
 
 

@@ -164,7 +164,7 @@ class Distillation(FairseqTask):
         pairs = [pair for term in plan.inside if term.has_maps for pair in term.layers]
         teachers = different(plan.teachers)
         paths = [path for teacher in teachers for path in teacher.paths]
-        if not pairs or not all(map(os.path.isfile, paths)):
+        if not pairs or not paths or not all(map(os.path.isfile, paths)):
             return
         kinds = [pair.kind for pair in pairs]
         every = [found for teacher in teachers for found in hidden_widths(teacher, kinds)]

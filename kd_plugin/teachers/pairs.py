@@ -107,11 +107,8 @@ class RunningTeachers(_OfEachPair):
         first = [0, *accumulate(len(one.paths) for one in every)]
         for own, student in zip(settings, students):
             same = (one for one in self.sources if _models(one.settings) == _models(own))
-            source = RunningTeacher(
-                *(own, student, layers, ignored, next(same, None)),
-                first=first[every.index(_models(own))],
-            )
-            self.sources.append(source)
+            other, number = next(same, None), first[every.index(_models(own))]
+            self.sources.append(RunningTeacher(own, student, layers, ignored, other, first=number))
 
     def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
         if any(source.teacher is None for source in self.sources):
@@ -148,7 +145,8 @@ class RunningTeachers(_OfEachPair):
             sentences = torch.tensor(numbers, device=batch["target"].device)
             inputs = {k: v[sentences] for k, v in batch["net_input"].items()}
             # an LSTM wants the longest source to fill the width
-            columns = inputs["src_tokens"].ne(first[key].student.source.pad()).any(0)
+            read = inputs["src_tokens"].ne(first[key].student.source.pad()).any(0)
+            (columns,) = read.nonzero(as_tuple=True)
             inputs["src_tokens"] = inputs["src_tokens"][:, columns]
             own = {**batch, "net_input": inputs, "target": batch["target"][sentences]}
             yield first[key], own, Part(sentences, columns)

@@ -63,7 +63,7 @@ def probe(
             f"{len(student.target)} symbols has {guess:.2f}. Likely causes: its vocabulary is "
             "in a different order from the dictionaries found for it (--teacher-data), it "
             "translates in the other direction, it uses a different subword model, or it was "
-            "trained for a few updates alone."
+            "trained for only a few updates."
         )
 
 
