@@ -40,7 +40,7 @@ from ..teachers import (
     Student,
     Teacher,
     TeacherError,
-    different,
+    distinct,
     hidden_widths,
     probe,
     width,
@@ -162,7 +162,7 @@ class Distillation(FairseqTask):
         """
         plan = criterion.plan
         pairs = [pair for term in plan.inside if term.has_maps for pair in term.layers]
-        teachers = different(plan.teachers)
+        teachers = distinct(plan.teachers)
         paths = [path for teacher in teachers for path in teacher.paths]
         if not pairs or not paths or not all(map(os.path.isfile, paths)):
             return

@@ -1,6 +1,6 @@
 """Teachers: run, checked against the student, and asked about every batch of a training."""
 
-from .pairs import CachedTeachers, RunningTeachers, different
+from .pairs import CachedTeachers, RunningTeachers, distinct
 from .probe import probe, token_losses
 from .run import TRAINING, Teacher, TeacherError, TeacherSettings, hidden_widths
 from .source import CachedTeacher, Needs, NoTeacher, RunningTeacher, Source, Step
@@ -22,7 +22,7 @@ __all__ = [
     "TeacherError",
     "TeacherSettings",
     "TeacherView",
-    "different",
+    "distinct",
     "hidden_widths",
     "looking_inside",
     "probe",

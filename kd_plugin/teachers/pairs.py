@@ -102,13 +102,15 @@ class RunningTeachers(_OfEachPair):
         ignored: int,
     ) -> None:
         self.sources: List[RunningTeacher] = []
-        every = different(settings)
+        every = distinct(settings)
         # as the linear maps of the criterion are in order
         first = [0, *accumulate(len(one.paths) for one in every)]
+        opened: Dict[int, RunningTeacher] = {}
         for own, student in zip(settings, students):
-            same = (one for one in self.sources if _models(one.settings) == _models(own))
-            other, number = next(same, None), first[every.index(_models(own))]
-            self.sources.append(RunningTeacher(own, student, layers, ignored, other, first=number))
+            number = first[every.index(_models(own))]
+            source = RunningTeacher(own, student, layers, ignored, opened.get(number), number)
+            opened.setdefault(number, source)
+            self.sources.append(source)
 
     def answer(self, batch: Dict[str, Any], step: Step) -> Optional[Answer]:
         if any(source.teacher is None for source in self.sources):
@@ -156,8 +158,8 @@ def _pair(source: Any) -> str:
     return "-".join(source.student.languages)
 
 
-def different(settings: Sequence[TeacherSettings]) -> List[TeacherSettings]:
-    """Those of teachers with models of their own, without tags."""
+def distinct(settings: Sequence[TeacherSettings]) -> List[TeacherSettings]:
+    """Of each teacher one, whatever tags it is asked with, in the order of their maps."""
     found: List[TeacherSettings] = []
     for own in map(_models, settings):
         if own not in found:
